@@ -1,0 +1,193 @@
+"""From a recipe and a configuration to a Run: everything is checked before anything is written."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from distkit.config import BatchSplit, Split, TrainConfig, split_batch, to_json
+from distkit.data import Dataset, as_dataset
+from distkit.data.loader import ResidentLoader
+from distkit.ema import Ema
+from distkit.engine.run import Best, Run
+from distkit.engine.run_dir import RunDirectory, check_unused
+from distkit.errors import ConfigError, DataError
+from distkit.observers import build_observers
+from distkit.optim import build_optimizer, default_param_groups, skips_on_device
+from distkit.runtime.environment import describe_environment
+from distkit.runtime.process import Runtime
+from distkit.runtime.seeding import derive_seed, seeded
+from distkit.schedules import build_plateau, build_schedule
+from distkit.strategies import Strategy, build_strategy, set_fp32_precision
+
+if TYPE_CHECKING:
+    from distkit.recipe import Recipe
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
+    """Build every part of a run; the run directory is made last, when nothing can be wrong any more.
+
+    Raises:
+        ConfigError: the parts do not fit each other; the message says what to type.
+    """
+    split = split_batch(config, runtime.world_size)
+    path = run_path(recipe.name, config, runtime)
+    strategy = build_strategy(config, runtime)
+    set_fp32_precision(config.precision)
+    train_set, test_set = build_datasets(recipe, config, runtime)
+    check_sizes(train_set, split)
+    steps_per_epoch = len(train_set) / split.global_batch_size
+    num_steps = count_steps(config, steps_per_epoch)
+    with seeded(derive_seed(config.seed, "init")):
+        model = recipe.build_model(config)
+        if recipe.init_model_ is not None:
+            recipe.init_model_(config, model, train_set)
+    strategy.prepare(model, optimizer_builder(recipe, config))
+    own_schedule = recipe.build_schedule
+    run = Run(
+        recipe=recipe.name,
+        config=config,
+        runtime=runtime,
+        split=split,
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        strategy=strategy,
+        loader=ResidentLoader(
+            dataset=place(train_set, runtime.device),
+            seed=config.seed,
+            split=split,
+            rank=runtime.rank,
+            device=runtime.device,
+            channels_last=config.channels_last,
+        ),
+        test_set=None if test_set is None else place(test_set, runtime.device),
+        compute_loss=partial(recipe.compute_loss, config),
+        schedule=own_schedule(config, num_steps)
+        if own_schedule is not None
+        else build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch),
+        plateau=build_plateau(config.schedule),
+        ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay),
+        best=Best(*recipe.best),
+        directory=RunDirectory(path, writes=runtime.is_main_process and not config.debug.enabled),
+        facts=describe(config, runtime, strategy, split, num_steps, train_set, test_set),
+    )
+    run.observers = [] if config.debug.enabled else build_observers(config.observe, path, runtime.is_main_process)
+    with runtime.together("making the run directory"):
+        run.directory.create(to_json(config), describe_environment(runtime))
+    return run
+
+
+def run_path(recipe: str, config: TrainConfig, runtime: Runtime) -> Path:
+    """--run-dir, or a new runs/RECIPE/DATE_TIME that all ranks agree on."""
+    path = config.run_dir
+    with runtime.together("choosing the run directory"):
+        if path is None:
+            parent = Path("runs") / recipe
+            stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            taken = len(list(parent.glob(f"{stamp}*")))
+            path = parent / (stamp + (f"_{taken + 1}" if taken else ""))
+        if runtime.is_main_process and not config.debug.enabled:
+            check_unused(path)
+    return runtime.broadcast(path)
+
+
+def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Dataset, Dataset | None]:
+    """The training and the test set; rank 0 first, so that a download or a cache is made once."""
+
+    def build(split: Split) -> Dataset | None:
+        built = recipe.build_dataset(config, split)
+        return None if built is None else as_dataset(built)
+
+    train_set = test_set = None
+    with runtime.together("building the data"), runtime.main_process_first():
+        train_set, test_set = build("train"), build("test")
+    if train_set is None:
+        raise DataError(f"build_dataset of recipe {recipe.name} returned None for the split train",
+                        expected="a data set with __len__ and fetch or __getitem__")  # fmt: skip
+    return train_set, test_set
+
+
+def check_sizes(train_set: Dataset, split: BatchSplit) -> None:
+    """A global batch must not hold a sample twice, so the set must be at least as large."""
+    if len(train_set) < split.global_batch_size:
+        raise DataError(
+            f"the training set has {len(train_set)} samples, less than one global batch",
+            expected=f"--global-batch-size of at most {len(train_set)}",
+            got=f"--global-batch-size {split.global_batch_size} on {split.world_size} ranks",
+            fix=f"--global-batch-size {max(1, len(train_set) // split.world_size) * split.world_size}"
+            if len(train_set) >= split.world_size
+            else f"start at most {len(train_set)} ranks",
+        )
+
+
+def count_steps(config: TrainConfig, steps_per_epoch: float) -> int:
+    """Length of the run in steps; a last part of a step is rounded up."""
+    if config.debug.enabled and config.debug.overfit_batches is None:
+        return config.debug.num_steps
+    if config.num_steps is not None:
+        return config.num_steps
+    assert config.num_epochs is not None  # TrainConfig holds exactly one of the two
+    # without the rounding 160 epochs of 390.625 steps could become 62,501 through a last binary digit
+    return math.ceil(round(config.num_epochs * steps_per_epoch, 6))
+
+
+def optimizer_builder(recipe: Recipe[C], config: C) -> Callable[[nn.Module], Optimizer]:
+    """model -> optimizer, over the recipe's own parameter groups where it has them."""
+
+    def build(model: nn.Module) -> Optimizer:
+        own = recipe.build_param_groups
+        groups = own(config, model) if own is not None else default_param_groups(model, config.optim)
+        if not groups:
+            raise ConfigError("the model has no parameter to train", expected="at least one with requires_grad")
+        return build_optimizer(config.optim, groups)
+
+    return build
+
+
+def place(dataset: Dataset, device: torch.device) -> Dataset:
+    """A data set that can move (has `to`) lies on the device; any other stays where it is."""
+    move = getattr(dataset, "to", None)
+    return dataset if move is None else move(device)
+
+
+def describe(
+    config: TrainConfig,
+    runtime: Runtime,
+    strategy: Strategy,
+    split: BatchSplit,
+    num_steps: int,
+    train_set: Dataset,
+    test_set: Dataset | None,
+) -> dict[str, str]:
+    """The resolved choices, as printed at the start and repeated in summary.json."""
+    threads = f", {torch.get_num_threads()} threads each" if runtime.device.type == "cpu" else ""
+    ranks = "1 rank" if runtime.world_size == 1 else f"{runtime.world_size} ranks"
+    parameters = sum(p.numel() for p in strategy.module.parameters())
+    waits = config.precision == "fp16" and not skips_on_device(strategy.optimizer)
+    return {
+        "device": f"{runtime.device.type}, {ranks} ({strategy.name}{threads}), started by {runtime.topology.launcher}",
+        "precision": config.precision
+        + (", compiled" if config.compile else "")
+        + (f"; {config.optim.name} waits for the device once a step to skip bad updates" if waits else ""),
+        "model": f"{type(strategy.module).__name__}, {parameters:,} parameters",
+        "train_data": _line(train_set),
+        "test_data": "none" if test_set is None else _line(test_set),
+        "global_batch": f"{split.global_batch_size} = {split.microbatch_size} x {ranks} x {split.accum_steps} microbatches",
+        "length": f"{num_steps:,} steps of {len(train_set) / split.global_batch_size:,.1f} an epoch",
+        "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name}",
+    }
+
+
+def _line(dataset: Dataset) -> str:
+    describe_ = getattr(dataset, "describe", None)
+    return describe_() if describe_ is not None else f"{len(dataset):,} samples of {type(dataset).__name__}"

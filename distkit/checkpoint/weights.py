@@ -1,0 +1,32 @@
+"""The weights of a model as one safetensors file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors` to `path`; a reader sees the whole file or none (write, fsync, rename, fsync the folder).
+
+    Raises:
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    partial = path.with_name(f".tmp-{path.name}")
+    whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, partial, metadata=dict(metadata))
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,220 @@
+"""A recipe's command line: preset, config file and flags to one configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from distkit.config import ScheduleConfig, TrainConfig
+from distkit.config import optim as optim_config
+from distkit.config import schedule as schedule_config
+from distkit.config.check import flag
+from distkit.errors import ConfigError, nearest
+
+C = TypeVar("C", bound=TrainConfig)
+
+#: Fields of which one is set: typing one clears the other.
+ALTERNATIVES = (
+    ("num_epochs", "num_steps"),
+    ("max_grad_norm", "max_grad_value"),
+    *((f"schedule.{steps}", f"schedule.{epochs}") for steps, epochs in schedule_config.PAIRS),
+)
+
+
+@dataclass(frozen=True)
+class Parsed(Generic[C]):
+    """A parsed command line: the configuration, its preset's name, and the names of the fields that were typed."""
+
+    config: C
+    preset: str
+    typed: frozenset[str]
+
+
+def parse(config_type: type[C], presets: Mapping[str, C], argv: Sequence[str], prog: str, summary: str) -> Parsed[C]:
+    """Turn `argv` into a configuration: preset, then `--config FILE`, then flags; later ones win.
+
+    The first preset is the default one.
+
+    Raises:
+        ConfigError: an unknown flag, preset or file, or a value that does not fit.
+        SystemExit: 0, after `--help`.
+    """
+    names = field_names(config_type)
+    args = [spell(arg) for arg in argv]
+    preset, args = take_option("--preset", args)
+    file, args = take_option("--config", args)
+    preset = next(iter(presets)) if preset is None else preset
+    if preset not in presets:
+        close = nearest(preset, presets) or next(iter(presets))
+        raise ConfigError(f"--preset {preset} is unknown", expected=", ".join(presets), got=preset,
+                          fix=f"--preset {close}")  # fmt: skip
+    config, typed = presets[preset], set[str]()
+    help_text = f"{summary}\n\n--preset {{{','.join(presets)}}}  where to start from (now: {preset})\n" + (
+        "--config FILE  take back a run's config.json; other flags win over both"
+    )
+    for source in ([] if file is None else config_flags(Path(file), names)), args:
+        if source or source is args:
+            config, names_typed = apply_flags(config_type, config, source, names, prog, help_text)
+            typed |= names_typed
+    return Parsed(config, preset, frozenset(typed))
+
+
+def spell(arg: str) -> str:
+    """`--debug` is short for `--debug.enabled`; underscores and hyphens are the same."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    name = {"--debug": "--debug.enabled"}.get(name, name.replace("_", "-"))
+    return name + equals + value
+
+
+def take_option(option: str, args: list[str]) -> tuple[str | None, list[str]]:
+    """The last value of `option` in `args`, and the other arguments."""
+    value, rest, words = None, [], iter(args)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name != option:
+            rest.append(word)
+        elif (value := text if equals else next(words, None)) is None or value.startswith("--"):
+            raise ConfigError(f"{option} needs a value", fix=f"{option} VALUE")
+    return value, rest
+
+
+def field_names(config_type: type, prefix: str = "") -> dict[str, type]:
+    """Every leaf field of a nested dataclass, as `optim.lr`, with its type."""
+    hints = typing.get_type_hints(config_type)
+    names: dict[str, type] = {}
+    for f in fields(config_type):
+        kind = hints[f.name]
+        if is_dataclass(kind):
+            names |= field_names(typing.cast(type, kind), f"{prefix}{f.name}.")
+        else:
+            names[prefix + f.name] = kind
+    return names
+
+
+def negated(name: str) -> str:
+    """`debug.pdb` -> `--debug.no-pdb`, as tyro spells it."""
+    head, dot, last = name.rpartition(".")
+    return flag(f"{head}{dot}no_{last}")
+
+
+def config_flags(file: Path, names: Mapping[str, type]) -> list[str]:
+    """A config.json as the flags that would have made it."""
+    try:
+        saved = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {file} cannot be read", expected="the config.json of a run", got=error,
+                          fix="--config runs/RECIPE/RUN/config.json")  # fmt: skip
+    if not isinstance(saved, dict):
+        raise ConfigError(f"--config {file} is not a configuration", expected="a JSON object", got=type(saved).__name__)
+    flags: list[str] = []
+
+    def walk(values: Mapping[str, object], prefix: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}.")
+            elif isinstance(value, bool) and names.get(prefix + name) is bool:
+                flags.append(flag(prefix + name) if value else negated(prefix + name))
+            else:
+                words = value if isinstance(value, list) else [value]
+                flags.extend([spell(f"--{prefix}{name}"), *map(str, words)])
+
+    walk(saved, "")
+    return flags
+
+
+def apply_flags(
+    config_type: type[C], base: C, args: Sequence[str], names: Mapping[str, type], prog: str, help_text: str
+) -> tuple[C, set[str]]:
+    """`base` with `args` applied, and the names of the fields that `args` set."""
+    typed = typed_names(args, names)
+    if any(name.startswith("debug.") for name in typed) and "debug.enabled" not in typed:
+        args = [*args, "--debug.enabled"]
+    for pair in ALTERNATIVES:
+        for mine, other in (pair, pair[::-1]):
+            if mine in typed and other not in typed:
+                args = [*args, flag(other), "None"]
+    base = drop_foreign_options(base, args, typed)
+    config = run_tyro(config_type, base, args, prog, help_text)
+    return config, typed
+
+
+def typed_names(args: Sequence[str], names: Mapping[str, type]) -> set[str]:
+    """The fields that `args` name; an unknown flag is a ConfigError with the nearest one."""
+    options = {flag(name): name for name in names}
+    for name, kind in names.items():
+        if kind is bool:
+            options[negated(name)] = name
+    typed = set()
+    for arg in args:
+        option = arg.partition("=")[0]
+        if not option.startswith("--") or option == "--help":
+            continue
+        if option not in options:
+            close = nearest(option, options)
+            raise ConfigError(f"{option} is not an option", got=option,
+                              fix=f"{close}, or --help for all" if close else "--help for all options")  # fmt: skip
+        typed.add(options[option])
+    return typed
+
+
+def drop_foreign_options(base: C, args: Sequence[str], typed: set[str]) -> C:
+    """A preset's momentum means nothing to the optimizer typed instead: clear what the new one does not take."""
+
+    def value_of(option: str) -> str | None:
+        return take_option(option, list(args))[0]
+
+    optim, schedule = base.optim, base.schedule
+    if "optim.name" in typed and (name := value_of("--optim.name")) in optim_config.TAKES:
+        optim = _cleared(optim, optim_config.TAKES[name], typed, "optim.")
+    if "schedule.name" in typed and (name := value_of("--schedule.name")) in schedule_config.TAKES:
+        keep = schedule_config.TAKES[name] | schedule_config.WARMUP
+        schedule = _cleared(schedule, keep, typed, "schedule.")
+    # object.__setattr__ on a copy, because a half-changed section need not be valid until tyro adds the flags
+    copy = dataclasses.replace(base)
+    object.__setattr__(copy, "optim", optim)
+    object.__setattr__(copy, "schedule", schedule)
+    return copy
+
+
+S = TypeVar("S", optim_config.OptimConfig, ScheduleConfig)
+
+
+def _cleared(section: S, keep: frozenset[str], typed: set[str], prefix: str) -> S:
+    extra = [f.name for f in fields(section) if f.default is None and f.name not in keep and prefix + f.name not in typed]
+    copy = replace(section)
+    for name in extra:
+        object.__setattr__(copy, name, None)
+    return copy
+
+
+def run_tyro(config_type: type[C], base: C, args: Sequence[str], prog: str, help_text: str) -> C:
+    """Let tyro parse; its boxed message becomes a ConfigError of a few lines."""
+    import tyro
+
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(config_type, args=list(args), default=base, prog=prog, description=help_text)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+    raise ConfigError(plain_message(stderr.getvalue()), fix=f"{prog} --help shows every option")
+
+
+def plain_message(box: str) -> str:
+    """The sentences of tyro's error box, up to its rule, without the frame."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│ \n") for line in text.splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
+    return " ".join(line for line in lines[:rule] if line)[:600]
+

@@ -1,0 +1,37 @@
+"""Configurations: frozen, validated when made, documented field by field. No torch here."""
+
+from distkit.config.optim import OPTIMIZERS, OptimConfig
+from distkit.config.schedule import SCHEDULES, ScheduleConfig
+from distkit.config.train import (
+    BatchSplit,
+    CompileBackend,
+    CompileMode,
+    DataConfig,
+    DebugConfig,
+    Device,
+    ObserveConfig,
+    Precision,
+    Split,
+    TrainConfig,
+    split_batch,
+    to_json,
+)
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "BatchSplit",
+    "CompileBackend",
+    "CompileMode",
+    "DataConfig",
+    "DebugConfig",
+    "Device",
+    "ObserveConfig",
+    "OptimConfig",
+    "Precision",
+    "ScheduleConfig",
+    "Split",
+    "TrainConfig",
+    "split_batch",
+    "to_json",
+]

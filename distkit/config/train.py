@@ -1,0 +1,203 @@
+"""The configuration of a run. A recipe's own `Config` inherits from `TrainConfig` and adds its fields."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from distkit.config.check import require, require_number
+from distkit.config.optim import OptimConfig
+from distkit.config.schedule import ScheduleConfig
+from distkit.errors import ConfigError
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Split = Literal["train", "test"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
+CompileBackend = Literal["inductor", "aot_eager", "eager", "cudagraphs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the samples come from."""
+
+    source: Literal["cifar10", "folder", "synthetic"] = "cifar10"
+    """cifar10 downloads it; folder reads ROOT/train/CLASS/* and ROOT/test/CLASS/*; synthetic generates it."""
+    root: Path = Path("data")
+    """Folder of the data: where cifar10 is downloaded to, or the ImageFolder tree."""
+    cache_dir: Path | None = None
+    """Where the decoded copy of a folder is kept; None: beside the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """Everything slow that explains a failure: one process, deterministic, anomaly detection, module by module."""
+
+    enabled: bool = False
+    """Run in debug mode; `--debug` alone does the same."""
+    num_steps: int = 3
+    """Steps before it ends, >= 1."""
+    overfit_batches: int | None = None
+    """Train on this many batches again and again until the loss is near zero, >= 1."""
+    pdb: bool = False
+    """Open the debugger where an exception was raised."""
+
+    def __post_init__(self) -> None:
+        require_number("debug.num_steps", self.num_steps, least=1, example="3")
+        require_number("debug.overfit_batches", self.overfit_batches, least=1, example="1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObserveConfig:
+    """Who is told the values of a run; an observer can change nothing."""
+
+    console: bool = True
+    """Progress on the terminal (rank 0 only)."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run directory; needs distkit[tensorboard]."""
+    wandb: bool = False
+    """Also report to Weights & Biases; needs distkit[wandb]. WANDB_PROJECT, WANDB_MODE… are honoured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What every recipe has."""
+
+    seed: int = 0
+    """Seed of the sample stream, the initial weights and every random draw, 0 to 2^63 - 1."""
+    run_dir: Path | None = None
+    """Directory of this run; None: runs/RECIPE/DATE_TIME."""
+    num_epochs: float | None = None
+    """Length of the run in passes over the training set, > 0."""
+    num_steps: int | None = None
+    """Length of the run in steps, >= 1; set one of the two."""
+    global_batch_size: int = 128
+    """Samples of one optimizer update, over all ranks and microbatches."""
+    microbatch_size: int | None = None
+    """Samples of one forward and backward on one rank; None: global batch / ranks (no accumulation)."""
+    precision: Precision = "fp32"
+    """fp32 (exact), tf32 (NVIDIA tensor cores for fp32), bf16 or fp16 autocast over fp32 weights."""
+    device: Device = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    deterministic: bool = True
+    """Only kernels that give the same bits every time; off: the fastest ones (cuDNN autotuning)."""
+    channels_last: bool = False
+    """Lay out convolution weights and images as NHWC, faster on most devices."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    compile_backend: CompileBackend = "inductor"
+    """Backend of torch.compile."""
+    compile_mode: CompileMode = "default"
+    """Mode of torch.compile."""
+    compile_fullgraph: bool = False
+    """Let torch.compile raise at a graph break instead of splitting the model there."""
+    compile_dynamic: bool = False
+    """Let torch.compile make kernels for any batch size instead of one kernel for each."""
+    max_grad_norm: float | None = None
+    """Scale gradients down to this global L2 norm, > 0; None: off."""
+    max_grad_value: float | None = None
+    """Clamp each gradient element to +- this value, > 0; None: off."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights, which is then what is evaluated, in (0, 1); None: off."""
+    num_threads: int | None = None
+    """Threads of one rank's work on the CPU, >= 1; None: OMP_NUM_THREADS if above 1, else cores / ranks."""
+    report_every: int = 50
+    """Steps between two train lines, >= 1."""
+    eval_every: int | None = None
+    """Steps between two evaluations, >= 1; None: only at the end."""
+    eval_batch_size: int | None = None
+    """Samples of one evaluation batch on one rank, >= 1; None: the microbatch size."""
+    timeout_seconds: float = 1800.0
+    """A collective that takes longer ends the run on every rank, > 0."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate over the steps."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    """What is told the values of the run."""
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    """Debug mode."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", "an integer in [0, 2^63)", self.seed, "0")
+        if (self.num_epochs is None) == (self.num_steps is None):
+            both = self.num_epochs is not None
+            raise ConfigError(
+                "--num-epochs and --num-steps: " + ("both are set" if both else "neither is set"),
+                expected="one of the two, the other None",
+                got=f"--num-epochs {self.num_epochs} --num-steps {self.num_steps}",
+                fix=f"--num-epochs None --num-steps {self.num_steps}" if both else "--num-epochs 10",
+            )
+        require(self.precision in get_args(Precision), "precision", "fp32, tf32, bf16 or fp16", self.precision, "bf16")
+        for name in ("num_steps", "global_batch_size", "microbatch_size", "report_every", "eval_every"):
+            require_number(name, getattr(self, name), least=1, example="128")
+        require_number("eval_batch_size", self.eval_batch_size, least=1, example="256")
+        require_number("num_threads", self.num_threads, least=1, example="2")
+        for name in ("num_epochs", "max_grad_norm", "max_grad_value", "timeout_seconds"):
+            require_number(name, getattr(self, name), above=0, example="1")
+        require_number("ema_decay", self.ema_decay, above=0, below=1, example="0.999")
+        if self.max_grad_norm is not None and self.max_grad_value is not None:
+            raise ConfigError(
+                "--max-grad-norm and --max-grad-value clip the same gradients twice",
+                expected="one of the two",
+                fix="--max-grad-value None",
+            )
+        if self.optim.name == "lbfgs" and self.precision == "fp16":
+            raise ConfigError("--optim.name lbfgs cannot scale gradients", expected="fp32, tf32 or bf16", got="fp16",
+                              fix="--precision fp32")  # fmt: skip
+
+
+def to_json(config: TrainConfig) -> dict[str, object]:
+    """The configuration as config.json holds it; `--config` takes it back."""
+    return cast(dict[str, object], json.loads(json.dumps(asdict(config), default=str)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSplit:
+    """How one global batch is cut: `accum_steps` microbatches on each of `world_size` ranks."""
+
+    global_batch_size: int
+    microbatch_size: int
+    world_size: int
+
+    @property
+    def accum_steps(self) -> int:
+        """Microbatches a rank does for one step."""
+        return self.global_batch_size // (self.microbatch_size * self.world_size)
+
+
+def split_batch(config: TrainConfig, world_size: int) -> BatchSplit:
+    """Cut config.global_batch_size over `world_size` ranks.
+
+    Raises:
+        ConfigError: it does not divide; the message names the nearest sizes that do.
+    """
+    total = config.global_batch_size
+    if total < world_size:
+        raise ConfigError(
+            f"--global-batch-size {total} gives {world_size} ranks less than one sample each",
+            expected=f"at least {world_size} for {world_size} ranks",
+            got=total,
+            fix=f"--global-batch-size {world_size}, or start at most {total} ranks",
+        )
+    if config.microbatch_size is None and total % world_size == 0:
+        return BatchSplit(global_batch_size=total, microbatch_size=total // world_size, world_size=world_size)
+    unit = world_size * (config.microbatch_size or 1)
+    if total % unit:
+        low, high = total // unit * unit, math.ceil(total / unit) * unit
+        near = [size for size in (low, high) if size > 0]
+        cut = f"{world_size} ranks" + (f" x microbatches of {config.microbatch_size}" if config.microbatch_size else "")
+        fix = " or ".join(f"--global-batch-size {size}" for size in near)
+        divisors = [m for m in range(1, total // world_size + 1) if (total // world_size) % m == 0]
+        if total % world_size == 0 and config.microbatch_size:
+            closest = min(divisors, key=lambda m: abs(m - (config.microbatch_size or 1)))
+            fix += f" or --microbatch-size {closest}"
+        raise ConfigError(
+            f"--global-batch-size {total} does not divide into {cut}", expected=f"a multiple of {unit}", got=total, fix=fix
+        )
+    return BatchSplit(global_batch_size=total, microbatch_size=unit // world_size, world_size=world_size)

@@ -1,0 +1,98 @@
+"""What a batch is, and the few things that are done to any batch: map its tensors, move them, count its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Protocol, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from distkit.errors import DataError
+
+
+class DataclassBatch(Protocol):
+    """Any dataclass instance whose fields are batches."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+
+
+#: A tensor whose first dim is the batch, or a tuple, list, dict or dataclass of batches. Other values may ride along.
+Batch: TypeAlias = "Tensor | tuple[Batch, ...] | list[Batch] | dict[str, Batch] | DataclassBatch"
+
+ImageBatch: TypeAlias = tuple[Tensor, Tensor]
+"""images [B, C, H, W] and labels int64 [B]."""
+
+T = TypeVar("T")
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: T) -> T:
+    """The same structure with `function` applied to every tensor; everything that is not a tensor is kept."""
+    return _map(function, batch)  # type: ignore[return-value]
+
+
+def _map(function: Callable[[Tensor], Tensor], value: object) -> object:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map(function, item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        make = getattr(type(value), "_make", type(value))
+        return make(_map(function, item) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (field.name for field in dataclasses.fields(value) if field.init)
+        return dataclasses.replace(value, **{name: _map(function, getattr(value, name)) for name in fields})
+    return value
+
+
+def tensors(value: object) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a batch with the way to it, such as `[0]`, `['image']` or `.mask`."""
+    if isinstance(value, Tensor):
+        yield "", value
+        return
+    children: list[tuple[str, object]] = []
+    if isinstance(value, dict):
+        children = [(f"[{key!r}]", item) for key, item in value.items()]
+    elif isinstance(value, tuple | list):
+        children = [(f"[{i}]", item) for i, item in enumerate(value)]
+    elif dataclasses.is_dataclass(value):
+        children = [(f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]
+    for name, child in children:
+        for rest, tensor in tensors(child):
+            yield name + rest, tensor
+
+
+def to_device(batch: T, device: torch.device, channels_last: bool = False) -> T:
+    """The batch on `device`; the copy does not wait for the device. What is there already is not copied.
+
+    Args:
+        batch: any batch.
+        device: where to.
+        channels_last: lay out the four-dim tensors as NHWC.
+    """
+
+    def move(tensor: Tensor) -> Tensor:
+        if channels_last and tensor.ndim == 4:
+            return tensor.to(device, non_blocking=True, memory_format=torch.channels_last)
+        return tensor.to(device, non_blocking=True)
+
+    return map_tensors(move, batch)
+
+
+def batch_size(batch: object) -> int:
+    """Samples in a batch: the first dim of all its tensors.
+
+    Raises:
+        DataError: it has no tensor, a 0-dim tensor, or tensors that disagree; the message names them.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors(batch)}
+    sizes = {shape[:1] for shape in found.values()}
+    if len(sizes) != 1 or () in sizes:
+        shapes = ", ".join(f"batch{name} {list(shape)}" for name, shape in found.items())
+        raise DataError(
+            "a batch does not say how many samples it has",
+            expected="tensors that all have the batch as their first dim",
+            got=shapes or f"no tensor in {type(batch).__name__}",
+        )
+    return sizes.pop()[0]

@@ -1,0 +1,90 @@
+"""What a data set is to distkit, and how any map-style torch data set becomes one."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast, runtime_checkable
+
+from torch import Tensor
+from torch.utils.data import IterableDataset, default_collate
+
+from distkit.data.batch import Batch, batch_size, to_device
+from distkit.data.draws import Draws
+from distkit.errors import DataError
+
+__all__ = ["Augments", "Batch", "Dataset", "Indexable", "MapDataset", "as_dataset", "batch_size", "to_device"]
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Samples by number, a whole batch at a time. It may also have `augment`, see `Augments`."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def fetch(self, indices: Tensor) -> Batch:
+        """The samples with these numbers, in this order.
+
+        Args:
+            indices: int64 [B] on the CPU, each in [0, len(self)); the same number may come twice.
+
+        Returns:
+            a batch whose tensors have first dim B, on any device; always the same one for the same indices.
+        """
+
+
+@runtime_checkable
+class Augments(Protocol):
+    """A data set that changes its batches on the training device, with draws keyed per sample."""
+
+    def augment(self, batch: Batch, draws: Draws) -> Batch:
+        """A batch from `fetch`, on the training device, with as many samples -> what the model is given."""
+
+
+class Indexable(Protocol):
+    """A map-style torch data set: `len(it)` samples, `it[i]` one of them."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitem__(self, index: int, /) -> object:
+        """One sample: tensors, arrays, numbers, or tuples and dicts of them, the same shapes every time."""
+
+
+class MapDataset:
+    """A map-style torch data set as a `Dataset`: samples are taken one by one and collated by torch's rules."""
+
+    def __init__(self, samples: Indexable) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def fetch(self, indices: Tensor) -> Batch:
+        """`default_collate` of the samples with these numbers; `__getitems__` is used where the data set has it."""
+        numbers = indices.tolist()
+        several = getattr(self.samples, "__getitems__", None)
+        found = several(numbers) if several else [self.samples[i] for i in numbers]
+        return cast(Batch, default_collate(found))
+
+
+def as_dataset(candidate: object) -> Dataset:
+    """`candidate` itself where it has `fetch`, or adapted where it is a map-style torch data set.
+
+    Raises:
+        DataError: it is neither, or it has no samples.
+    """
+    sized = hasattr(candidate, "__len__")
+    dataset: Dataset | None = None
+    if sized and hasattr(candidate, "fetch"):
+        dataset = cast(Dataset, candidate)
+    elif sized and hasattr(candidate, "__getitem__") and not isinstance(candidate, IterableDataset | dict):
+        dataset = MapDataset(cast(Indexable, candidate))
+    if dataset is None:
+        raise DataError(
+            "build_dataset returned something that is not a data set",
+            expected="__len__ and fetch(indices), or a torch data set with __len__ and __getitem__",
+            got=type(candidate).__name__,
+        )
+    if len(dataset) == 0:
+        raise DataError("build_dataset returned an empty data set", expected="at least one sample", got=0)
+    return dataset

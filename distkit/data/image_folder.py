@@ -1,0 +1,176 @@
+"""Folders of images, ROOT/train/CLASS/* and ROOT/test/CLASS/*: listed, checked, decoded once into one cache file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from distkit.config import Split
+from distkit.data.cache import CacheWriter, Tensors, locked, read_cache
+from distkit.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+SPLITS: tuple[Split, Split] = ("train", "test")
+LAYOUT = "ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg (or .png, …)"
+#: Files that a thread decodes at a time.
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files of one split, by class name and then by path: the order of the samples."""
+
+    folder: Path
+    class_names: tuple[str, ...]
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    fingerprint: str
+
+
+def load_folder(
+    root: Path, split: Split, cache_dir: Path | None, image_size: int | None
+) -> tuple[Tensors, tuple[str, ...]]:
+    """`{"images": uint8 [N, 3, H, W], "labels": int64 [N]}` and the class names, decoded at the first call only.
+
+    Args:
+        root: the folder that has train/ and test/.
+        split: which of them.
+        cache_dir: where the decoded copy is kept; None: in `root`.
+        image_size: height and width of every image; None: those of the first.
+
+    Raises:
+        DataError: the tree is not as it should be, an image is damaged or of another size, or the copy cannot be
+            written; the message names the file.
+    """
+    listing = list_images(root, split, image_size)
+    path = _cache_path(root, split, cache_dir)
+    found = read_cache(path, listing.fingerprint)
+    if found is None:
+        with locked(path.parent):
+            found = read_cache(path, listing.fingerprint) or _build(path, listing, image_size)
+    return found[0], listing.class_names
+
+
+def list_images(root: Path, split: Split, image_size: int | None) -> Listing:
+    """List a split, and check that both splits have the same classes."""
+    names = {each: _class_names(root, each) for each in SPLITS}
+    if names["train"] != names["test"]:
+        lone = sorted(set(names["train"]) ^ set(names["test"]))
+        raise DataError(
+            f"the train and test folders in {root} have different classes",
+            expected="the same class folders in both",
+            got=f"only in one of them: {', '.join(lone[:10])}",
+            fix=f"mkdir or rename the folder {lone[0]}",
+        )
+    files: list[str] = []
+    labels: list[int] = []
+    total = hashlib.sha256(f"1 {image_size}\n".encode())
+    for label, name in enumerate(names[split]):
+        found = sorted(_files(root / split / name, name))
+        if not found:
+            raise DataError(f"the class folder {root / split / name} has no image", expected=LAYOUT)
+        for file, size, changed in found:
+            total.update(f"{file}\0{size}\0{changed}\n".encode(errors="surrogateescape"))
+        files += [file for file, _, _ in found]
+        labels += [label] * len(found)
+    return Listing(root / split, names[split], tuple(files), tuple(labels), total.hexdigest())
+
+
+def _class_names(root: Path, split: Split) -> tuple[str, ...]:
+    folder = root / split
+    if not folder.is_dir():
+        missing = root if not root.is_dir() else folder
+        raise DataError(f"there is no folder {missing}", expected=LAYOUT, fix="--data.root DIR")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"the folder {folder} has no class folders", expected=LAYOUT, fix="--data.root DIR")
+    return tuple(names)
+
+
+def _files(folder: Path, prefix: str) -> Iterator[tuple[str, int, int]]:
+    """Path below the split's folder, bytes and time of change of every image in `folder` and below."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = f"{prefix}/{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _files(folder / entry.name, name)
+            elif entry.name.lower().endswith(SUFFIXES):
+                status = entry.stat()
+                yield name, status.st_size, status.st_mtime_ns
+
+
+def _cache_path(root: Path, split: Split, cache_dir: Path | None) -> Path:
+    if cache_dir is None:
+        return root / f".distkit-cache-{split}.safetensors"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError("--data.cache-dir cannot be made", expected="a folder", got=error, fix="--data.cache-dir DIR") \
+            from error  # fmt: skip
+    tag = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:12]
+    return cache_dir / f"distkit-cache-{tag}-{split}.safetensors"
+
+
+def _build(path: Path, listing: Listing, image_size: int | None) -> tuple[Tensors, dict[str, str]]:
+    logger.info("decoding %d images of %s into %s", len(listing.files), listing.folder, path)
+    metadata = {"class_names": json.dumps(listing.class_names), "count": str(len(listing.files))}
+    with CacheWriter(path) as writer:
+        images = decode([listing.folder / file for file in listing.files], image_size)
+        tensors = {"images": torch.from_numpy(images), "labels": torch.tensor(listing.labels, dtype=torch.int64)}
+        writer.commit(tensors, metadata, listing.fingerprint)
+    return read_cache(path, listing.fingerprint) or (tensors, metadata)
+
+
+def decode(paths: list[Path], image_size: int | None) -> NDArray[np.uint8]:
+    """Decode images to RGB with all cores: uint8 [len(paths), 3, H, W].
+
+    Raises:
+        DataError: an image is damaged or of another size; the first such path in the order of `paths`.
+    """
+    height, width = (image_size, image_size) if image_size else _decode_one(paths[0]).shape[:2]
+    images = np.empty((len(paths), 3, height, width), np.uint8)
+
+    def work(start: int) -> None:
+        for i, path in enumerate(paths[start : start + CHUNK], start):
+            pixels = _decode_one(path)
+            if pixels.shape[:2] != (height, width):
+                raise DataError(
+                    f"the image {path} has another size",
+                    expected=f"{height}x{width} pixels" + ("" if image_size else f", as {paths[0]}"),
+                    got=f"{pixels.shape[0]}x{pixels.shape[1]} pixels",
+                )
+            images[i] = pixels.transpose(2, 0, 1)
+
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    try:
+        for _ in pool.map(work, range(0, len(paths), CHUNK)):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return images
+
+
+def _decode_one(path: Path) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3]."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"the image {path} cannot be decoded", expected="a whole image file", got=error, fix=f"rm {path}"
+        ) from error

@@ -1,0 +1,67 @@
+"""From an exception inside a step to a message that says where, with what, and what to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from distkit.debug.watch import ModuleWatch, shape_line, tensors_of
+from distkit.errors import DistkitError, NonFiniteError, TrainingError
+
+
+def explain(error: Exception, watch: ModuleWatch, batch: Mapping[str, tuple[str, Bounds | None]]) -> DistkitError:
+    """The same failure with the module, its input, and the batch; `batch` is what `summarize` said before it."""
+    if isinstance(error, DistkitError):
+        return error
+    text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    if "returned nan values" in text:
+        return NonFiniteError(
+            f"step {watch.step}: the gradient became NaN in backward: {text}\n"
+            "  the warning above shows the forward line that this gradient belongs to"
+        )
+    lines = []
+    if watch.active:
+        call = watch.active[-1]
+        lines.append(f"step {watch.step}: {type(error).__name__} in module {call.title()}: {text}")
+        lines.append(f"  input:    {shape_line(call.inputs)}")
+    else:
+        lines.append(f"step {watch.step}: {type(error).__name__} in compute_loss, outside of the model: {text}")
+        lines.append(f"  model gave: {shape_line(watch.last_output)}")
+    lines += [f"  batch {name}: {line}" for name, (line, _) in batch.items()]
+    lines += [f"  hint:     {hint}" for hint in label_hints(watch, batch)]
+    return TrainingError("\n".join(lines))
+
+
+Bounds = tuple[int, int]
+
+
+def summarize(batch: object) -> dict[str, tuple[str, Bounds | None]]:
+    """One line for each tensor of a batch, and the least and largest value of integer ones.
+
+    Taken before the forward: after a device-side assertion no tensor can be read any more.
+    """
+    from distkit.debug.watch import range_line
+
+    lines: dict[str, tuple[str, Bounds | None]] = {}
+    for path, leaf in torch.utils._pytree.tree_flatten_with_path(batch)[0]:
+        if isinstance(leaf, Tensor):
+            whole = not leaf.is_floating_point() and leaf.dtype != torch.bool and leaf.numel() > 0
+            bounds = (int(leaf.min().item()), int(leaf.max().item())) if whole else None
+            lines[torch.utils._pytree.keystr(path) or "tensor"] = (range_line(leaf), bounds)
+    return lines
+
+
+def label_hints(watch: ModuleWatch, batch: Mapping[str, tuple[str, Bounds | None]]) -> list[str]:
+    """Integer tensors of the batch whose values are no class of the model's output [B, C, ...]."""
+    outputs = [t for t in tensors_of(watch.last_output) if t.ndim >= 2]
+    if watch.active or not outputs:
+        return []
+    classes = outputs[0].shape[1]
+    return [
+        f"batch {name} runs from {bounds[0]} to {bounds[1]}; the model has {classes} classes, so labels must be in "
+        f"0 to {classes - 1}"
+        for name, (_, bounds) in batch.items()
+        if bounds is not None and (bounds[0] < 0 or bounds[1] >= classes)
+    ]

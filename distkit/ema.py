@@ -1,0 +1,62 @@
+"""Exponential moving average of a model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Shadow copy `s` of every floating-point parameter and buffer `w`: after each step s <- d s + (1 - d) w.
+
+    d = min(decay, (1 + t) / (10 + t)) at step t, the warmup of tf.train.ExponentialMovingAverage, so that the random
+    initial weights are soon forgotten. Other buffers (counters) are taken as they are when the average is applied.
+
+    Args:
+        model: the module whose tensors are averaged; the same objects must stay in place.
+        decay: in (0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.decay = decay
+        self._live = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()}
+        self.shadow = {name: tensor.clone() for name, tensor in self._live.items()}
+        self._live_list, self._shadow_list = list(self._live.values()), list(self.shadow.values())
+
+    @torch.no_grad()
+    def update_(self, step: int) -> None:
+        """Move the shadow towards the live weights; `step` counts finished updates from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._shadow_list, self._live_list, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model holds the averaged weights; outside, its own again, to the bit."""
+        with torch.no_grad():
+            own = [tensor.clone() for tensor in self._live_list]
+            torch._foreach_copy_(self._live_list, self._shadow_list)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self._live_list, own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The shadow tensors by their names in the model."""
+        return dict(self.shadow)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy `state` into the shadow.
+
+        Raises:
+            KeyError: the names differ from the model's.
+        """
+        if state.keys() != self.shadow.keys():
+            raise KeyError(f"names differ: {sorted(state.keys() ^ self.shadow.keys())}")
+        for name, tensor in state.items():
+            self.shadow[name].copy_(tensor)

@@ -1,0 +1,124 @@
+"""The loop, top to bottom in the order of time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distkit.checkpoint.digest import state_digest
+from distkit.checkpoint.weights import save_weights
+from distkit.engine.clock import Clock
+from distkit.engine.evaluate import evaluate
+from distkit.engine.run import Run
+from distkit.engine.train_step import due, train_step
+from distkit.errors import NonFiniteError
+from distkit.observers import RunInfo
+
+Summary = dict[str, object]
+
+
+def fit(run: Run) -> Summary:
+    """Train from `run.progress.step` to `run.num_steps`; report and evaluate when due.
+
+    Returns:
+        What summary.json says: last and best evaluation, samples_per_second, state_digest.
+
+    Raises:
+        NonFiniteError: the loss of a report is NaN or infinite, on all ranks alike.
+    """
+    config, progress = run.config, run.progress
+    with opened(run):
+        clock = Clock()
+        while progress.step < run.num_steps:
+            train_step(run)
+            if due(config.report_every, progress.step, run.num_steps):
+                report(run, clock)
+            if due(config.eval_every, progress.step, run.num_steps):
+                with clock.excluded():
+                    report_evaluation(run)
+        return finish(run, clock)
+
+
+@contextmanager
+def opened(run: Run) -> Iterator[None]:
+    """Inside, status.json says "running" and the observers watch; afterwards both know how it ended."""
+    directory, progress = run.directory, run.progress
+    directory.write_status("running", progress.step)
+    info = RunInfo(recipe=run.recipe, run_dir=directory.path, num_steps=run.num_steps, facts=run.facts)
+    try:
+        for observer in run.observers:
+            observer.start(info, progress.step)
+        yield
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        directory.write_status("failed", progress.step, reason)
+        for observer in run.observers:
+            observer.close("failed", reason)
+        raise
+    directory.write_status("completed", progress.step)
+    for observer in run.observers:
+        observer.close("completed", "")
+
+
+def report(run: Run, clock: Clock) -> None:
+    """One train line: means over all ranks since the last one. The only place where a step waits for the device."""
+    means = run.meter.reduce()
+    event: dict[str, str | int | float] = {
+        "event": "train",
+        "step": run.progress.step,
+        "epoch": run.progress.step / run.steps_per_epoch,
+        "loss": means.loss,
+        **means.metrics,
+        "lr": run.strategy.optimizer.param_groups[0]["lr"],
+        "samples": means.samples,
+        "samples_per_second": clock.lap(means.samples),
+        "data_wait_seconds": run.data_wait_seconds,
+    }
+    if run.grad_norm is not None:
+        event["grad_norm"] = run.grad_norm.item()
+    if run.config.precision == "fp16":
+        event["loss_scale"] = run.strategy.scaler.get_scale()
+        event["skipped_updates"] = int(run.strategy.skipped.item())
+    run.data_wait_seconds = 0.0
+    run.tell(event)
+    if not math.isfinite(means.loss):
+        raise NonFiniteError(
+            f"the loss became {means.loss} in the {run.config.report_every} steps before step {run.progress.step}; "
+            "the same command with --debug names the module and the step"
+        )
+
+
+def report_evaluation(run: Run) -> None:
+    """One eval line; remembers the best one and lets plateau see it."""
+    if run.test_set is None:
+        return
+    means = evaluate(run, run.test_set)
+    values = {"step": float(run.progress.step), "loss": means.loss, **means.metrics}
+    is_best = run.trackers.see(values, run.best)
+    if run.plateau is not None:
+        run.plateau.update(values[run.config.schedule.metric or "loss"])
+    line = {name: value for name, value in values.items() if name != "step"}
+    run.tell({"event": "eval", "step": run.progress.step, **line, "samples": means.samples, "best": is_best})
+
+
+def finish(run: Run, clock: Clock) -> Summary:
+    """Write the final weights and summary.json; every rank returns the same summary."""
+    run.strategy.synchronize_buffers_()
+    summary: Summary = {
+        "recipe": run.recipe,
+        "step": run.progress.step,
+        "last": run.trackers.last,
+        "best": run.trackers.best,
+        "samples_per_second": clock.average(),
+        "train_seconds": clock.seconds,
+        "state_digest": run.runtime.broadcast(state_digest(run.learned_tensors())),
+        **run.facts,
+    }
+    if run.directory.writes:
+        metadata = {"recipe": run.recipe, "step": str(run.progress.step)}
+        save_weights(run.directory.path / "weights.safetensors", run.strategy.module.state_dict(), metadata)
+        if run.ema is not None:
+            save_weights(run.directory.path / "ema.safetensors", run.ema.state_dict(), metadata)
+    run.directory.write_summary(summary)
+    return summary

@@ -1,0 +1,134 @@
+"""Everything one training run consists of, and its named state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from distkit.config import BatchSplit, TrainConfig
+from distkit.data import Batch, Dataset
+from distkit.ema import Ema
+from distkit.engine.meter import Meter
+from distkit.engine.run_dir import RunDirectory
+from distkit.losses import LossOutput
+from distkit.observers import Event, Observer
+from distkit.optim import named_optimizer_state
+from distkit.runtime.process import Runtime
+from distkit.schedules import Plateau, Schedule
+from distkit.strategies import Strategy
+
+ComputeLoss = Callable[[nn.Module, Batch], LossOutput]
+
+
+class Loader(Protocol):
+    """Where microbatches come from."""
+
+    def microbatch(self, step: int, accum_index: int) -> Batch:
+        """This rank's microbatch `accum_index` of global batch `step`, on the device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Best:
+    """Which evaluation metric decides what is best, and whether it should fall or rise."""
+
+    metric: str = "loss"
+    mode: Literal["min", "max"] = "min"
+
+    def better(self, new: float, old: float) -> bool:
+        """True when `new` beats `old`; NaN never does."""
+        return new < old if self.mode == "min" else new > old
+
+
+@dataclass
+class Progress:
+    """How far the run is. Data and learning rate need no more state: both are functions of the step."""
+
+    step: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The step."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take the step back."""
+        self.step = state["step"]
+
+
+@dataclass
+class Trackers:
+    """What a run remembers of its evaluations."""
+
+    last: dict[str, float] | None = None
+    best: dict[str, float] | None = None
+
+    def see(self, values: dict[str, float], best: Best) -> bool:
+        """Remember an evaluation (with its "step"); True when it is the best so far."""
+        self.last = values
+        if self.best is None or best.better(values[best.metric], self.best[best.metric]):
+            self.best = values
+            return True
+        return False
+
+    def state_dict(self) -> dict[str, dict[str, float] | None]:
+        """The last and the best evaluation."""
+        return {"last": self.last, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, dict[str, float] | None]) -> None:
+        """Take both back."""
+        self.last, self.best = state["last"], state["best"]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run, assembled: configuration, parts that hold state, and those who watch."""
+
+    recipe: str
+    config: TrainConfig
+    runtime: Runtime
+    split: BatchSplit
+    num_steps: int
+    steps_per_epoch: float
+    strategy: Strategy
+    loader: Loader
+    test_set: Dataset | None
+    compute_loss: ComputeLoss
+    schedule: Schedule
+    directory: RunDirectory
+    plateau: Plateau | None = None
+    ema: Ema | None = None
+    best: Best = field(default_factory=Best)
+    observers: list[Observer] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
+    trackers: Trackers = field(default_factory=Trackers)
+    meter: Meter = field(init=False)
+    grad_norm: Tensor | None = None
+    data_wait_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.runtime)
+
+    def lr_multiplier(self) -> float:
+        """What the peak learning rates are multiplied with at the current step."""
+        multiplier = self.schedule(self.progress.step)
+        return multiplier if self.plateau is None else multiplier * self.plateau.factor
+
+    def tell(self, event: Event) -> None:
+        """Hand an event to every observer."""
+        for observer in self.observers:
+            observer.record(event)
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the model by its canonical name; tied ones once."""
+        module = self.strategy.module
+        return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    def learned_tensors(self) -> dict[str, Tensor]:
+        """Model and optimizer tensors, as `model/NAME` and `optimizer/NAME/KEY`: what `state_digest` covers."""
+        optimizer = named_optimizer_state(self.strategy.optimizer, self.strategy.module)
+        tensors = {f"model/{name}": tensor for name, tensor in self.model_tensors().items()}
+        return tensors | {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}

@@ -1,0 +1,95 @@
+"""One step: one global batch, one optimizer update. Nothing here waits for the device (C5)."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from distkit.data import Batch
+from distkit.engine.run import Run
+from distkit.errors import TrainingError
+from distkit.losses import LossOutput
+from distkit.optim import set_lr
+
+
+def due(every: int | None, step: int, num_steps: int) -> bool:
+    """True after every `every`-th finished step and after the last one; None means only after the last."""
+    return step == num_steps or (every is not None and step % every == 0)
+
+
+def train_step(run: Run) -> None:
+    """Do step `run.progress.step`: set the learning rate, compute gradients, clip, update, average."""
+    strategy, progress = run.strategy, run.progress
+    set_lr(strategy.optimizer, run.lr_multiplier())
+    if strategy.needs_closure:
+        strategy.update_with_closure(lambda: global_loss(run))
+    else:
+        compute_gradients(run)
+        run.grad_norm = strategy.clip_gradients_(due(run.config.report_every, progress.step + 1, run.num_steps))
+        strategy.update()
+    if run.ema is not None:
+        run.ema.update_(progress.step)
+    progress.step += 1
+
+
+def compute_gradients(run: Run) -> list[LossOutput]:
+    """Gradients of the mean loss of the whole global batch: `accum_steps` microbatches, one exchange (C2)."""
+    strategy, split = run.strategy, run.split
+    strategy.zero_gradients()
+    outputs = []
+    for accum_index in range(split.accum_steps):
+        batch = next_microbatch(run, accum_index)
+        strategy.exchange_gradients(accum_index == split.accum_steps - 1)
+        with strategy.precision():
+            output = run.compute_loss(strategy.model, batch)
+        strategy.backward(share_of_step(output, run))
+        run.meter.add(output, split.microbatch_size)
+        outputs.append(output)
+    normalize_by_weight_(run, outputs)
+    return outputs
+
+
+def next_microbatch(run: Run, accum_index: int) -> Batch:
+    """The next microbatch; the time it made the step wait is added up."""
+    start = perf_counter()
+    batch = run.loader.microbatch(run.progress.step, accum_index)
+    run.data_wait_seconds += perf_counter() - start
+    return batch
+
+
+def share_of_step(output: LossOutput, run: Run) -> Tensor:
+    """What this microbatch adds to the step's loss; strategies average over ranks.
+
+    Without weights every microbatch has the same number of samples, so the mean of the means is the mean. With
+    weights the sum of weight x mean is divided by the weight of the whole global batch afterwards, when it is known.
+    """
+    split = run.split
+    if output.weight is not None:
+        # a constant keeps fp16 in range: the weight is of the order of tokens a sample
+        return output.loss * (output.weight / (split.accum_steps * split.microbatch_size))
+    return output.loss if split.accum_steps == 1 else output.loss / split.accum_steps
+
+
+def normalize_by_weight_(run: Run, outputs: list[LossOutput]) -> None:
+    """Turn gradients of the weighted sum into those of the weighted mean over the global batch."""
+    weights = [output.weight for output in outputs if output.weight is not None]
+    if not weights:
+        return
+    if len(weights) != len(outputs):
+        raise TrainingError("compute_loss returned a weight for some microbatches of a step and none for others")
+    total = torch.stack(weights).sum(dtype=torch.float32)
+    run.runtime.all_reduce_(total)
+    run.strategy.scale_gradients_(run.split.global_batch_size / total)
+
+
+def global_loss(run: Run) -> Tensor:
+    """The closure of LBFGS: gradients, and the loss of the global batch, which must be the same on every rank."""
+    with torch.enable_grad():
+        outputs = compute_gradients(run)
+    weight = torch.stack([torch.ones_like(o.loss) if o.weight is None else o.weight for o in outputs])
+    loss = torch.stack([output.loss.detach() for output in outputs])
+    pair = torch.stack([(loss * weight).sum(), weight.sum()])
+    run.runtime.all_reduce_(pair)
+    return pair[0] / pair[1]

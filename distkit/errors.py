@@ -1,0 +1,73 @@
+"""Every error distkit raises on purpose, and the exit code each one ends the process with.
+
+Exit codes (C7): 0 done, 1 failed, 2 configuration, 75 stopped and resumable.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class DistkitError(Exception):
+    """Root of the hierarchy: a failure of the run itself."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(DistkitError):
+    """Bad input: found before anything is launched or written.
+
+    Args:
+        what: one sentence that names the option and the problem.
+        expected: what would have been accepted.
+        got: what came instead.
+        fix: what to type, word for word where possible.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(
+        self, what: str, *, expected: str | None = None, got: object = None, fix: str | None = None
+    ) -> None:
+        lines = [what]
+        if expected is not None:
+            lines.append(f"  expected: {expected}")
+        if got is not None:
+            lines.append(f"  got:      {got}")
+        if fix is not None:
+            lines.append(f"  type:     {fix}")
+        super().__init__("\n".join(lines))
+
+
+class LaunchError(ConfigError):
+    """The processes that were started are not the ones that were asked for."""
+
+
+class DataError(ConfigError):
+    """A data set is missing, unreadable, damaged or does not fit the model."""
+
+
+class TrainingError(DistkitError):
+    """The run started and cannot go on."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss, activation, gradient or parameter became NaN or infinite."""
+
+
+class RankFailedError(TrainingError):
+    """Another rank failed first; its rank and cause are in the message."""
+
+
+class Stopped(DistkitError):
+    """The run was told to stop and can be continued with the same command."""
+
+    exit_code: ClassVar[int] = 75
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice spelled most like `word`, or None when none is close."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return found[0] if found else None

@@ -1,0 +1,73 @@
+"""What an observer is: something that is told values and can change nothing."""
+
+# ruff: noqa: ARG002 (an observer ignores what it has no use for)
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+Scalar = str | int | float | bool | None
+
+Event = Mapping[str, Scalar]
+"""One thing that happened. Always has `event` (its kind) and `step`; the rest depends on the kind:
+
+train: loss, lr, grad_norm, samples, samples_per_second, data_wait_seconds, the recipe's sums as fractions.
+eval: loss, samples, the recipe's metrics by name, as fractions.
+note: message.
+checkpoint and others: any names.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What is known before the first step."""
+
+    recipe: str
+    """Name of the recipe."""
+    run_dir: Path
+    """Directory of the run; it exists."""
+    num_steps: int
+    """Steps of the whole run."""
+    facts: Mapping[str, str]
+    """Resolved choices to show, in order: device, precision, data, batch..."""
+
+
+class Observer(Protocol):
+    """Told values by the main process, in this order: load_state_dict (only on resume), start, record..., close.
+
+    An exception from `record` ends the run; an observer that can do without its output handles its own errors.
+    """
+
+    def start(self, info: RunInfo, step: int) -> None:
+        """The run begins, or goes on, with `step` steps done."""
+        ...
+
+    def record(self, event: Event) -> None:
+        """Something happened. Values are Python scalars; a float may be NaN or infinite."""
+        ...
+
+    def close(self, status: str, message: str) -> None:
+        """The run ended: "completed", "preempted" or "failed", and why in one line. Also called without `start`."""
+        ...
+
+    def state_dict(self) -> dict[str, str]:
+        """What a resumed run needs to go on in the same place; keys begin with the observer's name."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Take what state_dict gave, before `start`; keys of other observers are ignored."""
+        return
+
+
+def curves(event: Event) -> dict[str, float]:
+    """The numbers of a train or eval event as {"train/loss": ...}, without its step; empty for other events."""
+    kind = event["event"]
+    if kind not in ("train", "eval"):
+        return {}
+    return {
+        f"{kind}/{name}": float(value)
+        for name, value in event.items()
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }

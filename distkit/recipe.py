@@ -1,0 +1,154 @@
+"""A recipe: what to train, on what, towards what."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+from distkit.cli import parse
+from distkit.config import Split, TrainConfig, split_batch
+from distkit.errors import ConfigError, DistkitError
+from distkit.runtime import Topology, merge_launcher_env, read_topology
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.data import Dataset as TorchDataset
+
+    from distkit.data import Batch, Dataset
+    from distkit.losses import LossOutput
+    from distkit.optim import ParamGroup
+    from distkit.schedules import Schedule
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Recipe(Generic[C]):
+    """Plain functions and values that say what to train; the engine does the rest.
+
+    Args:
+        name: the first folder under `runs/`.
+        config: the configuration class, a frozen dataclass that inherits from TrainConfig.
+        build_model: config -> the model, on the CPU; called under one seed on every rank.
+        build_dataset: config, "train" or "test" -> a distkit Dataset or any map-style torch dataset; None where
+            there is no test set.
+        compute_loss: config, model, batch -> LossOutput.
+        presets: named starting points; the first one is the default.
+        build_param_groups: config, model -> parameter groups; default: no weight decay on norms and biases.
+        build_schedule: config, number of steps -> `step -> multiplier`; default: config.schedule.
+        init_model_: config, model, training set -> None; for weights that depend on data.
+        best: the evaluation metric that decides what is best, and whether it should fall or rise.
+        expected_initial_loss: config -> the loss of an untrained model, which debug mode checks.
+    """
+
+    name: str
+    config: type[C]
+    build_model: Callable[[C], nn.Module]
+    build_dataset: Callable[[C, Split], Dataset | TorchDataset[object] | None]
+    compute_loss: Callable[[C, nn.Module, Batch], LossOutput]
+    presets: Mapping[str, C]
+    build_param_groups: Callable[[C, nn.Module], list[ParamGroup]] | None = None
+    build_schedule: Callable[[C, int], Schedule] | None = None
+    init_model_: Callable[[C, nn.Module, Dataset], None] | None = None
+    best: tuple[str, Literal["min", "max"]] = ("loss", "min")
+    expected_initial_loss: Callable[[C], float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.presets:
+            raise ConfigError(f"recipe {self.name} has no presets", expected="at least one", fix='{"default": Config()}')
+
+    def main(self, argv: Sequence[str] | None = None) -> None:
+        """Run the command line and exit: 0 done, 1 failed, 2 configuration, 75 stopped and resumable."""
+        sys.exit(launch(self, sys.argv[1:] if argv is None else argv))
+
+
+def launch(recipe: Recipe[C], argv: Sequence[str]) -> int:
+    """Parse, train, and say how it went as an exit code. Errors are one message on stderr."""
+    topology = Topology(rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
+    debugger = False
+    try:
+        topology = read_topology(os.environ)
+        parsed = parse(recipe.config, recipe.presets, argv, f"{recipe.name}.py", recipe_summary(recipe))
+        config = merge_launcher_env(parsed.config, parsed.typed, os.environ, topology.world_size)
+        debugger = config.debug.pdb
+        config = debug_config(config, topology) if config.debug.enabled else config
+        split_batch(config, topology.world_size)
+        run_recipe(recipe, config, topology)
+    except DistkitError as error:
+        if debugger:
+            post_mortem()
+        return complain(error, topology)
+    except Exception:
+        traceback.print_exc()
+        if debugger:
+            post_mortem()
+        return 1
+    return 0
+
+
+def recipe_summary(recipe: Recipe[C]) -> str:
+    """The docstring of the recipe's file."""
+    module = sys.modules.get(recipe.compute_loss.__module__)
+    return (module.__doc__ if module is not None else None) or recipe.name
+
+
+def complain(error: DistkitError, topology: Topology) -> int:
+    """Print an error once, not once a rank; return its exit code."""
+    message = str(error)
+    if isinstance(error, ConfigError) and not topology.is_main_process:
+        # every rank finds the same one; leaving first would let the launcher end rank 0 before it has spoken
+        time.sleep(3)
+    elif message:
+        rank = f" (rank {topology.rank})" if topology.world_size > 1 and not isinstance(error, ConfigError) else ""
+        print(f"distkit: error{rank}: {message}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def post_mortem() -> None:
+    """Open the debugger at the exception being handled."""
+    import pdb
+
+    pdb.post_mortem(sys.exc_info()[2])
+
+
+def debug_config(config: C, topology: Topology) -> C:
+    """The configuration of debug mode, before CUDA starts.
+
+    Raises:
+        ConfigError: more than one process, or an option that debug mode would ignore.
+    """
+    if topology.world_size > 1:
+        raise ConfigError("--debug runs in one process", expected="1 process", got=f"{topology.world_size} ranks",
+                          fix="python RECIPE --debug")  # fmt: skip
+    if config.run_dir is not None:
+        raise ConfigError("--debug writes no run directory", got=f"--run-dir {config.run_dir}", fix="--run-dir None")
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
+    return replace(config, compile=False, deterministic=True)
+
+
+def run_recipe(recipe: Recipe[C], config: C, topology: Topology) -> dict[str, object]:
+    """Train `recipe` as `config` says in this process; returns what summary.json holds.
+
+    Raises:
+        DistkitError: with its exit code.
+    """
+    from distkit.assemble import assemble
+    from distkit.debug import debug
+    from distkit.engine.fit import fit
+    from distkit.runtime.process import start
+
+    runtime = start(config, topology)
+    run = assemble(recipe, config, runtime)
+    if config.debug.enabled:
+        expected = recipe.expected_initial_loss(config) if recipe.expected_initial_loss is not None else None
+        debug(run, expected)
+        summary: dict[str, object] = {}
+    else:
+        summary = fit(run)
+    runtime.close()
+    return summary

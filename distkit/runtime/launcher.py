@@ -1,0 +1,130 @@
+"""What `accelerate launch` put into the environment, merged into the configuration. No torch.
+
+The launcher's values win over a preset's; a flag that says something else is an error that names both (C7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
+from typing import TypeVar, get_args
+
+from distkit.config import CompileBackend, CompileMode, TrainConfig
+from distkit.config.check import flag
+from distkit.errors import ConfigError, nearest
+
+Value = TypeVar("Value", str, bool)
+
+#: Strategies that a later release brings; starting them as plain DDP would be a silent lie.
+UNSUPPORTED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "regional compilation",
+}
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """One configuration and the flags that were typed for it."""
+
+    config: TrainConfig
+    typed: Set[str]
+
+    def take(self, name: str, value: Value, variable: str, env: Mapping[str, str]) -> Value:
+        """`value` from the environment, unless a flag was typed that differs."""
+        mine = getattr(self.config, name)
+        if name in self.typed and mine != value:
+            raise ConfigError(
+                f"{flag(name)} contradicts what accelerate launch says",
+                expected=f"{flag(name)} {value} ({variable}={env[variable]})",
+                got=f"{flag(name)} {mine}",
+                fix="change one of the two: the flag, or accelerate launch's option or config file",
+            )
+        return value
+
+
+def _truthy(env: Mapping[str, str], name: str) -> bool:
+    return env.get(name, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def merge_launcher_env(config: TrainConfig, typed: Set[str], env: Mapping[str, str], world_size: int) -> TrainConfig:
+    """Honour mixed precision, dynamo, gradient accumulation and CPU of `accelerate launch`.
+
+    Args:
+        config: the parsed configuration.
+        typed: names of the fields that the user set by flag or `--config`, such as `optim.lr`.
+        env: the environment; variables that accelerate writes for "nothing chosen" count as absent.
+        world_size: number of ranks, for the accumulation steps.
+
+    Raises:
+        ConfigError: a flag contradicts the launcher, or the launcher asks for something unsupported.
+    """
+    for variable, what in UNSUPPORTED.items():
+        if _truthy(env, variable):
+            raise ConfigError(
+                f"accelerate launch asks for {what}, which this version of distkit does not have",
+                expected="one process, or data parallel ranks",
+                got=f"{variable}={env[variable]}",
+                fix="accelerate launch without that option, or torchrun --nproc-per-node N RECIPE",
+            )
+    merge = _Merge(config, typed)
+    if _truthy(env, "ACCELERATE_USE_CPU"):
+        config = replace(config, device=merge.take("device", "cpu", "ACCELERATE_USE_CPU", env))
+    precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision != "no":
+        if precision not in ("bf16", "fp16"):
+            raise ConfigError(f"accelerate launch asks for mixed precision {precision}", expected="no, bf16 or fp16",
+                              got=precision, fix="accelerate launch --mixed_precision bf16")  # fmt: skip
+        config = replace(config, precision=merge.take("precision", precision, "ACCELERATE_MIXED_PRECISION", env))
+    config = _merge_dynamo(config, merge, env)
+    return _merge_accumulation(config, typed, env, world_size)
+
+
+def _merge_dynamo(config: TrainConfig, merge: _Merge, env: Mapping[str, str]) -> TrainConfig:
+    variable = "ACCELERATE_DYNAMO_BACKEND"
+    backend = env.get(variable, "NO").lower()
+    if backend == "no":
+        return config
+    _known("dynamo_backend", backend, get_args(CompileBackend))
+    mode = env.get("ACCELERATE_DYNAMO_MODE", "default")
+    _known("dynamo_mode", mode, get_args(CompileMode))
+    return replace(
+        config,
+        compile=merge.take("compile", True, variable, env),
+        compile_backend=merge.take("compile_backend", backend, variable, env),
+        compile_mode=merge.take("compile_mode", mode, "ACCELERATE_DYNAMO_MODE", env)
+        if "ACCELERATE_DYNAMO_MODE" in env
+        else config.compile_mode,
+        compile_fullgraph=_truthy(env, "ACCELERATE_DYNAMO_USE_FULLGRAPH") or config.compile_fullgraph,
+        compile_dynamic=_truthy(env, "ACCELERATE_DYNAMO_USE_DYNAMIC") or config.compile_dynamic,
+    )
+
+
+def _known(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        close = nearest(value, choices) or choices[0]
+        raise ConfigError(f"accelerate launch asks for --{option} {value}", expected=", ".join(choices), got=value,
+                          fix=f"accelerate launch --{option} {close}")  # fmt: skip
+
+
+def _merge_accumulation(
+    config: TrainConfig, typed: Set[str], env: Mapping[str, str], world_size: int
+) -> TrainConfig:
+    variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    text = env.get(variable, "1")
+    if text == "1":
+        return config
+    accum_steps = int(text) if text.isdigit() else 0
+    micro, rest = divmod(config.global_batch_size, world_size * max(accum_steps, 1))
+    differs = "microbatch_size" in typed and config.microbatch_size not in (None, micro)
+    if accum_steps < 1 or rest or differs:
+        raise ConfigError(
+            f"{variable}={text} does not fit the batch sizes over {world_size} ranks",
+            expected="global batch = microbatch x ranks x accumulation steps",
+            got=f"--global-batch-size {config.global_batch_size} --microbatch-size {config.microbatch_size}",
+            fix=f"unset {variable}: distkit derives the accumulation from the two sizes",
+        )
+    return replace(config, microbatch_size=micro)
+

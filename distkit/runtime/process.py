@@ -1,0 +1,200 @@
+"""The one place that knows processes and devices."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from distkit.config import TrainConfig
+from distkit.errors import ConfigError, DistkitError, LaunchError, RankFailedError
+from distkit.runtime.seeding import derive_seed, seed_everything
+from distkit.runtime.topology import Topology
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """This process: its rank, its device, and how it talks to the others.
+
+    `cpu_group` is a gloo group of its own beside the device group: what is agreed on it (votes, errors, names)
+    never waits for the device and never mixes with the collectives of a step. It is None for one process.
+    """
+
+    topology: Topology
+    device: torch.device
+    cpu_group: ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process among all."""
+        return self.topology.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.topology.world_size
+
+    @property
+    def is_main_process(self) -> bool:
+        """True on rank 0."""
+        return self.topology.is_main_process
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all ranks, in place, on the device; returns it without waiting."""
+        if self.cpu_group is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value` (any picklable object), in the order of ranks, on every rank."""
+        if self.cpu_group is None:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values  # type: ignore[return-value]  # all_gather_object fills every place
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value` on every rank."""
+        if self.cpu_group is None:
+            return value
+        box: list[T] = [value]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """All ranks leave the block, or all raise the first rank's error (C6).
+
+        Only for blocks without collectives inside: a rank that failed would leave the others waiting in them.
+        """
+        error: BaseException | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        if self.cpu_group is None:
+            if error is not None:
+                raise error
+            return
+        failures = self.gather(None if error is None else (type(error), str(error)))
+        first = next((rank for rank, failure in enumerate(failures) if failure is not None), None)
+        if first is None:
+            return
+        if error is not None and first == self.rank:
+            raise error
+        kind, message = failures[first] or (RankFailedError, "")
+        if issubclass(kind, ConfigError):
+            raise RankZeroSpeaks(kind.exit_code)
+        raise RankFailedError(f"rank {first} failed while {what}: {kind.__name__}: {message}")
+
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before the others, so that a download or a cache is made once.
+
+        An exception of rank 0 does not keep the others waiting: they run the block themselves and meet it too.
+        """
+        if self.cpu_group is not None and not self.is_main_process:
+            dist.barrier(group=self.cpu_group)
+        try:
+            yield
+        finally:
+            if self.cpu_group is not None and self.is_main_process:
+                dist.barrier(group=self.cpu_group)
+
+    def close(self) -> None:
+        """Leave the process groups; nothing can be sent afterwards."""
+        if self.cpu_group is not None and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class RankZeroSpeaks(DistkitError):
+    """Another rank found the same configuration error and prints it; this one only takes its exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code  # type: ignore[misc]  # per instance on purpose
+
+
+def choose_device(name: str, topology: Topology) -> torch.device:
+    """`auto` takes cuda, then mps (one process only), then cpu; a device that is not there is a ConfigError."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps and topology.world_size == 1 else "cpu"
+    if name == "cuda":
+        count = torch.cuda.device_count() if cuda else 0
+        if topology.local_world_size > count:
+            raise LaunchError(
+                f"{topology.local_world_size} ranks on this machine, which shows {count} CUDA devices",
+                expected="at most one rank a device",
+                got=f"{topology.local_world_size} ranks",
+                fix=f"--nproc-per-node {count}" if count else "--device cpu",
+            )
+        return torch.device("cuda", topology.local_rank)
+    if name == "mps":
+        if not mps or topology.world_size > 1:
+            raise LaunchError("--device mps", expected="Apple silicon and one process",
+                              got=f"{topology.world_size} processes, mps {'' if mps else 'not '}available",
+                              fix="--device cpu")  # fmt: skip
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def choose_num_threads(num_threads: int | None, local_world_size: int) -> int:
+    """Threads of one rank on the CPU.
+
+    Launchers set OMP_NUM_THREADS=1 unasked, so 1 counts as not chosen; `num_threads` 1 says it on purpose.
+    """
+    chosen = num_threads or int(os.environ.get("OMP_NUM_THREADS") or 1)
+    if num_threads is None and chosen <= 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        chosen = max(1, cores // local_world_size)
+    return chosen
+
+
+def start(config: TrainConfig, topology: Topology) -> Runtime:
+    """Set the device, join the process groups, seed. Undo with `Runtime.close()`."""
+    device = choose_device(config.device, topology)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        threads = choose_num_threads(config.num_threads, topology.local_world_size)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    cpu_group = _join(topology, device, config.timeout_seconds) if topology.world_size > 1 else None
+    seed_everything(derive_seed(config.seed, "rank", topology.rank))
+    return Runtime(topology=topology, device=device, cpu_group=cpu_group)
+
+
+def _join(topology: Topology, device: torch.device, timeout_seconds: float) -> ProcessGroup:
+    """Join the device group (nccl or gloo) and make the CPU side group (gloo)."""
+    os.environ.update(
+        RANK=str(topology.rank),
+        WORLD_SIZE=str(topology.world_size),
+        LOCAL_RANK=str(topology.local_rank),
+        LOCAL_WORLD_SIZE=str(topology.local_world_size),
+        MASTER_ADDR=str(topology.master_addr),
+        MASTER_PORT=str(topology.master_port),
+    )
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None
+    )
+    if dist.get_world_size() != topology.world_size:
+        raise LaunchError("the process group has another size than the launcher said",
+                          expected=f"{topology.world_size} ranks", got=f"{dist.get_world_size()} ranks",
+                          fix="start every rank with the same launcher")  # fmt: skip
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, ProcessGroup)  # new_group returns a marker only to ranks left out, and none is
+    return group

@@ -1,0 +1,177 @@
+"""Which process this is, read from what the launcher left in the environment. No torch: a wrong launch fails early."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distkit.errors import LaunchError
+
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
+#: (world size, rank, local rank, local world size) as Open MPI and MVAPICH2 name them.
+MPI_NAMES = (
+    (
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """The processes of a run and this one's place among them."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    launcher: str = "python"
+    master_addr: str | None = None
+    master_port: int | None = None
+
+    @property
+    def is_main_process(self) -> bool:
+        """True on rank 0, the one that prints and writes."""
+        return self.rank == 0
+
+
+def read_topology(env: Mapping[str, str]) -> Topology:
+    """Read the launcher's variables: torchrun and accelerate, then srun, then mpirun, else one process.
+
+    Raises:
+        LaunchError: the variables contradict each other, or more processes were asked for than started.
+    """
+    if "WORLD_SIZE" in env:
+        return _from_torchrun(env)
+    if _slurm_step_size(env) > 1:
+        return _from_srun(env)
+    for names in MPI_NAMES:
+        if int(env.get(names[0], "1")) > 1:
+            return _from_mpirun(env, names)
+    guard_single_process(env)
+    return Topology(launcher="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "python")
+
+
+def guard_single_process(env: Mapping[str, str]) -> None:
+    """Raise LaunchError when a launcher was asked for several processes and started this one alone.
+
+    `accelerate launch --num_processes 2` writes MASTER_ADDR but no WORLD_SIZE when it falls back to one process.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
+        raise LaunchError(
+            "accelerate launch was asked for several processes and started one",
+            expected="as many processes as --num_processes says",
+            got="1 process (its CPU and no-GPU paths start only one)",
+            fix="torchrun --nproc-per-node N RECIPE, or accelerate launch --multi_gpu --num_processes N RECIPE",
+        )
+    tasks = int(env.get("SLURM_NTASKS", "1"))
+    if tasks > 1 and "SLURM_JOB_ID" in env and _slurm_step_size(env) == 0:
+        raise LaunchError(
+            f"SLURM gave this job {tasks} tasks, but this process was started alone",
+            expected=f"{tasks} processes",
+            got="1 process outside of any srun step",
+            fix="srun python RECIPE, or ask for one task with --ntasks=1",
+        )
+
+
+def _number(env: Mapping[str, str], name: str, launcher: str) -> int:
+    value = env.get(name)
+    if value is None or not value.isdigit():
+        raise LaunchError(
+            f"{launcher} set WORLD_SIZE={env.get('WORLD_SIZE')} but {name} is not a rank or a count",
+            expected=f"{name} to be a whole number",
+            got="nothing" if value is None else value,
+            fix="torchrun --nproc-per-node N RECIPE, or unset WORLD_SIZE for one process",
+        )
+    return int(value)
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Topology:
+    launcher = "accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "torchrun"
+    world_size, rank = _number(env, "WORLD_SIZE", launcher), _number(env, "RANK", launcher)
+    if rank >= world_size:
+        raise LaunchError(f"RANK={rank} is not below WORLD_SIZE={world_size}", fix="torchrun --nproc-per-node N RECIPE")
+    if world_size > 1:
+        for name in RENDEZVOUS:
+            if name not in env:
+                raise LaunchError(
+                    f"WORLD_SIZE={world_size} but {name} is not set: the ranks cannot find each other",
+                    expected="the address and port of rank 0 in MASTER_ADDR and MASTER_PORT",
+                    fix="torchrun --nproc-per-node N RECIPE",
+                )
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        local_rank=int(env.get("LOCAL_RANK", rank)),
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE", world_size)),
+        launcher=launcher,
+        master_addr=env.get("MASTER_ADDR"),
+        master_port=_number(env, "MASTER_PORT", launcher) if "MASTER_PORT" in env else None,
+    )
+
+
+def _slurm_step_size(env: Mapping[str, str]) -> int:
+    """Tasks of the srun step this process belongs to; 0 outside of one."""
+    return int(env.get("SLURM_STEP_NUM_TASKS", "0")) if "SLURM_PROCID" in env else 0
+
+
+def _from_srun(env: Mapping[str, str]) -> Topology:
+    node = int(env.get("SLURM_NODEID", "0"))
+    job = int(env.get("SLURM_JOB_ID", "0"))
+    return Topology(
+        rank=int(env["SLURM_PROCID"]),
+        world_size=_slurm_step_size(env),
+        local_rank=int(env["SLURM_LOCALID"]),
+        local_world_size=tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[node],
+        launcher="srun",
+        master_addr=env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
+        # Any port that all tasks of a job derive alike and two jobs on a node rarely share.
+        master_port=int(env.get("MASTER_PORT") or 20_000 + job % 20_000),
+    )
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """SLURM's `2(x3),1` -> [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(repeat or 1)
+    return counts
+
+
+def _first_host(nodelist: str) -> str:
+    if "[" not in nodelist:
+        return nodelist.split(",")[0]
+    command = ["scontrol", "show", "hostnames", nodelist]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise LaunchError(
+            f"cannot tell the first host of SLURM's node list {nodelist}",
+            expected="scontrol on this node, or MASTER_ADDR set by the batch script",
+            got=error,
+            fix="export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)",
+        ) from error
+
+
+def _from_mpirun(env: Mapping[str, str], names: tuple[str, str, str, str]) -> Topology:
+    world_size, rank, local_rank, local_world_size = (int(env[name]) for name in names)
+    if "MASTER_ADDR" not in env and local_world_size != world_size:
+        raise LaunchError(
+            "mpirun started ranks on several machines, and MASTER_ADDR is not set",
+            expected="the host name of rank 0 in MASTER_ADDR",
+            fix="mpirun -x MASTER_ADDR=HOST …",
+        )
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        launcher="mpirun",
+        master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=int(env.get("MASTER_PORT", "29500")),
+    )

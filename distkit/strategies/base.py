@@ -1,0 +1,163 @@
+"""What the engine asks of a strategy: lay the model over the ranks, backward, clip, update, give up its state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from distkit.config import TrainConfig
+from distkit.errors import ConfigError
+from distkit.runtime.process import Runtime
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Strategy(ABC):
+    """How one model is laid over ranks. The only thing that wraps a model.
+
+    Attributes:
+        module: the recipe's model; its parameters and buffers keep their canonical names.
+        model: what the loss calls while training (wrapped, compiled).
+        eval_model: what the loss calls while evaluating; needs no other rank.
+        optimizer: the raw torch optimizer.
+        scaler: fp16's gradient scaler; passes everything through in the other precisions.
+        skipped: updates that fp16 skipped, a 0-dim float32 tensor on the device.
+    """
+
+    name: str
+    module: nn.Module
+    model: nn.Module
+    eval_model: nn.Module
+    optimizer: Optimizer
+
+    def __init__(self, config: TrainConfig, runtime: Runtime) -> None:
+        self.config, self.runtime = config, runtime
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == "fp16")
+        self.skipped = torch.zeros((), device=runtime.device)
+        self._autocast = self._make_autocast()
+        self._parameters: list[nn.Parameter] = []
+
+    @abstractmethod
+    def prepare(self, module: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> None:
+        """Move `module` to the device, lay it over the ranks, then build the optimizer over what came out."""
+
+    @abstractmethod
+    def exchange_gradients(self, on: bool) -> None:
+        """Say before a microbatch's forward whether its backward exchanges gradients between ranks."""
+
+    @abstractmethod
+    def synchronize_buffers_(self) -> None:
+        """Give every rank the buffers (BatchNorm statistics) that a checkpoint would hold: rank 0's."""
+
+    def _make_autocast(self) -> AbstractContextManager[object]:
+        dtype = AUTOCAST.get(self.config.precision)
+        if dtype is None:
+            return nullcontext()
+        # weights change every step, and accumulation re-enters: torch drops the cast copies at each exit
+        return torch.autocast(self.runtime.device.type, dtype=dtype)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """The context in which forward passes run."""
+        return self._autocast
+
+    def zero_gradients(self) -> None:
+        """Drop all gradients, so that the next backward writes instead of adds."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` (a scalar; scaled for fp16)."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of this rank's parameters; sparse ones as the dense tensor of their values."""
+        found = []
+        for parameter in self._parameters:
+            gradient = parameter.grad
+            if gradient is not None and gradient.is_sparse:
+                gradient = parameter.grad = gradient.coalesce()
+                gradient = gradient._values()
+            if gradient is not None:
+                found.append(gradient)
+        return found
+
+    @torch.no_grad()
+    def scale_gradients_(self, factor: Tensor) -> None:
+        """Multiply every gradient by `factor`, a 0-dim tensor on the device."""
+        torch._foreach_mul_(self.gradients(), factor)
+
+    @torch.no_grad()
+    def clip_gradients_(self, measure: bool) -> Tensor | None:
+        """Clip as configured; return the global L2 norm before clipping (0-dim, on the device).
+
+        The norm is None where it is neither needed for clipping nor asked for by `measure`.
+        """
+        clip_norm, clip_value = self.config.max_grad_norm, self.config.max_grad_value
+        if not measure and clip_norm is None and clip_value is None:
+            return None
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        gradients = self.gradients()
+        norm = self.total_norm(gradients) if measure or clip_norm is not None else None
+        if clip_norm is not None and norm is not None:
+            self.clip_with_norm_(clip_norm, norm)
+        if clip_value is not None:
+            torch._foreach_clamp_min_(gradients, -clip_value)
+            torch._foreach_clamp_max_(gradients, clip_value)
+        return norm
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Global L2 norm over all parameters of the model, 0-dim (torch.nn.utils.get_total_norm)."""
+        return get_total_norm(gradients)
+
+    def clip_with_norm_(self, max_norm: float, norm: Tensor) -> None:
+        """Scale gradients by min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does."""
+        clip_grads_with_norm_(self._parameters, max_norm, norm)
+
+    def update(self) -> None:
+        """One optimizer update; fp16 skips it on the device when a gradient is not finite, and counts that."""
+        if not self.scaler.is_enabled():
+            self.optimizer.step()
+            return
+        self.scaler.step(self.optimizer)
+        for found_inf in self.scaler._found_inf_per_device(self.optimizer).values():
+            self.skipped.add_(found_inf)
+        self.scaler.update()
+
+    def update_with_closure(self, closure: Callable[[], Tensor]) -> None:
+        """One update of an optimizer that evaluates the loss itself (LBFGS); `closure` computes gradients and loss."""
+        self.optimizer.step(closure)  # type: ignore[arg-type]  # torch types the closure as returning float
+
+    @property
+    def needs_closure(self) -> bool:
+        """True for optimizers that evaluate the loss several times a step."""
+        return self.config.optim.name == "lbfgs"
+
+    def check(self) -> None:
+        """Refuse what this strategy's device and optimizer cannot do together.
+
+        Raises:
+            ConfigError: naming the flag to change.
+        """
+        config, device = self.config, self.runtime.device
+        if config.precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+            raise ConfigError("--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or later",
+                              got=f"device {device}", fix="--precision fp32")  # fmt: skip
+        clips = config.max_grad_norm is not None or config.max_grad_value is not None
+        if self.needs_closure and clips:
+            raise ConfigError("--optim.name lbfgs searches along unclipped gradients", expected="no clipping",
+                              fix="--max-grad-norm None --max-grad-value None")  # fmt: skip
+
+
+def set_fp32_precision(precision: str) -> None:
+    """fp32 means IEEE fp32, also in cuDNN's convolutions, where torch's default is tf32 (torch.backends docs)."""
+    choice = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = choice
+    torch.backends.cudnn.conv.fp32_precision = choice  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn.fp32_precision = choice  # type: ignore[attr-defined]

@@ -1,0 +1,131 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distkit.errors import ConfigError
+from distkit.losses import LossOutput, dice_loss, focal_loss, mixup_cross_entropy, token_cross_entropy
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_loss_output_has_its_own_empty_sums() -> None:
+    one, two = LossOutput(torch.zeros(())), LossOutput(torch.zeros(()))
+    assert one.sums == {}
+    assert one.sums is not two.sums
+    assert one.weight is None
+    with pytest.raises(AttributeError):
+        one.loss = torch.ones(())  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_mixup_equals_cross_entropy_with_soft_labels(label_smoothing: float, per_sample: bool) -> None:
+    logits, labels, others = doubles(6, 5), torch.randint(5, (6,)), torch.randint(5, (6,))
+    share = torch.rand(6, dtype=torch.float64) if per_sample else torch.tensor(0.3, dtype=torch.float64)
+    part = share.expand(6)[:, None]
+    soft = part * F.one_hot(labels, 5) + (1 - part) * F.one_hot(others, 5)
+    expected = F.cross_entropy(logits, soft, label_smoothing=label_smoothing)
+    torch.testing.assert_close(mixup_cross_entropy(logits, labels, others, share, label_smoothing), expected)
+    assert torch.autograd.gradcheck(lambda x: mixup_cross_entropy(x, labels, others, share, label_smoothing), logits)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_token_cross_entropy_means_over_the_tokens_that_count(label_smoothing: float) -> None:
+    logits, labels = doubles(3, 4, 7), torch.randint(7, (3, 4))
+    labels[0, 1:] = -100
+    labels[2, 3] = -100
+    loss, weight = token_cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    keep = labels != -100
+    expected = F.cross_entropy(logits[keep], labels[keep], label_smoothing=label_smoothing)
+    torch.testing.assert_close(loss, expected)
+    assert weight.dtype == torch.int64
+    assert weight.item() == 8
+    assert torch.autograd.gradcheck(lambda x: token_cross_entropy(x, labels, -100, label_smoothing)[0], logits)
+
+
+def test_token_cross_entropy_recombines_over_microbatches() -> None:
+    logits, labels = doubles(4, 5, 7), torch.randint(7, (4, 5))
+    labels[0] = -100
+    labels[1, 2:] = -100
+    whole, total = token_cross_entropy(logits, labels)
+    parts = [token_cross_entropy(logits[i : i + 1], labels[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(sum(loss * weight for loss, weight in parts) / total, whole)
+    assert parts[0][0].item() == 0
+    parts[0][0].backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max() == 0
+
+
+def test_dice_matches_a_plain_loop() -> None:
+    logits, targets = doubles(3, 4, 5), torch.rand(3, 4, 5) > 0.6
+    values = []
+    for x, t in zip(logits, targets, strict=True):
+        p = 1 / (1 + torch.exp(-x))
+        values.append(1 - (2 * p[t].sum() + 1) / (p.sum() + t.sum() + 1))
+    torch.testing.assert_close(dice_loss(logits, targets), torch.stack(values).mean())
+    assert torch.autograd.gradcheck(lambda x: dice_loss(x, targets), logits)
+
+
+def test_dice_is_zero_when_right_and_for_an_empty_target() -> None:
+    target = torch.zeros(2, 8, dtype=torch.bool)
+    target[0, :4] = True
+    assert dice_loss(torch.where(target, 50.0, -50.0), target).item() == pytest.approx(0, abs=1e-6)
+    assert dice_loss(torch.where(target, -50.0, 50.0), target).item() > 0.8
+
+
+def test_focal_matches_the_equation() -> None:
+    logits, targets = doubles(3, 4), (torch.rand(3, 4) > 0.5).to(torch.int64)
+    p = torch.sigmoid(logits)
+    p_t = torch.where(targets == 1, p, 1 - p)
+    alpha_t = torch.where(targets == 1, 0.25, 0.75)
+    expected = (-alpha_t * (1 - p_t) ** 2 * p_t.log()).mean()
+    torch.testing.assert_close(focal_loss(logits, targets), expected)
+    assert torch.autograd.gradcheck(lambda x: focal_loss(x, targets), logits)
+
+
+def test_focal_without_focus_is_half_the_binary_cross_entropy() -> None:
+    logits, targets = doubles(3, 4), (torch.rand(3, 4) > 0.5).double()
+    expected = 0.5 * F.binary_cross_entropy_with_logits(logits, targets)
+    torch.testing.assert_close(focal_loss(logits, targets, alpha=0.5, gamma=0), expected)
+
+
+def test_focal_is_finite_far_out() -> None:
+    logits = torch.tensor([-200.0, 200.0, -200.0, 200.0], requires_grad=True)
+    loss = focal_loss(logits, torch.tensor([0, 0, 1, 1]), gamma=0.5)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_half_precision_logits_are_widened() -> None:
+    logits = torch.randn(4, 6).bfloat16()
+    labels, masks = torch.randint(6, (4,)), torch.rand(4, 6) > 0.5
+    assert token_cross_entropy(logits, labels)[0].dtype == torch.float32
+    assert mixup_cross_entropy(logits, labels, labels, torch.tensor(0.5)).dtype == torch.float32
+    assert dice_loss(logits, masks).dtype == torch.float32
+    assert focal_loss(logits, masks).dtype == torch.float32
+
+
+def test_shapes_and_ranges_are_checked() -> None:
+    logits, labels = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="shapes"):
+        token_cross_entropy(logits, labels[:3])
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        token_cross_entropy(logits, labels, label_smoothing=2)
+    with pytest.raises(ConfigError, match="shapes"):
+        mixup_cross_entropy(logits, labels, labels, torch.rand(3))
+    with pytest.raises(ConfigError, match="shape"):
+        dice_loss(logits, torch.zeros(4, 5))
+    with pytest.raises(ConfigError, match="smooth"):
+        dice_loss(logits, logits, smooth=0)
+    with pytest.raises(ConfigError, match="gamma"):
+        focal_loss(logits, logits, gamma=-1)
