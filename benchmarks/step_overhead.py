@@ -16,6 +16,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -28,7 +29,7 @@ from distkit.assemble import assemble
 from distkit.config import ObserveConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
 from distkit.data import SampleStream
 from distkit.engine.clock import Clock
-from distkit.engine.fit import report
+from distkit.engine.fit import opened, report
 from distkit.engine.run import Run
 from distkit.engine.train_step import due, train_step
 from distkit.losses import LossOutput
@@ -109,7 +110,7 @@ def ingredients(run: Run) -> Ingredients:
     model = nn.Linear(16, 4)
     model.load_state_dict(run.strategy.module.state_dict())
     stream = SampleStream(SEED, SAMPLES, BATCH)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     multiplier = build_schedule(run.config.schedule, num_steps=run.num_steps, steps_per_epoch=run.steps_per_epoch)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
     indices = torch.from_numpy(stream.indices(0, 20 * STEPS * BATCH)).view(-1, BATCH)
@@ -129,7 +130,7 @@ def by_hand(parts: Ingredients) -> Arm:
             inputs, labels = parts.batch(step)
             optimizer.zero_grad()
             loss = F.cross_entropy(model(inputs), labels)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             scheduler.step()
             total += loss.detach()
@@ -215,6 +216,13 @@ def fabric(parts: Ingredients) -> Arm:
     return steps
 
 
+def check_equal(run: Run, parts: dict[str, Ingredients]) -> None:
+    for name, part in parts.items():
+        for mine, other in zip(run.strategy.module.parameters(), part.model.parameters(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, msg=f"{name} computes something else")
+    print(f"all arms end with equal weights after {STEPS} steps")
+
+
 def main() -> None:
     flags = parse_flags(__doc__)
     torch.set_num_threads(1)
@@ -226,13 +234,11 @@ def main() -> None:
         parts = {name: ingredients(run) for name in makers}
         arms: dict[str, Arm] = {name: make(parts[name]) for name, make in makers.items()}
         arms["engine"] = engine(run)
-        for arm in arms.values():
-            arm(STEPS)
-        for name, part in parts.items():
-            for mine, other in zip(run.strategy.module.parameters(), part.model.parameters(), strict=True):
-                torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, msg=f"{name} computes something else")
-        print(f"all arms end with equal weights after {STEPS} steps")
-        values = interleave({name: (lambda arm=arm: arm(STEPS)) for name, arm in arms.items()}, flags.rounds)
+        with opened(run):
+            for arm in arms.values():
+                arm(STEPS)
+            check_equal(run, parts)
+            values = interleave({name: partial(arm, STEPS) for name, arm in arms.items()}, flags.rounds)
     results: dict[str, Median | float] = {name: median_of(value) for name, value in values.items()}
     for name, value in results.items():
         print(f"{name:12s} {value} µs/step")

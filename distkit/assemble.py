@@ -182,7 +182,8 @@ def describe(
         "model": f"{type(strategy.module).__name__}, {parameters:,} parameters",
         "train_data": _line(train_set),
         "test_data": "none" if test_set is None else _line(test_set),
-        "global_batch": f"{split.global_batch_size} = {split.microbatch_size} x {ranks} x {split.accum_steps} microbatches",
+        "global_batch": f"{split.global_batch_size} = {split.microbatch_size} x {ranks} x {split.accum_steps} "
+        + ("microbatch" if split.accum_steps == 1 else "microbatches"),
         "length": f"{num_steps:,} steps of {len(train_set) / split.global_batch_size:,.1f} an epoch",
         "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name}",
     }

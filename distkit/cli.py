@@ -113,7 +113,7 @@ def config_flags(file: Path, names: Mapping[str, type]) -> list[str]:
         saved = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {file} cannot be read", expected="the config.json of a run", got=error,
-                          fix="--config runs/RECIPE/RUN/config.json")  # fmt: skip
+                          fix="--config runs/RECIPE/RUN/config.json") from error  # fmt: skip
     if not isinstance(saved, dict):
         raise ConfigError(f"--config {file} is not a configuration", expected="a JSON object", got=type(saved).__name__)
     flags: list[str] = []
@@ -190,7 +190,9 @@ S = TypeVar("S", optim_config.OptimConfig, ScheduleConfig)
 
 
 def _cleared(section: S, keep: frozenset[str], typed: set[str], prefix: str) -> S:
-    extra = [f.name for f in fields(section) if f.default is None and f.name not in keep and prefix + f.name not in typed]
+    extra = [
+        f.name for f in fields(section) if f.default is None and f.name not in keep and prefix + f.name not in typed
+    ]
     copy = replace(section)
     for name in extra:
         object.__setattr__(copy, name, None)
@@ -217,4 +219,3 @@ def plain_message(box: str) -> str:
     lines = [line.strip("│ \n") for line in text.splitlines() if line.startswith("│")]
     rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
     return " ".join(line for line in lines[:rule] if line)[:600]
-

@@ -28,9 +28,7 @@ class ConfigError(DistkitError):
 
     exit_code: ClassVar[int] = 2
 
-    def __init__(
-        self, what: str, *, expected: str | None = None, got: object = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, expected: str | None = None, got: object = None, fix: str | None = None) -> None:
         lines = [what]
         if expected is not None:
             lines.append(f"  expected: {expected}")

@@ -38,12 +38,7 @@ _RENAMED = {"clip_threshold": "d", "line_search": "line_search_fn", "adjust_lr":
 #: Muon's fields that go to the AdamW beside it.
 _MUONS_ADAMW = frozenset({"betas", "eps"})
 #: Devices on which torch >= 2.11 has the fused kernel (adagrad's CUDA kernel is younger than that).
-_FUSED: dict[str, frozenset[str]] = {
-    "sgd": frozenset({"cuda", "mps", "cpu"}),
-    "adam": frozenset({"cuda", "mps", "cpu"}),
-    "adamw": frozenset({"cuda", "mps", "cpu"}),
-    "adagrad": frozenset({"cpu"}),
-}
+_FUSED = dict.fromkeys(("sgd", "adam", "adamw"), frozenset({"cuda", "mps", "cpu"})) | {"adagrad": frozenset({"cpu"})}
 #: Fused kernels that also take DTensors (torch.distributed.tensor has no sharding rule for the other two).
 _FUSED_DTENSOR = frozenset({"adam", "adamw"})
 _TAKE_SPARSE = frozenset({"sgd", "adagrad", "sparse_adam", "lbfgs"})
@@ -129,10 +124,10 @@ def build_optimizer(config: OptimConfig, groups: Sequence[ParamGroup]) -> Optimi
     """The optimizer that `config` names, over `groups`; each group's "initial_lr" is the lr that `set_lr` multiplies.
 
     Fused where torch has a fused kernel for all parameters, else torch's own choice (foreach on CUDA). Measured on one
-    CPU core, torch 2.15, microseconds an update, single-tensor / foreach / fused; two threads keep the order:
+    CPU core, torch 2.15, microseconds an update, single-tensor / foreach / fused (fused leads on two cores too):
 
-        Linear(16, 4)          sgd 30 / 49 / 28         adam 72 / 126 / 50          adagrad 43 / 85 / 37
-        ResNet-18, 62 tensors  sgd 8900 / 27600 / 4000  adam 25800 / 19800 / 6000   adagrad 12800 / 16900 / 4400
+        Linear(16, 4)          sgd 30 / 49 / 28         adam 72 / 126 / 50         adagrad 43 / 85 / 37
+        ResNet-18, 62 tensors  sgd 8900 / 27600 / 4000  adam 25800 / 19800 / 6000  adagrad 12800 / 16900 / 4400
 
     Raises:
         ConfigError: the groups do not suit the optimizer.
@@ -158,14 +153,15 @@ def _build(config: OptimConfig, groups: list[ParamGroup], options: dict[str, obj
     if fused:
         arguments["fused"] = True
     optimizer = _CLASSES[config.name](groups, **arguments)
-    if fused and config.name == "sgd" and config.momentum:
+    if fused and config.name == "sgd":
         _fill_momentum_(optimizer)
     return optimizer
 
 
 def can_fuse(config: OptimConfig, groups: Sequence[ParamGroup]) -> bool:
     """True where torch has a fused kernel of this optimizer for every parameter in `groups`."""
-    if config.dampening or any(group.get("kind") == "sparse" for group in groups):
+    # the momentum of fused SGD starts wrong where there is dampening: see _fill_momentum_
+    if any(group.get("kind") == "sparse" or group.get("dampening", config.dampening) for group in groups):
         return False
     parameters = [parameter for group in groups for parameter in group["params"]]
     return all(
@@ -183,7 +179,7 @@ def _fill_momentum_(optimizer: Optimizer) -> None:
     parameter without gradient then raises a TypeError later (seen in torch 2.15).
     """
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
+        for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
@@ -294,9 +290,7 @@ def _flatten(path: str, value: object, flat: dict[str, Tensor]) -> None:
             _flatten(f"{path}/{index}", inner, flat)
     elif isinstance(value, Tensor):
         flat[path] = value
-    elif isinstance(value, float):
-        flat[path] = torch.tensor(value, dtype=torch.float64)
-    elif isinstance(value, int):
-        flat[path] = torch.tensor(value, dtype=torch.int64)
+    elif isinstance(value, float | int):
+        flat[path] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
     elif value is not None:
         raise TypeError(f"optimizer state {path} is a {type(value).__name__}, which has no tensor form")

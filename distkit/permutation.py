@@ -20,6 +20,10 @@ Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
 
 ROUNDS = 8
+#: The same for halves of six bits and less, which mix slowly: with 8 rounds some orders of 5 samples are twice as
+#: frequent as others, with 24 a chi-square test over 60,000 epochs sees no difference.
+SMALL_ROUNDS = 24
+SMALL_BITS = 12
 MAX_LENGTH = 2**48
 
 
@@ -40,7 +44,7 @@ def permute(seed: int, epoch: int | Int64, n: int, places: Int64) -> Int64:
         DataError: `n` is out of range.
         IndexError: a place is out of range.
     """
-    return _walk(seed, epoch, n, places, range(ROUNDS))
+    return _walk(seed, epoch, n, places, 1)
 
 
 def invert(seed: int, epoch: int | Int64, n: int, indices: Int64) -> Int64:
@@ -48,14 +52,15 @@ def invert(seed: int, epoch: int | Int64, n: int, indices: Int64) -> Int64:
 
     Arguments, result and errors as in `permute`, with places and indices exchanged.
     """
-    return _walk(seed, epoch, n, indices, range(ROUNDS - 1, -1, -1))
+    return _walk(seed, epoch, n, indices, -1)
 
 
-def _walk(seed: int, epoch: int | Int64, n: int, values: Int64, rounds: range) -> Int64:
-    keys = _keys(seed, epoch, n)
+def _walk(seed: int, epoch: int | Int64, n: int, values: Int64, direction: int) -> Int64:
+    bits = max(2, (n - 1).bit_length())
+    keys = _keys(seed, epoch, n, SMALL_ROUNDS if bits <= SMALL_BITS else ROUNDS)
+    rounds = range(len(keys))[::direction]
     if values.size and (values.min() < 0 or values.max() >= n):
         raise IndexError(f"places and indices lie in [0, {n}), got {values.min()} to {values.max()}")
-    bits = max(2, (n - 1).bit_length())
     out = _feistel(keys, bits, values.astype(np.uint64), rounds)
     pending = np.flatnonzero(out >= n)
     while pending.size:
@@ -91,22 +96,22 @@ def _mix(x: UInt64) -> UInt64:
     return x
 
 
-def _keys(seed: int, epoch: int | Int64, n: int) -> UInt64:
-    """Round keys, uint64 [ROUNDS, 1] for one epoch or [ROUNDS, B] for one epoch per element."""
+def _keys(seed: int, epoch: int | Int64, n: int, num_rounds: int) -> UInt64:
+    """uint64 [num_rounds, 1] for one epoch, or [num_rounds, B] for one epoch per element."""
     require(0 <= seed < 2**63, "seed", "an integer in [0, 2^63)", seed, "0")
     if not 1 <= n <= MAX_LENGTH:
         raise DataError("the data set has a length that cannot be permuted", expected="1 to 2^48 samples", got=n)
     if not isinstance(epoch, np.ndarray):
-        return _epoch_keys(seed, epoch, n)[:, None]
+        return _epoch_keys(seed, int(epoch), n, num_rounds)[:, None]
     epochs, inverse = np.unique(epoch, return_inverse=True)
-    table = np.empty((ROUNDS, epochs.size), np.uint64)
+    table = np.empty((num_rounds, epochs.size), np.uint64)
     for column, value in enumerate(epochs.tolist()):
-        table[:, column] = _epoch_keys(seed, value, n)
+        table[:, column] = _epoch_keys(seed, value, n, num_rounds)
     return table if epochs.size == 1 else np.take(table, inverse, axis=1)
 
 
 @lru_cache(maxsize=64)
-def _epoch_keys(seed: int, epoch: int, n: int) -> UInt64:
+def _epoch_keys(seed: int, epoch: int, n: int, num_rounds: int) -> UInt64:
     message = b"".join(value.to_bytes(8, "little") for value in (seed, epoch, n))
-    digest = hashlib.blake2b(message, digest_size=8 * ROUNDS, person=b"distkit.permute").digest()
+    digest = hashlib.shake_256(b"distkit.permutation" + message).digest(8 * num_rounds)
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import Dataset as TorchDataset
 
-    from distkit.data import Batch, Dataset
+    from distkit.data import Dataset
     from distkit.losses import LossOutput
     from distkit.optim import ParamGroup
     from distkit.schedules import Schedule
@@ -37,7 +37,7 @@ class Recipe(Generic[C]):
         build_model: config -> the model, on the CPU; called under one seed on every rank.
         build_dataset: config, "train" or "test" -> a distkit Dataset or any map-style torch dataset; None where
             there is no test set.
-        compute_loss: config, model, batch -> LossOutput.
+        compute_loss: config, model, batch (what `fetch` and `augment` of the data set give) -> LossOutput.
         presets: named starting points; the first one is the default.
         build_param_groups: config, model -> parameter groups; default: no weight decay on norms and biases.
         build_schedule: config, number of steps -> `step -> multiplier`; default: config.schedule.
@@ -50,7 +50,7 @@ class Recipe(Generic[C]):
     config: type[C]
     build_model: Callable[[C], nn.Module]
     build_dataset: Callable[[C, Split], Dataset | TorchDataset[object] | None]
-    compute_loss: Callable[[C, nn.Module, Batch], LossOutput]
+    compute_loss: Callable[..., LossOutput]
     presets: Mapping[str, C]
     build_param_groups: Callable[[C, nn.Module], list[ParamGroup]] | None = None
     build_schedule: Callable[[C, int], Schedule] | None = None
@@ -60,7 +60,9 @@ class Recipe(Generic[C]):
 
     def __post_init__(self) -> None:
         if not self.presets:
-            raise ConfigError(f"recipe {self.name} has no presets", expected="at least one", fix='{"default": Config()}')
+            raise ConfigError(
+                f"recipe {self.name} has no presets", expected="at least one", fix='{"default": Config()}'
+            )
 
     def main(self, argv: Sequence[str] | None = None) -> None:
         """Run the command line and exit: 0 done, 1 failed, 2 configuration, 75 stopped and resumable."""

@@ -173,8 +173,8 @@ def _multi_step(c: ScheduleConfig, span: _Span) -> Schedule:
         middle = (span.warmup_steps + span.num_steps) // 2 / unit
         raise ConfigError(
             f"{flag(f'schedule.{name}')} lies outside the part of the run after the warmup",
-            expected=f"steps {span.warmup_steps} to {span.num_steps - 1}, at {unit:.10g} steps each",
-            got=f"steps {', '.join(map(str, outside[:5]))}",
+            expected=f"{span.warmup_steps / unit:.10g} to {(span.num_steps - 1) / unit:.10g}, as the run is long",
+            got=", ".join(f"{mark / unit:.10g}" for mark in outside[:5]),
             fix=f"{flag(f'schedule.{name}')} {middle:.10g}, or --num-steps {max(marks) + 1}",
         )
     return multi_step([mark - span.warmup_steps for mark in marks], **_given(c, "gamma"))

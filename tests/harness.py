@@ -78,9 +78,7 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / f"{rank}.pickle" for rank in range(world_size)]
-        _start_and_wait(
-            [(_call, (function, args, str(path))) for path in results], world_size, env or {}, timeout
-        )
+        _start_and_wait([(_call, (function, args, str(path))) for path in results], world_size, env or {}, timeout)
         loaded = [pickle.loads(path.read_bytes()) if path.exists() else ("no result", None) for path in results]
     failures = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(loaded) if error]
     assert not failures, "\n".join(failures)
@@ -102,9 +100,7 @@ def run_recipe_cli(
         outs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(world_size)]
         calls = [(_main, (str(recipe), list(argv), str(cwd), str(out), str(err), stdin)) for out, err in outs]
         codes = _start_and_wait(calls, world_size, env or {}, timeout)
-        return [
-            Ended(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, outs, strict=True)
-        ]
+        return [Ended(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, outs, strict=True)]
 
 
 def _start_and_wait(

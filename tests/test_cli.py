@@ -45,7 +45,9 @@ def test_underscores_are_hyphens() -> None:
 
 
 def test_config_file_comes_between_preset_and_flags(tmp_path: Path) -> None:
-    saved = replace(PRESETS["long"], seed=7, run_dir=Path("a b"), compile=True, data=replace(QUICK.data, root=Path("x")))
+    saved = replace(
+        PRESETS["long"], seed=7, run_dir=Path("a b"), compile=True, data=replace(QUICK.data, root=Path("x"))
+    )
     saved = replace(saved, schedule=ScheduleConfig(name="multi_step", milestone_epochs=(1.0, 1.5)))
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_json(saved)))

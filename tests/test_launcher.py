@@ -86,9 +86,7 @@ def test_accumulation_sets_the_microbatch() -> None:
         (PLAIN, "", {"ACCELERATE_DYNAMO_BACKEND": "TENSORRT"}, ("dynamo_backend",)),
     ],
 )
-def test_contradictions_name_both(
-    config: TrainConfig, typed: str, env: dict[str, str], names: tuple[str, ...]
-) -> None:
+def test_contradictions_name_both(config: TrainConfig, typed: str, env: dict[str, str], names: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as caught:
         merge_launcher_env(config, frozenset({typed}), env, 1)
     for name in names:

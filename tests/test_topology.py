@@ -61,7 +61,7 @@ def test_srun_ranks_agree_on_the_rendezvous() -> None:
 
 def test_mpirun() -> None:
     names = ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
-    env = {f"OMPI_COMM_WORLD_{name}": value for name, value in zip(names, "2 1 1 2".split(), strict=True)}
+    env = {f"OMPI_COMM_WORLD_{name}": value for name, value in zip(names, ["2", "1", "1", "2"], strict=True)}
     topology = read_topology(env)
     assert (topology.rank, topology.world_size, topology.master_addr) == (1, 2, "127.0.0.1")
 

@@ -183,7 +183,7 @@ def split_batch(config: TrainConfig, world_size: int) -> BatchSplit:
             f"--global-batch-size {total} gives {world_size} ranks less than one sample each",
             expected=f"at least {world_size} for {world_size} ranks",
             got=total,
-            fix=f"--global-batch-size {world_size}, or start at most {total} ranks",
+            fix=f"--global-batch-size {world_size * (config.microbatch_size or 1)}, or start at most {total} ranks",
         )
     if config.microbatch_size is None and total % world_size == 0:
         return BatchSplit(global_batch_size=total, microbatch_size=total // world_size, world_size=world_size)
@@ -198,6 +198,9 @@ def split_batch(config: TrainConfig, world_size: int) -> BatchSplit:
             closest = min(divisors, key=lambda m: abs(m - (config.microbatch_size or 1)))
             fix += f" or --microbatch-size {closest}"
         raise ConfigError(
-            f"--global-batch-size {total} does not divide into {cut}", expected=f"a multiple of {unit}", got=total, fix=fix
+            f"--global-batch-size {total} does not divide into {cut}",
+            expected=f"a multiple of {unit}",
+            got=total,
+            fix=fix,
         )
     return BatchSplit(global_batch_size=total, microbatch_size=unit // world_size, world_size=world_size)

@@ -34,12 +34,7 @@ def random_crop(images: Tensor, y: Tensor, x: Tensor, padding: int, mode: Paddin
     padded = _pad(images, padding, mode)
     if images.device.type == "cpu":
         return _windows_by_row(padded, y, x, height, width)
-    device = images.device
-    sample = torch.arange(len(images), device=device)[:, None, None, None]
-    channel = torch.arange(images.shape[1], device=device)[:, None, None]
-    rows = y[:, None] + torch.arange(height, device=device)
-    columns = x[:, None] + torch.arange(width, device=device)
-    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    return _windows_by_pixel(padded, y, x, height, width)
 
 
 def _pad(images: Tensor, padding: int, mode: PaddingMode) -> Tensor:
@@ -63,6 +58,16 @@ def _windows_by_row(padded: Tensor, y: Tensor, x: Tensor, height: int, width: in
     plane = np.arange(batch * channels).reshape(batch, channels) * (padded_height * padded_width)
     first = (plane + corner[:, None])[:, :, None] + np.arange(height) * padded_width
     return torch.from_numpy(rows[first].view(array.dtype).reshape(batch, channels, height, width))
+
+
+def _windows_by_pixel(padded: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
+    """Windows of images on any device, in one gather."""
+    device = padded.device
+    sample = torch.arange(padded.shape[0], device=device)[:, None, None, None]
+    channel = torch.arange(padded.shape[1], device=device)[:, None, None]
+    rows = y[:, None] + torch.arange(height, device=device)
+    columns = x[:, None] + torch.arange(width, device=device)
+    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from distkit.config import BatchSplit
-from distkit.data.dataset import Batch, Dataset, to_device
+from distkit.data.batch import Batch, to_device
+from distkit.data.dataset import Augments, Dataset
 from distkit.data.draws import Draws
 from distkit.data.stream import SampleStream, microbatch_start
 
@@ -35,15 +36,15 @@ class ResidentLoader:
 
     def __post_init__(self) -> None:
         self.stream = SampleStream(self.seed, len(self.dataset), self.split.global_batch_size)
-        self._augment = getattr(self.dataset, "augment", None)
+        self._augment = self.dataset.augment if isinstance(self.dataset, Augments) else None
 
     def microbatch(self, step: int, accum_index: int) -> Batch:
         """This rank's microbatch `accum_index` of global batch `step`, on the device; never waits for it."""
         start, count = microbatch_start(step, self.split, self.rank, accum_index), self.split.microbatch_size
         indices = torch.from_numpy(self.stream.indices(start, count))
         batch = self.dataset.fetch(indices)
-        batch = to_device(batch, self.device, self.channels_last)
-        if self._augment is not None:
-            positions = torch.arange(start, start + count, device=self.device)
-            batch = self._augment(batch, Draws(self.seed, positions))
-        return batch
+        if self._augment is None:
+            return to_device(batch, self.device, self.channels_last)
+        positions = torch.arange(start, start + count, device=self.device)
+        batch = self._augment(to_device(batch, self.device), Draws(self.seed, positions))
+        return to_device(batch, self.device, self.channels_last)

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,7 @@ def cifar10(root: Path, split: Split) -> ImageDataset:
     """
     try:
         dataset = _open_cifar10(root, split)
-    except (OSError, RuntimeError, EOFError, ImportError) as error:
+    except (OSError, HTTPException, RuntimeError, EOFError, ImportError) as error:
         raise DataError(
             f"CIFAR-10 cannot be downloaded to {root}",
             expected="a network connection, or a verified copy made before by the same command",

@@ -30,7 +30,7 @@ def explain(error: Exception, watch: ModuleWatch, batch: Mapping[str, tuple[str,
         lines.append(f"step {watch.step}: {type(error).__name__} in compute_loss, outside of the model: {text}")
         lines.append(f"  model gave: {shape_line(watch.last_output)}")
     lines += [f"  batch {name}: {line}" for name, (line, _) in batch.items()]
-    lines += [f"  hint:     {hint}" for hint in label_hints(watch, batch)]
+    lines += [f"  hint:     {hint}" for hint in label_hints(watch, batch, text)]
     return TrainingError("\n".join(lines))
 
 
@@ -53,15 +53,18 @@ def summarize(batch: object) -> dict[str, tuple[str, Bounds | None]]:
     return lines
 
 
-def label_hints(watch: ModuleWatch, batch: Mapping[str, tuple[str, Bounds | None]]) -> list[str]:
+def label_hints(watch: ModuleWatch, batch: Mapping[str, tuple[str, Bounds | None]], error: str) -> list[str]:
     """Integer tensors of the batch whose values are no class of the model's output [B, C, ...]."""
     outputs = [t for t in tensors_of(watch.last_output) if t.ndim >= 2]
     if watch.active or not outputs:
         return []
     classes = outputs[0].shape[1]
-    return [
+    hints = [
         f"batch {name} runs from {bounds[0]} to {bounds[1]}; the model has {classes} classes, so labels must be in "
         f"0 to {classes - 1}"
         for name, (_, bounds) in batch.items()
         if bounds is not None and (bounds[0] < 0 or bounds[1] >= classes)
     ]
+    if not hints and ("out of bounds" in error or "device-side assert" in error):
+        hints = [f"the model has {classes} classes, so labels must be in 0 to {classes - 1}; compute_loss changed them"]
+    return hints

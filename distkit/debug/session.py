@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -77,7 +77,7 @@ def deterministic_and_anomalous() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def constant_lr(step: int) -> float:
+def constant_lr(_step: int) -> float:
     """The overfit test wants no warmup and no decay."""
     return 1.0
 
@@ -123,14 +123,22 @@ def debug_step(run: Run, watch: ModuleWatch) -> float:
         if parameter.grad is not None and count_nonfinite(parameter.grad):
             raise NonFiniteError(f"step {watch.step}: the gradient of {name} is {range_line(parameter.grad)}")
         if count_nonfinite(parameter):
-            raise NonFiniteError(f"step {watch.step}: the update made {name} {range_line(parameter)}; is the lr too high?")
+            raise NonFiniteError(
+                f"step {watch.step}: the update made {name} {range_line(parameter)}; is the lr too high?"
+            )
     return run.meter.reduce().loss
 
 
 def print_parameters(module: nn.Module) -> None:
     """A table of every parameter: name, shape, dtype, number, trainable."""
     rows = [
-        (name, str(list(p.shape)), str(p.dtype).removeprefix("torch."), f"{p.numel():,}", "" if p.requires_grad else "frozen")
+        (
+            name,
+            str(list(p.shape)),
+            str(p.dtype).removeprefix("torch."),
+            f"{p.numel():,}",
+            "" if p.requires_grad else "frozen",
+        )
         for name, p in module.named_parameters()
     ]
     print_table("parameters", ("name", "shape", "dtype", "number", ""), rows)
@@ -146,7 +154,7 @@ def print_shapes(watch: ModuleWatch) -> None:
     print_table("shapes of the first forward", ("module", "type", "input", "output"), rows)
 
 
-def print_table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Columns as wide as they need to be."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     print(f"\n{title}")
@@ -161,8 +169,8 @@ def check_first_loss(loss: float, expected: float | None) -> None:
     elif 0.5 * expected <= loss <= 2 * expected:
         print(f"\nfirst loss {loss:.4f}, expected about {expected:.4f} from an untrained model: fine")
     else:
-        print(f"\nWARNING: first loss {loss:.4f}, expected about {expected:.4f} from an untrained model: look at the "
-              "initial weights of the last layer, the normalisation of the inputs and the reduction of the loss")  # fmt: skip
+        print(f"\nWARNING: first loss {loss:.4f}, expected about {expected:.4f} from an untrained model")
+        print("  look at: initial weights of the last layer, normalisation of the inputs, reduction of the loss")
 
 
 def name_unused(module: nn.Module) -> None:

@@ -111,7 +111,7 @@ class ModuleWatch:
 
         return hook
 
-    def _leave(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+    def _leave(self, module: nn.Module, _args: tuple[object, ...], _kwargs: dict[str, object], output: object) -> None:
         call = self.active[-1]
         call.outputs = output
         if any_nonfinite(tensors_of(output)):

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from distkit.data import Dataset, Draws, batch_size, to_device
+from distkit.data import Augments, Dataset, Draws, batch_size, to_device
 from distkit.engine.meter import Means, Meter
 from distkit.engine.run import Run
 from distkit.errors import TrainingError
@@ -45,13 +45,14 @@ def count_batches(run: Run, dataset: Dataset, meter: Meter) -> None:
     runtime, config = run.runtime, run.config
     samples = rank_range(len(dataset), runtime.rank, runtime.world_size)
     size = config.eval_batch_size or run.split.microbatch_size
-    augment = getattr(dataset, "augment", None)
+    augment = dataset.augment if isinstance(dataset, Augments) else None
     for start in range(samples.start, samples.stop, size):
         indices = torch.arange(start, min(start + size, samples.stop))
-        batch = to_device(dataset.fetch(indices), runtime.device, config.channels_last)
+        batch = to_device(dataset.fetch(indices), runtime.device)
         if augment is not None:
             # test-time draws are keyed by the sample itself: there is no stream
             batch = augment(batch, Draws(config.seed, indices.to(runtime.device)))
+        batch = to_device(batch, runtime.device, config.channels_last)
         with run.strategy.precision():
             output = run.compute_loss(run.strategy.eval_model, batch)
         meter.add(output, batch_size(batch))

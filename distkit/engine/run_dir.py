@@ -42,7 +42,7 @@ class RunDirectory:
             write_json(self.path / "environment.json", environment)
         except OSError as error:
             raise ConfigError(f"cannot write the run directory {self.path}", expected="a writable directory",
-                              got=error, fix="--run-dir DIR")  # fmt: skip
+                              got=error, fix="--run-dir DIR") from error  # fmt: skip
 
     def write_status(self, state: State, step: int, reason: str | None = None) -> None:
         """Say in status.json how the run stands."""

@@ -44,10 +44,14 @@ def _version(package: str) -> str | None:
 def git_revision(directory: Path) -> str | None:
     """Commit hash of `directory`, with `+changes` where tracked files differ; None outside of git."""
     try:
-        options = {"capture_output": True, "text": True, "check": True, "timeout": 10, "cwd": directory}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()  # type: ignore[call-overload]
-        status = ["git", "status", "--porcelain", "--untracked-files=no"]
-        changed = bool(subprocess.run(status, **options).stdout.strip())  # type: ignore[call-overload]
+        commit = _git(directory, "rev-parse", "HEAD")
+        changed = _git(directory, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if changed else "")
+
+
+def _git(directory: Path, *words: str) -> str:
+    command = ["git", *words]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
-from typing import TypeVar, get_args
+from typing import TypeVar, cast, get_args
 
-from distkit.config import CompileBackend, CompileMode, TrainConfig
+from distkit.config import CompileBackend, CompileMode, Precision, TrainConfig
 from distkit.config.check import flag
 from distkit.errors import ConfigError, nearest
 
-Value = TypeVar("Value", str, bool)
+C = TypeVar("C", bound=TrainConfig)
+Value = TypeVar("Value")
 
 #: Strategies that a later release brings; starting them as plain DDP would be a silent lie.
 UNSUPPORTED = {
@@ -49,7 +50,7 @@ def _truthy(env: Mapping[str, str], name: str) -> bool:
     return env.get(name, "").strip().lower() in ("1", "true", "yes", "on")
 
 
-def merge_launcher_env(config: TrainConfig, typed: Set[str], env: Mapping[str, str], world_size: int) -> TrainConfig:
+def merge_launcher_env(config: C, typed: Set[str], env: Mapping[str, str], world_size: int) -> C:
     """Honour mixed precision, dynamo, gradient accumulation and CPU of `accelerate launch`.
 
     Args:
@@ -77,12 +78,13 @@ def merge_launcher_env(config: TrainConfig, typed: Set[str], env: Mapping[str, s
         if precision not in ("bf16", "fp16"):
             raise ConfigError(f"accelerate launch asks for mixed precision {precision}", expected="no, bf16 or fp16",
                               got=precision, fix="accelerate launch --mixed_precision bf16")  # fmt: skip
-        config = replace(config, precision=merge.take("precision", precision, "ACCELERATE_MIXED_PRECISION", env))
+        chosen = merge.take("precision", cast(Precision, precision), "ACCELERATE_MIXED_PRECISION", env)
+        config = replace(config, precision=chosen)
     config = _merge_dynamo(config, merge, env)
     return _merge_accumulation(config, typed, env, world_size)
 
 
-def _merge_dynamo(config: TrainConfig, merge: _Merge, env: Mapping[str, str]) -> TrainConfig:
+def _merge_dynamo(config: C, merge: _Merge, env: Mapping[str, str]) -> C:
     variable = "ACCELERATE_DYNAMO_BACKEND"
     backend = env.get(variable, "NO").lower()
     if backend == "no":
@@ -93,8 +95,8 @@ def _merge_dynamo(config: TrainConfig, merge: _Merge, env: Mapping[str, str]) ->
     return replace(
         config,
         compile=merge.take("compile", True, variable, env),
-        compile_backend=merge.take("compile_backend", backend, variable, env),
-        compile_mode=merge.take("compile_mode", mode, "ACCELERATE_DYNAMO_MODE", env)
+        compile_backend=merge.take("compile_backend", cast(CompileBackend, backend), variable, env),
+        compile_mode=merge.take("compile_mode", cast(CompileMode, mode), "ACCELERATE_DYNAMO_MODE", env)
         if "ACCELERATE_DYNAMO_MODE" in env
         else config.compile_mode,
         compile_fullgraph=_truthy(env, "ACCELERATE_DYNAMO_USE_FULLGRAPH") or config.compile_fullgraph,
@@ -109,9 +111,7 @@ def _known(option: str, value: str, choices: tuple[str, ...]) -> None:
                           fix=f"accelerate launch --{option} {close}")  # fmt: skip
 
 
-def _merge_accumulation(
-    config: TrainConfig, typed: Set[str], env: Mapping[str, str], world_size: int
-) -> TrainConfig:
+def _merge_accumulation(config: C, typed: Set[str], env: Mapping[str, str], world_size: int) -> C:
     variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
     text = env.get(variable, "1")
     if text == "1":
@@ -127,4 +127,3 @@ def _merge_accumulation(
             fix=f"unset {variable}: distkit derives the accumulation from the two sizes",
         )
     return replace(config, microbatch_size=micro)
-

@@ -162,11 +162,25 @@ def choose_num_threads(num_threads: int | None, local_world_size: int) -> int:
     return chosen
 
 
+def set_determinism(on: bool) -> None:
+    """Deterministic kernels where torch has them (a warning names an operation that has none), or the fastest ones.
+
+    See torch.use_deterministic_algorithms; cuBLAS reads its workspace setting when CUDA starts.
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    # filling fresh memory with NaN finds bugs and costs time in every step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not on
+
+
 def start(config: TrainConfig, topology: Topology) -> Runtime:
     """Set the device, join the process groups, seed. Undo with `Runtime.close()`."""
     device = choose_device(config.device, topology)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    set_determinism(config.deterministic)
     if device.type == "cpu":
         threads = choose_num_threads(config.num_threads, topology.local_world_size)
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -188,9 +202,7 @@ def _join(topology: Topology, device: torch.device, timeout_seconds: float) -> P
     )
     timeout = datetime.timedelta(seconds=timeout_seconds)
     on_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None
-    )
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
     if dist.get_world_size() != topology.world_size:
         raise LaunchError("the process group has another size than the launcher said",
                           expected=f"{topology.world_size} ranks", got=f"{dist.get_world_size()} ranks",

@@ -20,7 +20,7 @@ class DataParallel(Strategy):
         """Place the model, wrap it for several ranks, compile it, build the optimizer."""
         config, runtime = self.config, self.runtime
         layout = torch.channels_last if config.channels_last else torch.preserve_format
-        self.module = module.to(runtime.device, memory_format=layout)
+        self.module = module.to(runtime.device).to(memory_format=layout)
         self._ddp = self._wrap(self.module) if runtime.world_size > 1 else None
         self.name = "ddp" if self._ddp is not None else "single"
         self.model = self._ddp if self._ddp is not None else self.module

@@ -1,0 +1,31 @@
+"""Shared by all tests: the harness is importable, and no child process outlives a test."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def _children() -> set[int]:
+    """Live descendants, without the fork server and multiprocessing's resource tracker."""
+    mine = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            command = " ".join(process.cmdline())
+            if process.status() != psutil.STATUS_ZOMBIE and "multiprocessing" not in command:
+                mine.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return set(mine)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    before = _children()
+    yield
+    left = _children() - before
+    assert not left, f"processes left behind: {left}"

@@ -1,0 +1,389 @@
+"""One step and the loop: however a batch is cut, the same samples and updates (C1, C2), and no waiting (C5)."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_ranks
+from tiny import BASE, NUM_TEST, NUM_TRAIN, TinyConfig, Vectors, build_run
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distkit.config import OptimConfig, ScheduleConfig
+from distkit.data import SampleStream
+from distkit.engine.evaluate import evaluate, rank_range
+from distkit.engine.fit import fit
+from distkit.engine.run import Best, Run, Trackers
+from distkit.engine.train_step import due, train_step
+from distkit.errors import ConfigError, NonFiniteError, TrainingError
+from distkit.losses import LossOutput
+
+
+def lines(run: Run, event: str) -> list[dict[str, float]]:
+    text = (run.directory.path / "metrics.jsonl").read_text()
+    return [line for line in map(json.loads, text.splitlines()) if line["event"] == event]
+
+
+def outcome(folder: str, config: TinyConfig) -> dict[str, object]:
+    """Train here; what a test wants to compare."""
+    run = build_run(folder, config)
+    dataset = run.loader.dataset  # type: ignore[attr-defined]
+    assert isinstance(dataset, Vectors)
+    dataset.read.clear()
+    summary = fit(run)
+    answer = {
+        "read": [indices.tolist() for indices in dataset.read],
+        "weights": {name: p.detach().clone() for name, p in run.strategy.module.named_parameters()},
+        "buffers": {name: b.clone() for name, b in run.strategy.module.named_buffers()},
+        "digest": summary["state_digest"],
+        "last": summary["last"],
+        "strategy": run.strategy.name,
+    }
+    if run.runtime.is_main_process:
+        answer["train"] = lines(run, "train")
+    run.runtime.close()
+    return answer
+
+
+def test_due() -> None:
+    assert [step for step in range(1, 11) if due(4, step, 10)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if due(None, step, 10)] == [10]
+
+
+SPLITS = [(1, 1), (1, 8), (2, 4), (4, 2), (8, 1)]
+
+
+def split_config(world_size: int, accum_steps: int, **changes: object) -> TinyConfig:
+    micro = BASE.global_batch_size // world_size // accum_steps
+    return replace(BASE, microbatch_size=micro, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_split_reads_the_same_batches_and_ends_with_the_same_weights(tmp_path: Path, weighted: bool) -> None:
+    reference = None
+    for world_size, accum_steps in SPLITS:
+        config = split_config(world_size, accum_steps, weighted=weighted, noise=0.1, max_grad_norm=0.5)
+        folder = str(tmp_path / f"{world_size}x{accum_steps}")
+        ranks = run_ranks(outcome, world_size, folder, config)
+        assert ranks[0]["strategy"] == ("single" if world_size == 1 else "ddp")
+        stream = SampleStream(config.seed, NUM_TRAIN, config.global_batch_size)
+        for step in range(config.num_steps or 0):
+            read = [ranks[r]["read"][step * accum_steps + a] for a in range(accum_steps) for r in range(world_size)]
+            assert [index for part in read for index in part] == stream.global_batch(step).tolist()
+        assert len({rank["digest"] for rank in ranks}) == 1
+        reference = reference or ranks[0]
+        for name, weight in reference["weights"].items():
+            torch.testing.assert_close(ranks[0]["weights"][name], weight, atol=1e-6, rtol=0)
+        for mine, theirs in zip(ranks[0]["train"], reference["train"], strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+            assert mine["correct"] == theirs["correct"]
+            assert mine["samples"] == theirs["samples"] == 40
+            assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert ranks[0]["last"]["correct"] == reference["last"]["correct"]
+
+
+def test_training_is_the_loop_by_hand(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Identity(), nn.Tanh(), nn.Dropout(0), nn.Linear(8, 4))
+    model.load_state_dict(run.strategy.module.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    stream, data = SampleStream(0, NUM_TRAIN, 8), Vectors("train", 0.0)
+    for step in range(20):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.2 * run.schedule(step)
+        rows = torch.from_numpy(stream.global_batch(step))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data.inputs[rows]), data.labels[rows]).backward()
+        optimizer.step()
+    fit(run)
+    for mine, theirs in zip(run.strategy.module.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_digest_and_another_seed_another(tmp_path: Path) -> None:
+    config = replace(BASE, dropout=0.3, noise=0.1, batch_norm=True, ema_decay=0.9)
+    first = fit(build_run(tmp_path / "a", config))["state_digest"]
+    second = fit(build_run(tmp_path / "b", config))["state_digest"]
+    other = fit(build_run(tmp_path / "c", replace(config, seed=1)))["state_digest"]
+    assert first == second != other
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what makes the host wait for a tensor's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BASE,
+        replace(BASE, microbatch_size=2, weighted=True, max_grad_norm=1.0, ema_decay=0.99),
+        replace(BASE, max_grad_value=0.1, precision="bf16"),
+        replace(BASE, precision="fp16", max_grad_norm=1.0, optim=OptimConfig(name="adamw", lr=0.01)),
+    ],
+    ids=["plain", "weighted-accumulated-clipped-ema", "value-bf16", "fp16"],
+)
+def test_a_step_never_waits_for_the_device(tmp_path: Path, config: TinyConfig) -> None:
+    run = build_run(tmp_path, config)
+    run.strategy.module.train()
+    train_step(run)
+    with CountReads() as count:
+        for _ in range(3):
+            train_step(run)
+    assert count.reads == 0
+
+
+def test_reports_are_due_and_complete(tmp_path: Path) -> None:
+    run = build_run(tmp_path, replace(BASE, eval_every=10, num_steps=22))
+    fit(run)
+    train, evals = lines(run, "train"), lines(run, "eval")
+    assert [line["step"] for line in train] == [5, 10, 15, 20, 22]
+    assert [line["step"] for line in evals] == [10, 20, 22]
+    for line in train:
+        assert {"loss", "lr", "grad_norm", "samples", "samples_per_second", "data_wait_seconds"} <= line.keys()
+        assert line["lr"] == pytest.approx(0.2 * run.schedule(int(line["step"]) - 1))
+    assert [line["samples"] for line in train] == [40, 40, 40, 40, 16]
+    assert all(line["samples"] == NUM_TEST for line in evals)
+
+
+def test_the_run_directory_says_what_happened(tmp_path: Path) -> None:
+    run = build_run(tmp_path, replace(BASE, eval_every=5, ema_decay=0.9))
+    fit(run)
+    folder = run.directory.path
+    files = {path.name for path in folder.iterdir()}
+    assert files == {
+        "config.json", "environment.json", "status.json", "summary.json", "metrics.jsonl",
+        "weights.safetensors", "ema.safetensors",
+    }  # fmt: skip
+    status, summary = (json.loads((folder / name).read_text()) for name in ("status.json", "summary.json"))
+    assert status == {"state": "completed", "step": 20, "reason": None, "attempt": 1}
+    evals = lines(run, "eval")
+    assert summary["best"]["correct"] == max(line["correct"] for line in evals)
+    assert summary["last"]["loss"] == evals[-1]["loss"]
+    assert len(summary["state_digest"]) == 64
+
+
+def test_weights_file_loads_into_the_model(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    run = build_run(tmp_path, replace(BASE, batch_norm=True))
+    fit(run)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0), nn.Linear(8, 4))
+    model.load_state_dict(load_file(run.directory.path / "weights.safetensors"))
+    assert torch.equal(model[0].weight, run.strategy.module[0].weight)  # type: ignore[index]
+
+
+def test_a_nan_loss_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    run.strategy.module[0].weight.data[0, 0] = float("nan")  # type: ignore[index,union-attr]
+    with pytest.raises(NonFiniteError, match="step 5"):
+        fit(run)
+    status = json.loads((run.directory.path / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "NonFiniteError" in status["reason"]
+    assert lines(run, "train")[0]["nonfinite"]
+
+
+def test_fp16_skips_an_update_and_counts_it(tmp_path: Path) -> None:
+    run = build_run(tmp_path, replace(BASE, precision="fp16", num_steps=6))
+    before = [p.detach().clone() for p in run.strategy.module.parameters()]
+    honest = run.compute_loss
+
+    def overflow(model: nn.Module, batch: object) -> LossOutput:
+        output = honest(model, batch)  # type: ignore[arg-type]
+        return replace(output, loss=output.loss * 1e30) if run.progress.step == 0 else output
+
+    run.compute_loss = overflow
+    train_step(run)
+    assert run.strategy.skipped.item() == 1
+    assert all(torch.equal(p, old) for p, old in zip(run.strategy.module.parameters(), before, strict=True))
+    run.meter.reduce()
+    fit(run)
+    assert lines(run, "train")[-1]["skipped_updates"] == 1
+    assert lines(run, "train")[-1]["loss_scale"] == 2.0**15
+    assert not torch.equal(next(run.strategy.module.parameters()), before[0])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_learns_like_fp32(tmp_path: Path, precision: str) -> None:
+    config = replace(BASE, num_steps=200)
+    exact = fit(build_run(tmp_path / "fp32", config))
+    low = fit(build_run(tmp_path / precision, replace(config, precision=precision)))  # type: ignore[arg-type]
+    assert low["last"]["loss"] == pytest.approx(exact["last"]["loss"], abs=0.05)  # type: ignore[index]
+
+
+def test_clipping_by_norm_and_by_value(tmp_path: Path) -> None:
+    free = build_run(tmp_path / "free")
+    by_norm = build_run(tmp_path / "norm", replace(BASE, max_grad_norm=1e-3))
+    by_value = build_run(tmp_path / "value", replace(BASE, max_grad_value=1e-4))
+    for run in (free, by_norm, by_value):
+        train_step(run)
+    norm = torch.cat([p.grad.flatten() for p in by_norm.strategy.module.parameters()]).norm()  # type: ignore[union-attr]
+    assert norm.item() == pytest.approx(1e-3, rel=1e-2)
+    expected = torch.cat([p.grad.flatten() for p in free.strategy.module.parameters()]).norm()  # type: ignore[union-attr]
+    assert by_norm.grad_norm is not None
+    assert by_norm.grad_norm.item() == pytest.approx(expected.item())
+    for mine, raw in zip(by_value.strategy.module.parameters(), free.strategy.module.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, raw.grad.clamp(-1e-4, 1e-4))  # type: ignore[union-attr]
+
+
+def test_lbfgs_trains_through_a_closure(tmp_path: Path) -> None:
+    optim = OptimConfig(name="lbfgs", lr=0.5, line_search="strong_wolfe", max_iter=5)
+    config = replace(BASE, optim=optim, global_batch_size=NUM_TRAIN, schedule=ScheduleConfig(name="constant"))
+    run = build_run(tmp_path, config)
+    fit(run)
+    losses = [line["loss"] for line in lines(run, "train")]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.distributed
+def test_lbfgs_ranks_stay_together(tmp_path: Path) -> None:
+    optim = OptimConfig(name="lbfgs", lr=0.5, max_iter=4)
+    config = replace(BASE, optim=optim, num_steps=3, schedule=ScheduleConfig(name="constant"))
+    one = run_ranks(outcome, 1, str(tmp_path / "one"), config)[0]
+    two = run_ranks(outcome, 2, str(tmp_path / "two"), config)
+    for name, weight in one["weights"].items():
+        # a quasi-Newton step divides by differences of gradients, which magnifies their rounding
+        torch.testing.assert_close(two[0]["weights"][name], weight, atol=1e-4, rtol=0)
+        assert torch.equal(two[0]["weights"][name], two[1]["weights"][name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"optim": OptimConfig(name="lbfgs", lr=1.0), "max_grad_norm": 1.0}, "--max-grad-norm None"),
+        ({"precision": "tf32"}, "--precision fp32"),
+        ({"global_batch_size": NUM_TRAIN + 1}, "--global-batch-size 96"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, object], flag: str
+) -> None:
+    with pytest.raises(ConfigError, match=flag):
+        build_run(tmp_path, replace(BASE, **changes))  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_plateau_lowers_the_rate_when_nothing_improves(tmp_path: Path) -> None:
+    schedule = ScheduleConfig(name="plateau", patience=0, gamma=0.5, threshold=10.0)
+    run = build_run(tmp_path, replace(BASE, schedule=schedule, eval_every=5))
+    fit(run)
+    rates = [line["lr"] for line in lines(run, "train")]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[-1] < rates[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("num_samples", [1, 7, 64, 1000])
+def test_rank_ranges_cover_every_sample_once(num_samples: int, world_size: int) -> None:
+    ranges = [rank_range(num_samples, rank, world_size) for rank in range(world_size)]
+    assert [index for part in ranges for index in part] == list(range(num_samples))
+    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+
+
+def test_evaluation_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    run = build_run(tmp_path, replace(BASE, batch_norm=True, dropout=0.5, ema_decay=0.9, eval_batch_size=5))
+    module = run.strategy.module
+    module.train()
+    module[1].eval()  # type: ignore[index]  # a frozen norm stays frozen
+    train_step(run)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    rng = torch.get_rng_state()
+    assert run.test_set is not None
+    means = evaluate(run, run.test_set)
+    assert means.samples == NUM_TEST
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
+    assert module.training
+    assert not module[1].training  # type: ignore[index]
+
+
+def evaluated(folder: str, config: TinyConfig) -> tuple[float, float]:
+    run = build_run(folder, config)
+    assert run.test_set is not None
+    means = evaluate(run, run.test_set)
+    run.runtime.close()
+    return means.loss, means.metrics["correct"]
+
+
+@pytest.mark.distributed
+def test_evaluation_is_exact_over_any_number_of_ranks(tmp_path: Path) -> None:
+    config = replace(BASE, global_batch_size=24, eval_batch_size=4, weighted=True)
+    (loss, correct), *_ = run_ranks(evaluated, 1, str(tmp_path / "1"), config)
+    for world_size in (2, 3):
+        for other_loss, other_correct in run_ranks(evaluated, world_size, str(tmp_path / str(world_size)), config):
+            assert other_correct == correct
+            assert other_loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_evaluation_that_misses_samples_is_an_error(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+
+    class Liar(Vectors):
+        def __len__(self) -> int:
+            return NUM_TEST - 1 if liars else NUM_TEST
+
+    liars: list[int] = []
+    dataset = Liar("test", 0.0)
+    honest = run.compute_loss
+
+    def lose_one(model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
+        liars.append(1)
+        return honest(model, batch)
+
+    run.compute_loss = lose_one  # type: ignore[assignment]
+    with pytest.raises(TrainingError, match="37 samples of 36"):
+        evaluate(run, dataset)
+
+
+@pytest.mark.distributed
+def test_buffers_of_all_ranks_end_equal(tmp_path: Path) -> None:
+    config = replace(BASE, batch_norm=True)
+    first, second = run_ranks(outcome, 2, str(tmp_path), config)
+    for name, buffer in first["buffers"].items():
+        assert torch.equal(buffer, second["buffers"][name])
+    assert first["digest"] == second["digest"]
+
+
+def test_trackers_remember_the_best() -> None:
+    trackers, best = Trackers(), Best("top1", "max")
+    for value in (0.5, float("nan"), 0.7, 0.6):
+        trackers.see({"step": 1.0, "top1": value}, best)
+    assert trackers.best is not None
+    assert trackers.best["top1"] == 0.7
+    copy = Trackers()
+    copy.load_state_dict(trackers.state_dict())
+    assert copy == trackers
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_weights(tmp_path: Path) -> None:
+    plain = build_run(tmp_path / "plain")
+    compiled = build_run(tmp_path / "compiled", replace(BASE, compile=True, compile_backend="aot_eager"))
+    fit(plain)
+    fit(compiled)
+    names = [name for name, _ in compiled.strategy.module.named_parameters()]
+    assert names == [name for name, _ in plain.strategy.module.named_parameters()]
+    for mine, theirs in zip(compiled.strategy.module.parameters(), plain.strategy.module.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_learning_rate_is_a_function_of_the_step(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    run.progress.step = 7
+    train_step(run)
+    group = run.strategy.optimizer.param_groups[0]
+    assert group["lr"] == 0.2 * run.schedule(7)
+    assert math.isclose(run.schedule(0), 1 / 3)
