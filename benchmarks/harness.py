@@ -49,14 +49,19 @@ def interleave(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 def parse_flags(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """--json FILE, --check, --rounds N."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
+    add_flags(parser)
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each arm (default 15)")
     return parser.parse_args(argv)
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """--json FILE and --check."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
+
+
 def conclude(
-    flags: argparse.Namespace, name: str, results: Mapping[str, Median | float], targets: Mapping[str, bool]
+    flags: argparse.Namespace, name: str, results: Mapping[str, Median | float | str], targets: Mapping[str, bool]
 ) -> None:
     """Write the result file and judge the targets; leaves the process with 1 when --check is given and one fails."""
     for target, reached in targets.items():

@@ -26,7 +26,21 @@ RECIPE = ROOT / "recipes" / "cifar10.py"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["preload"])
+# Installed modules only: the server knows no path of ours. It must start no thread.
+_context.set_forkserver_preload(
+    [
+        "accelerate",
+        "torch._dynamo",
+        "torch.distributed.distributed_c10d",
+        "torch.nn.parallel",
+        "tyro",
+        "distkit.assemble",
+        "distkit.debug",
+        "distkit.engine.fit",
+        "distkit.models",
+        "distkit.recipe",
+    ]
+)
 sys.path.insert(0, str(Path(__file__).parent))
 
 #: What a launcher of an outer process would say; ranks must not inherit it.

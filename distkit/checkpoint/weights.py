@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,12 +18,20 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         OSError: the disk is full or not writable; nothing is left behind.
     """
     partial = path.with_name(f".tmp-{path.name}")
-    whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        # safetensors refuses tied tensors, and a loader wants every name
+        whole[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
     try:
         save_file(whole, partial, metadata=dict(metadata))
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Sums on the device between two reports; nothing here waits for it until `reduce`."""
+"""Sums between two reports; nothing here waits for the device until `reduce`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from distkit.errors import TrainingError
 from distkit.losses import LossOutput
 from distkit.runtime.process import Runtime
 
+#: Microbatches whose scalars are kept before they are added up; bounds the memory of long report intervals.
+FOLD_EVERY = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
@@ -22,9 +25,11 @@ class Means:
 
 
 class Meter:
-    """Adds up LossOutputs of microbatches; `reduce` gives their means over all ranks.
+    """Collects LossOutputs of microbatches; `reduce` gives their means over all ranks.
 
-    Sums are float64 where the device has it: a float32 sum of counts stops being exact at 2^24.
+    A microbatch only leaves references to its 0-dim tensors: adding each up at once would cost a kernel a value in
+    every step (6 to 10 µs on a CPU). Sums are float64 where the device has it: float32 stops
+    counting exactly at 2^24.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -35,25 +40,42 @@ class Meter:
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._loss, self._weight = self._zero(), self._zero()
-        self._host_weight = self._samples = 0
+        self._pending: list[tuple[LossOutput, int]] = []
+        self._samples = 0
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=self._dtype, device=self._runtime.device)
 
     def add(self, output: LossOutput, samples: int) -> None:
         """Count one microbatch of `samples` samples. Never waits for the device."""
-        loss = output.loss.detach()
-        if output.weight is None:
-            self._loss.add_(loss, alpha=samples)
-            self._host_weight += samples
-        else:
-            self._loss.addcmul_(loss.to(self._dtype), output.weight.to(self._dtype))
-            self._weight.add_(output.weight)
-        for name, value in output.sums.items():
-            if name not in self._sums:
-                self._sums[name] = self._zero()
-            self._sums[name].add_(value.detach())
-        self._samples += samples
+        # detached, or the whole graph of the microbatch would be kept alive
+        self._pending.append((LossOutput(output.loss.detach(), output.sums, output.weight), samples))
+        if len(self._pending) == FOLD_EVERY:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Add up what is pending: one kernel or two a name, whatever the number of microbatches."""
+        if not self._pending:
+            return
+        outputs = [output for output, _ in self._pending]
+        weighted = [(output.loss, output.weight) for output in outputs if output.weight is not None]
+        if weighted:
+            weights = self._stack([weight for _, weight in weighted])
+            self._loss += (self._stack([loss for loss, _ in weighted]) * weights).sum()
+            self._weight += weights.sum()
+        # by size and on the host: a tensor of sizes would be a copy to the device that waits for it
+        for size in {count for output, count in self._pending if output.weight is None}:
+            losses = [output.loss for output, count in self._pending if count == size and output.weight is None]
+            self._loss += self._stack(losses).sum() * size
+            self._weight += size * len(losses)
+        for name in sorted({name for output in outputs for name in output.sums}):
+            values = self._stack([output.sums[name] for output in outputs if name in output.sums]).sum()
+            self._sums[name] = values + self._sums[name] if name in self._sums else values
+        self._samples += sum(count for _, count in self._pending)
+        self._pending.clear()
+
+    def _stack(self, values: list[Tensor]) -> Tensor:
+        return torch.stack([value.detach() for value in values]).to(self._dtype)
 
     def reduce(self) -> Means:
         """Means over all ranks since the last call, and start again from zero. Waits for the device.
@@ -61,9 +83,9 @@ class Meter:
         Raises:
             TrainingError: ranks reported different names, or nothing was counted.
         """
+        self._fold()
         names = sorted(self._sums)
-        values = [self._loss, self._weight + self._host_weight, self._zero() + self._samples]
-        values += [self._sums[name] for name in names]
+        values = [self._loss, self._weight, self._zero() + self._samples, *(self._sums[name] for name in names)]
         if any(seen != names for seen in self._runtime.gather(names)):
             raise TrainingError(f"compute_loss must return the same sums on every rank, here {names}")
         loss, weight, samples, *sums = self._runtime.all_reduce_(torch.stack(values)).tolist()

@@ -92,7 +92,6 @@ class Strategy(ABC):
         """Multiply every gradient by `factor`, a 0-dim tensor on the device."""
         torch._foreach_mul_(self.gradients(), factor)
 
-    @torch.no_grad()
     def clip_gradients_(self, measure: bool) -> Tensor | None:
         """Clip as configured; return the global L2 norm before clipping (0-dim, on the device).
 
@@ -101,6 +100,11 @@ class Strategy(ABC):
         clip_norm, clip_value = self.config.max_grad_norm, self.config.max_grad_value
         if not measure and clip_norm is None and clip_value is None:
             return None
+        return self._clip_gradients_(measure)
+
+    @torch.no_grad()
+    def _clip_gradients_(self, measure: bool) -> Tensor | None:
+        clip_norm, clip_value = self.config.max_grad_norm, self.config.max_grad_value
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         gradients = self.gradients()

@@ -1,0 +1,106 @@
+"""Small parts of the engine: clock, meter, run directory."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from distkit.engine.clock import Clock
+from distkit.engine.meter import FOLD_EVERY, Meter
+from distkit.engine.run import Progress
+from distkit.engine.run_dir import RunDirectory, check_unused, write_json
+from distkit.errors import ConfigError, TrainingError
+from distkit.losses import LossOutput
+from distkit.runtime import Topology
+from distkit.runtime.process import Runtime
+
+RUNTIME = Runtime(topology=Topology(), device=torch.device("cpu"))
+
+
+def test_clock_leaves_out_what_is_excluded() -> None:
+    clock = Clock()
+    time.sleep(0.05)
+    with clock.excluded():
+        time.sleep(0.3)
+    rate = clock.lap(100)
+    assert 100 / 0.3 < rate < 100 / 0.05
+    time.sleep(0.02)
+    clock.lap(300)
+    assert clock.average() == pytest.approx(400 / clock.seconds)
+    assert 0.07 < clock.seconds < 0.3
+
+
+def test_meter_means_over_unequal_batches_and_many_folds() -> None:
+    meter = Meter(RUNTIME)
+    losses = torch.arange(2 * FOLD_EVERY + 5, dtype=torch.float32)
+    sizes = [4 if i % 3 else 7 for i in range(len(losses))]
+    for loss, size in zip(losses, sizes, strict=True):
+        meter.add(LossOutput(loss, {"correct": torch.tensor(size - 1)}), size)
+    means = meter.reduce()
+    total = sum(sizes)
+    assert means.samples == total
+    assert means.loss == pytest.approx(sum(x * n for x, n in zip(losses.tolist(), sizes, strict=True)) / total)
+    assert means.metrics == {"correct": pytest.approx((total - len(sizes)) / total)}
+    with pytest.raises(TrainingError, match="no sample"):
+        meter.reduce()
+
+
+def test_meter_means_over_weights_and_a_metric_that_is_not_always_there() -> None:
+    meter = Meter(RUNTIME)
+    meter.add(LossOutput(torch.tensor(2.0), weight=torch.tensor(3)), 2)
+    meter.add(LossOutput(torch.tensor(6.0), {"seen": torch.tensor(1.0)}, torch.tensor(1)), 2)
+    means = meter.reduce()
+    assert (means.loss, means.samples, means.metrics) == (3.0, 4, {"seen": 0.25})
+
+
+def test_meter_counts_exactly_past_float32() -> None:
+    meter = Meter(RUNTIME)
+    for _ in range(3):
+        meter.add(LossOutput(torch.tensor(0.0), {"correct": torch.tensor(2**24 + 1)}), 2**24 + 1)
+    assert meter.reduce().metrics["correct"] == 1.0
+
+
+def test_meter_keeps_no_graph() -> None:
+    meter = Meter(RUNTIME)
+    leaf = torch.ones((), requires_grad=True)
+    meter.add(LossOutput(leaf * 2), 1)
+    assert not meter._pending[0][0].loss.requires_grad
+
+
+def test_progress_state() -> None:
+    progress = Progress()
+    progress.load_state_dict({"step": 7})
+    assert progress.state_dict() == {"step": 7}
+
+
+def test_only_the_writer_writes(tmp_path: Path) -> None:
+    quiet = RunDirectory(tmp_path / "quiet", writes=False)
+    quiet.create({}, {})
+    quiet.write_status("running", 1)
+    quiet.write_summary({})
+    assert not (tmp_path / "quiet").exists()
+    loud = RunDirectory(tmp_path / "loud", writes=True)
+    loud.create({"seed": 1}, {"python": "3"})
+    loud.write_status("failed", 3, "ValueError: x")
+    assert json.loads((loud.path / "status.json").read_text())["reason"] == "ValueError: x"
+    assert sorted(path.name for path in loud.path.iterdir()) == ["config.json", "environment.json", "status.json"]
+
+
+def test_write_json_replaces_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"b": [1, 2]})
+    assert json.loads(path.read_text()) == {"b": [1, 2]}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
+    check_unused(tmp_path / "new" / "deep")
+    check_unused(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        check_unused(tmp_path)
+    with pytest.raises(ConfigError, match="is a file"):
+        check_unused(tmp_path / "config.json")

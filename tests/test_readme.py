@@ -1,0 +1,100 @@
+"""Every command of the README runs, and every figure in it stands in a committed result file."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from harness import ROOT
+from PIL import Image
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
+#: Makes any training command a matter of seconds.
+SHORT = ["--num-steps", "3", "--global-batch-size", "10", "--eval-batch-size", "500", "--run-dir", "run"]
+BIN = Path(sys.executable).parent
+ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def call(command: Sequence[str], cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def image_folder(root: Path) -> Path:
+    for split in ("train", "test"):
+        for label in range(10):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (32, 32), (25 * label, 100 * number, 9)).save(folder / f"{number}.png")
+    return root
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(COMMANDS) >= 7
+    assert "make train" in COMMANDS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "recipes/" in c])
+def test_training_commands_run(command: str, tmp_path: Path) -> None:
+    words = command.replace("recipes/", f"{ROOT}/recipes/").replace(".venv/bin/", "").split()
+    words = [str(image_folder(tmp_path / "images")) if word == "ROOT" else word for word in words]
+    if "--help" not in words:
+        if "--debug" in words:
+            words += ["--global-batch-size", "10", "--data.source", "synthetic"]
+        else:
+            words += SHORT
+        if "--data.source" not in words:
+            words += ["--data.source", "synthetic"]
+    out = call(words, tmp_path)
+    if "--help" in words:
+        assert "--optim.lr" in out
+    elif "--debug" in words:
+        assert "nothing wrong" in out
+    else:
+        assert "top1" in out
+        ranks = 2 if "torchrun" in words else 1
+        assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == ranks
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".venv" / ".installed").exists(), reason="only in the environment that make makes")
+def test_make_train_runs(tmp_path: Path) -> None:
+    flags = " ".join(["--num-steps 3 --global-batch-size 10 --eval-batch-size 500", f"--run-dir {tmp_path}/run"])
+    assert "synthetic" in call(["make", "train", f"ARGS={flags}"], ROOT)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make")] + ["make test", "make check"])
+def test_make_targets_exist(command: str) -> None:
+    call([*command.split(), "--dry-run"], ROOT)
+
+
+def results(name: str) -> dict[str, dict[str, float]]:
+    record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert record["targets"]
+    assert all(record["targets"].values()), record["targets"]
+    assert {"date", "machine", "versions"} <= record.keys()
+    return record["results"]  # type: ignore[no-any-return]
+
+
+def test_figures_stand_in_the_result_files() -> None:
+    quick = results("cifar10_quick")
+    accuracy, seconds = quick["test_accuracy"], quick["train_seconds"]
+    assert f"{100 * accuracy:.1f} % test accuracy in {seconds:.0f} s of training" in README  # type: ignore[operator]
+    step = results("step_overhead")
+    figures = [step[arm]["median"] for arm in ("engine - by hand", "by hand", "fabric", "accelerate")]
+    added, hand, fabric, accelerate = (f"{figure:.1f}" for figure in figures)
+    assert f"{added} µs a step (by hand {hand}, Lightning Fabric {fabric}, Accelerate {accelerate})" in README
