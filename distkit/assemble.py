@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distkit.config import BatchSplit, Split, TrainConfig, split_batch, to_json
-from distkit.data import Dataset, as_dataset
-from distkit.data.loader import ResidentLoader
+from distkit.data import Dataset, SampleStream, as_dataset
+from distkit.data.loader import EvaluationLoader, Loader
+from distkit.data.placement import Placed, place
 from distkit.ema import Ema
 from distkit.engine.run import Best, Run
 from distkit.engine.run_dir import RunDirectory, check_unused
@@ -53,6 +54,9 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
         if recipe.init_model_ is not None:
             recipe.init_model_(config, model, train_set)
     strategy.prepare(model, optimizer_builder(recipe, config))
+    stream = SampleStream(config.seed, len(train_set), split.global_batch_size)
+    train = place_dataset(train_set, config, runtime)
+    test = None if test_set is None else place_dataset(test_set, config, runtime)
     own_schedule = recipe.build_schedule
     run = Run(
         recipe=recipe.name,
@@ -62,15 +66,8 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
         strategy=strategy,
-        loader=ResidentLoader(
-            dataset=place(train_set, runtime.device),
-            seed=config.seed,
-            split=split,
-            rank=runtime.rank,
-            device=runtime.device,
-            channels_last=config.channels_last,
-        ),
-        test_set=None if test_set is None else place(test_set, runtime.device),
+        loader=Loader(train.fetcher, stream, split, runtime.rank),
+        test_loader=None if test is None else EvaluationLoader(test.fetcher, len(test.dataset)),
         compute_loss=partial(recipe.compute_loss, config),
         schedule=own_schedule(config, num_steps)
         if own_schedule is not None
@@ -79,7 +76,7 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
         ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay),
         best=Best(*recipe.best),
         directory=RunDirectory(path, writes=runtime.is_main_process and not config.debug.enabled),
-        facts=describe(config, runtime, strategy, split, num_steps, train_set, test_set),
+        facts=describe(config, runtime, strategy, split, num_steps, train, test),
     )
     run.observers = [] if config.debug.enabled else build_observers(config.observe, path, runtime.is_main_process)
     with runtime.together("making the run directory"):
@@ -154,10 +151,17 @@ def optimizer_builder(recipe: Recipe[C], config: C) -> Callable[[nn.Module], Opt
     return build
 
 
-def place(dataset: Dataset, device: torch.device) -> Dataset:
-    """A data set that can move (has `to`) lies on the device; any other stays where it is."""
-    move = getattr(dataset, "to", None)
-    return dataset if move is None else move(device)
+def place_dataset(dataset: Dataset, config: TrainConfig, runtime: Runtime) -> Placed:
+    """Decide where a data set lies and who reads it."""
+    return place(
+        dataset,
+        config.data,
+        seed=config.seed,
+        device=runtime.device,
+        channels_last=config.channels_last,
+        local_world_size=runtime.topology.local_world_size,
+        in_process=config.debug.enabled,
+    )
 
 
 def describe(
@@ -166,8 +170,8 @@ def describe(
     strategy: Strategy,
     split: BatchSplit,
     num_steps: int,
-    train_set: Dataset,
-    test_set: Dataset | None,
+    train: Placed,
+    test: Placed | None,
 ) -> dict[str, str]:
     """The resolved choices, as printed at the start and repeated in summary.json."""
     threads = f", {torch.get_num_threads()} threads each" if runtime.device.type == "cpu" else ""
@@ -180,11 +184,12 @@ def describe(
         + (", compiled" if config.compile else "")
         + (f"; {config.optim.name} waits for the device once a step to skip bad updates" if waits else ""),
         "model": f"{type(strategy.module).__name__}, {parameters:,} parameters",
-        "train_data": _line(train_set),
-        "test_data": "none" if test_set is None else _line(test_set),
+        "train_data": _line(train.dataset),
+        "test_data": "none" if test is None else _line(test.dataset),
+        "placement": f"{train.placement} ({train.reason})",
         "global_batch": f"{split.global_batch_size} = {split.microbatch_size} x {ranks} x {split.accum_steps} "
         + ("microbatch" if split.accum_steps == 1 else "microbatches"),
-        "length": f"{num_steps:,} steps of {len(train_set) / split.global_batch_size:,.1f} an epoch",
+        "length": f"{num_steps:,} steps of {len(train.dataset) / split.global_batch_size:,.1f} an epoch",
         "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name}",
     }
 

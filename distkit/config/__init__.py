@@ -1,12 +1,12 @@
 """Configurations: frozen, validated when made, documented field by field. No torch here."""
 
+from distkit.config.data import DataConfig, Placement
 from distkit.config.optim import OPTIMIZERS, OptimConfig
 from distkit.config.schedule import SCHEDULES, ScheduleConfig
 from distkit.config.train import (
     BatchSplit,
     CompileBackend,
     CompileMode,
-    DataConfig,
     DebugConfig,
     Device,
     ObserveConfig,
@@ -28,6 +28,7 @@ __all__ = [
     "Device",
     "ObserveConfig",
     "OptimConfig",
+    "Placement",
     "Precision",
     "ScheduleConfig",
     "Split",

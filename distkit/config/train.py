@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from distkit.config.check import require, require_number
+from distkit.config.data import DataConfig
 from distkit.config.optim import OptimConfig
 from distkit.config.schedule import ScheduleConfig
 from distkit.errors import ConfigError
@@ -18,18 +19,6 @@ Device = Literal["auto", "cuda", "mps", "cpu"]
 Split = Literal["train", "test"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 CompileBackend = Literal["inductor", "aot_eager", "eager", "cudagraphs"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the samples come from."""
-
-    source: Literal["cifar10", "folder", "synthetic"] = "cifar10"
-    """cifar10 downloads it; folder reads ROOT/train/CLASS/* and ROOT/test/CLASS/*; synthetic generates it."""
-    root: Path = Path("data")
-    """Folder of the data: where cifar10 is downloaded to, or the ImageFolder tree."""
-    cache_dir: Path | None = None
-    """Where the decoded copy of a folder is kept; None: beside the folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

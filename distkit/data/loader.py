@@ -1,50 +1,60 @@
-"""From the sample stream to a microbatch on the device."""
+"""From the sample stream to microbatches on the device, through any placement."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-import torch
-
 from distkit.config import BatchSplit
-from distkit.data.batch import Batch, to_device
-from distkit.data.dataset import Augments, Dataset
-from distkit.data.draws import Draws
-from distkit.data.stream import SampleStream, microbatch_start
+from distkit.data.batch import Batch
+from distkit.data.fetchers import Batches, Fetcher
+from distkit.data.requests import evaluation_requests, training_requests
+from distkit.data.stream import SampleStream
 
 
-@dataclass(kw_only=True)
-class ResidentLoader:
-    """Fetches in the training process: for data that lies in memory, on the device at best.
+class Loader:
+    """A rank's microbatches in the order of steps; starting anywhere else is possible and starts reading anew.
 
     Args:
-        dataset: what to read.
-        seed: of the sample stream and of every per-sample draw (C1).
+        fetcher: how samples are read.
+        stream: which samples; C1.
         split: how a global batch is cut.
         rank: this process.
-        device: where batches are wanted.
-        channels_last: lay out 4-dim tensors as NHWC.
     """
 
-    dataset: Dataset
-    seed: int
-    split: BatchSplit
-    rank: int
-    device: torch.device
-    channels_last: bool
-    stream: SampleStream = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.stream = SampleStream(self.seed, len(self.dataset), self.split.global_batch_size)
-        self._augment = self.dataset.augment if isinstance(self.dataset, Augments) else None
+    def __init__(self, fetcher: Fetcher, stream: SampleStream, split: BatchSplit, rank: int) -> None:
+        self.fetcher, self.stream, self.split, self.rank = fetcher, stream, split, rank
+        self._batches: Batches | None = None
+        self._next = (0, 0)
 
     def microbatch(self, step: int, accum_index: int) -> Batch:
-        """This rank's microbatch `accum_index` of global batch `step`, on the device; never waits for it."""
-        start, count = microbatch_start(step, self.split, self.rank, accum_index), self.split.microbatch_size
-        indices = torch.from_numpy(self.stream.indices(start, count))
-        batch = self.dataset.fetch(indices)
-        if self._augment is None:
-            return to_device(batch, self.device, self.channels_last)
-        positions = torch.arange(start, start + count, device=self.device)
-        batch = self._augment(to_device(batch, self.device), Draws(self.seed, positions))
-        return to_device(batch, self.device, self.channels_last)
+        """This rank's microbatch `accum_index` of global batch `step`, on the device.
+
+        Raises:
+            DataError, TrainingError: what reading it raised.
+        """
+        if self._batches is None or self._next != (step, accum_index):
+            self.close()
+            requests = training_requests(self.stream, self.split, self.rank, step, accum_index)
+            self._batches = self.fetcher.open(requests)
+        last = accum_index + 1 == self.split.accum_steps
+        self._next = (step + 1, 0) if last else (step, accum_index + 1)
+        return self._batches.__next__()
+
+    def close(self) -> None:
+        """Leave no thread and no process behind. The loader can be used again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+
+class EvaluationLoader:
+    """A finite range of samples in their own order, each exactly once."""
+
+    def __init__(self, fetcher: Fetcher, num_samples: int) -> None:
+        self.fetcher, self.num_samples = fetcher, num_samples
+
+    def __len__(self) -> int:
+        """Number of samples in the whole set."""
+        return self.num_samples
+
+    def open(self, samples: range, size: int) -> Batches:
+        """Batches of at most `size` of these samples, in order; close it afterwards."""
+        return self.fetcher.open(evaluation_requests(samples, size))

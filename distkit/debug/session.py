@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ def debug(run: Run, expected_loss: float | None) -> None:
         run.num_steps = OVERFIT_STEPS
     module.train()
     losses: list[float] = []
-    with ModuleWatch(module) as watch, deterministic_and_anomalous():
+    with closing(run.loader), ModuleWatch(module) as watch, deterministic_and_anomalous():
         while run.progress.step < run.num_steps:
             losses.append(debug_step(run, watch))
             step = run.progress.step
@@ -91,6 +91,10 @@ class RepeatedLoader:
     def microbatch(self, step: int, accum_index: int) -> Batch:
         """A microbatch of global batch `step % num_batches`."""
         return self._loader.microbatch(step % self._num_batches, accum_index)
+
+    def close(self) -> None:
+        """Close what is repeated."""
+        self._loader.close()
 
 
 def debug_step(run: Run, watch: ModuleWatch) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import torch
 
-from distkit.data import Augments, Dataset, Draws, batch_size, to_device
+from distkit.data import batch_size
+from distkit.data.loader import EvaluationLoader
 from distkit.engine.meter import Means, Meter
 from distkit.engine.run import Run
 from distkit.errors import TrainingError
@@ -17,8 +18,8 @@ def rank_range(num_samples: int, rank: int, world_size: int) -> range:
     return range(rank * num_samples // world_size, (rank + 1) * num_samples // world_size)
 
 
-def evaluate(run: Run, dataset: Dataset) -> Means:
-    """Mean loss and metrics of the current (or averaged) weights over `dataset`, the same on every rank.
+def evaluate(run: Run, loader: EvaluationLoader) -> Means:
+    """Mean loss and metrics of the current (or averaged) weights over a test set, the same on every rank.
 
     Raises:
         TrainingError: not every sample was counted exactly once.
@@ -30,29 +31,22 @@ def evaluate(run: Run, dataset: Dataset) -> Means:
     strategy.module.eval()
     try:
         with torch.no_grad(), run.ema.applied() if run.ema is not None else nullcontext():
-            count_batches(run, dataset, meter)
+            count_batches(run, loader, meter)
     finally:
         for module, mode in modes.items():
             module.training = mode
     means = meter.reduce()
-    if means.samples != len(dataset):
-        raise TrainingError(f"evaluation counted {means.samples} samples of {len(dataset)}")
+    if means.samples != len(loader):
+        raise TrainingError(f"evaluation counted {means.samples} samples of {len(loader)}")
     return means
 
 
-def count_batches(run: Run, dataset: Dataset, meter: Meter) -> None:
+def count_batches(run: Run, loader: EvaluationLoader, meter: Meter) -> None:
     """Add this rank's samples to `meter`, batch by batch."""
-    runtime, config = run.runtime, run.config
-    samples = rank_range(len(dataset), runtime.rank, runtime.world_size)
-    size = config.eval_batch_size or run.split.microbatch_size
-    augment = dataset.augment if isinstance(dataset, Augments) else None
-    for start in range(samples.start, samples.stop, size):
-        indices = torch.arange(start, min(start + size, samples.stop))
-        batch = to_device(dataset.fetch(indices), runtime.device)
-        if augment is not None:
-            # test-time draws are keyed by the sample itself: there is no stream
-            batch = augment(batch, Draws(config.seed, indices.to(runtime.device)))
-        batch = to_device(batch, runtime.device, config.channels_last)
-        with run.strategy.precision():
-            output = run.compute_loss(run.strategy.eval_model, batch)
-        meter.add(output, batch_size(batch))
+    samples = rank_range(len(loader), run.runtime.rank, run.runtime.world_size)
+    batches = loader.open(samples, run.config.eval_batch_size or run.split.microbatch_size)
+    with closing(batches):
+        while (batch := next(batches, None)) is not None:
+            with run.strategy.precision():
+                output = run.compute_loss(run.strategy.eval_model, batch)
+            meter.add(output, batch_size(batch))

@@ -53,9 +53,11 @@ def opened(run: Run) -> Iterator[None]:
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         directory.write_status("failed", progress.step, reason)
+        run.loader.close()
         for observer in run.observers:
             observer.close("failed", reason)
         raise
+    run.loader.close()
     directory.write_status("completed", progress.step)
     for observer in run.observers:
         observer.close("completed", "")
@@ -91,9 +93,9 @@ def report(run: Run, clock: Clock) -> None:
 
 def report_evaluation(run: Run) -> None:
     """One eval line; remembers the best one and lets plateau see it."""
-    if run.test_set is None:
+    if run.test_loader is None:
         return
-    means = evaluate(run, run.test_set)
+    means = evaluate(run, run.test_loader)
     values = {"step": float(run.progress.step), "loss": means.loss, **means.metrics}
     is_best = run.trackers.see(values, run.best)
     if run.plateau is not None:

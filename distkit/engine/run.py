@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 from torch import Tensor, nn
 
 from distkit.config import BatchSplit, TrainConfig
-from distkit.data import Batch, Dataset
+from distkit.data import Batch
+from distkit.data.loader import EvaluationLoader
 from distkit.ema import Ema
 from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
@@ -28,7 +29,9 @@ class Loader(Protocol):
 
     def microbatch(self, step: int, accum_index: int) -> Batch:
         """This rank's microbatch `accum_index` of global batch `step`, on the device."""
-        ...
+
+    def close(self) -> None:
+        """Leave no thread and no process behind."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Run:
     steps_per_epoch: float
     strategy: Strategy
     loader: Loader
-    test_set: Dataset | None
+    test_loader: EvaluationLoader | None
     compute_loss: ComputeLoss
     schedule: Schedule
     directory: RunDirectory

@@ -9,11 +9,13 @@ import pytest
 import torch
 from harness import run_ranks
 from tiny import BASE, NUM_TEST, NUM_TRAIN, TinyConfig, Vectors, build_run
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distkit.config import OptimConfig, ScheduleConfig
 from distkit.data import SampleStream
+from distkit.data.fetchers import Batches
+from distkit.data.loader import EvaluationLoader
 from distkit.engine.evaluate import evaluate, rank_range
 from distkit.engine.fit import fit
 from distkit.engine.run import Best, Run, Trackers
@@ -30,7 +32,7 @@ def lines(run: Run, event: str) -> list[dict[str, float]]:
 def outcome(folder: str, config: TinyConfig) -> dict[str, object]:
     """Train here; what a test wants to compare."""
     run = build_run(folder, config)
-    dataset = run.loader.dataset  # type: ignore[attr-defined]
+    dataset = run.loader.fetcher._make.dataset  # type: ignore[attr-defined]
     assert isinstance(dataset, Vectors)
     dataset.read.clear()
     summary = fit(run)
@@ -301,8 +303,8 @@ def test_evaluation_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     train_step(run)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     rng = torch.get_rng_state()
-    assert run.test_set is not None
-    means = evaluate(run, run.test_set)
+    assert run.test_loader is not None
+    means = evaluate(run, run.test_loader)
     assert means.samples == NUM_TEST
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
     assert torch.equal(rng, torch.get_rng_state())
@@ -312,8 +314,8 @@ def test_evaluation_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 
 def evaluated(folder: str, config: TinyConfig) -> tuple[float, float]:
     run = build_run(folder, config)
-    assert run.test_set is not None
-    means = evaluate(run, run.test_set)
+    assert run.test_loader is not None
+    means = evaluate(run, run.test_loader)
     run.runtime.close()
     return means.loss, means.metrics["correct"]
 
@@ -331,21 +333,14 @@ def test_evaluation_is_exact_over_any_number_of_ranks(tmp_path: Path) -> None:
 def test_evaluation_that_misses_samples_is_an_error(tmp_path: Path) -> None:
     run = build_run(tmp_path)
 
-    class Liar(Vectors):
-        def __len__(self) -> int:
-            return NUM_TEST - 1 if liars else NUM_TEST
+    class Repeats(EvaluationLoader):
+        def open(self, samples: range, size: int) -> Batches:
+            return super().open(range(samples.start, samples.stop + 1), size)
 
-    liars: list[int] = []
-    dataset = Liar("test", 0.0)
-    honest = run.compute_loss
-
-    def lose_one(model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
-        liars.append(1)
-        return honest(model, batch)
-
-    run.compute_loss = lose_one  # type: ignore[assignment]
+    assert run.test_loader is not None
+    short = Repeats(run.test_loader.fetcher, NUM_TEST - 1)
     with pytest.raises(TrainingError, match="37 samples of 36"):
-        evaluate(run, dataset)
+        evaluate(run, short)
 
 
 @pytest.mark.distributed

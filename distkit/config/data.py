@@ -1,0 +1,41 @@
+"""Where samples come from, where they lie, and what happens to a damaged one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from distkit.config.check import require, require_number
+
+Source = Literal["cifar10", "cifar100", "mnist", "fashion_mnist", "folder", "packed", "synthetic"]
+Placement = Literal["auto", "device", "host", "workers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the samples come from and where they lie while training."""
+
+    source: Source = "cifar10"
+    """A set downloaded by name; folder: ROOT/SPLIT/CLASS/*; packed: files of `distkit data pack`; synthetic."""
+    root: Path = Path("data")
+    """Folder of the data: where sets are downloaded to, the ImageFolder tree, or the packed files."""
+    cache_dir: Path | None = None
+    """Where the decoded copy of a folder is kept; None: beside the folder."""
+    placement: Placement = "auto"
+    """device: resident; host: gathered on the CPU ahead of the step; workers: map-style sets in worker processes."""
+    num_workers: int | None = None
+    """Worker processes of one rank, >= 1; None: cores / ranks. Only for placement workers."""
+    prefetch_depth: int = 2
+    """Batches made ready ahead of the step by host and by each worker, >= 1."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """A sample that cannot be read: end the run and name it, or take a deterministic replacement."""
+    max_corrupt: int = 100
+    """Replacements of one rank after which the run ends all the same, >= 1."""
+
+    def __post_init__(self) -> None:
+        require(self.source in get_args(Source), "data.source", ", ".join(get_args(Source)), self.source, "folder")
+        require(self.placement in get_args(Placement), "data.placement", ", ".join(get_args(Placement)),
+                self.placement, "auto")  # fmt: skip
+        for name in ("num_workers", "prefetch_depth", "max_corrupt"):
+            require_number(f"data.{name}", getattr(self, name), least=1, example="2")

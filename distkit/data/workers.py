@@ -1,0 +1,234 @@
+"""Placement `workers`: map-style data sets read in worker processes that are told which samples to read.
+
+Each sample is read with python's, numpy's and torch's global generators seeded by a key of (seed, position), so that
+augmentations written against them (torchvision v2) are a function of the position: the number of workers, ranks and
+restarts does not matter (C1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from distkit.data.batch import Batch
+from distkit.data.dataset import Indexable
+from distkit.data.draws import Draws
+from distkit.data.fetchers import Batches, BatchMaker
+from distkit.data.requests import Request
+from distkit.errors import DataError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+#: What reading a damaged file raises; PIL raises SyntaxError for some broken PNG files.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError)
+#: Replacements tried for one sample before the data set counts as unreadable.
+MAX_TRIES = 20
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a worker answers: a collated batch and the samples it replaced, or why there is none."""
+
+    batch: Batch | None
+    replaced: tuple[str, ...] = ()
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class KeyedSamples(Dataset[object]):
+    """A map-style data set that is asked for (index, key) pairs, a batch at a time."""
+
+    samples: Indexable
+    on_corrupt: Literal["error", "skip"]
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> list[Read]:
+        """Read a batch; torch's fetcher calls this and hands the result to `collate_fn`."""
+        values: list[object] = []
+        replaced: list[str] = []
+        for index, key in pairs:
+            try:
+                values.append(self.read(index, key))
+            except UNREADABLE as error:
+                cause = f"{sample_name(self.samples, index)}: {type(error).__name__}: {error}"
+                if self.on_corrupt == "error":
+                    return [Read(None, failure=cause)]
+                replaced.append(cause)
+                try:
+                    values.append(self.replacement(key))
+                except UNREADABLE as last:
+                    return [Read(None, failure=f"{cause}; {MAX_TRIES} replacements failed too, the last with {last}")]
+        return [Read(default_collate(values), tuple(replaced))]
+
+    def read(self, index: int, key: int) -> object:
+        """Sample `index` with all global generators seeded from `key`, int64."""
+        seed = key & (2**63 - 1)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        # torch.manual_seed would also queue a call for CUDA with every sample
+        torch.default_generator.manual_seed(seed)
+        return self.samples[index]
+
+    def replacement(self, key: int) -> object:
+        """Another sample in place of a damaged one: which one depends on the key only."""
+        for attempt in range(MAX_TRIES):
+            message = f"{key} {attempt}".encode()
+            other = int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") % len(self.samples)
+            try:
+                return self.read(other, key)
+            except UNREADABLE:
+                if attempt == MAX_TRIES - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+
+def sample_name(samples: object, index: int) -> str:
+    """The path of a sample where the data set knows it (ImageFolder's `samples`), else its number."""
+    for attribute in ("samples", "imgs", "paths"):
+        known = getattr(samples, attribute, None)
+        if isinstance(known, list | tuple) and index < len(known):
+            entry = known[index]
+            path = entry[0] if isinstance(entry, list | tuple) else entry
+            if isinstance(path, str | Path):
+                return str(path)
+    inner = getattr(samples, "dataset", None)  # torch's Subset
+    positions = getattr(samples, "indices", None)
+    if inner is not None and positions is not None:
+        return sample_name(inner, int(positions[index]))
+    return f"sample {index}"
+
+
+def first_of(reads: list[Read]) -> Read:
+    """The batch is collated already: a collate function that only unpacks it."""
+    return reads[0]
+
+
+@contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Global generators are as before afterwards: for reading in the training process itself."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFetcher:
+    """Reads in `num_workers` processes of one rank (0: in this process, for debugging).
+
+    Args:
+        samples: the map-style data set; picklable where the platform does not fork.
+        make: finishes batches on the training device.
+        num_workers: processes.
+        depth: batches that each worker makes ahead, >= 1.
+        on_corrupt: what to do with a sample that cannot be read.
+        max_corrupt: replaced samples after which the run ends.
+    """
+
+    samples: Indexable
+    make: BatchMaker
+    num_workers: int
+    depth: int
+    on_corrupt: Literal["error", "skip"]
+    max_corrupt: int
+
+    def open(self, requests: Iterator[Request]) -> Batches:
+        """Start the processes."""
+        return _WorkerBatches(self, requests)
+
+
+class _WorkerBatches:
+    def __init__(self, fetcher: WorkerFetcher, requests: Iterator[Request]) -> None:
+        self._fetcher = fetcher
+        self._asked: list[Request] = []
+        self._num_replaced = 0
+        workers = fetcher.num_workers
+        with worker_errors(), warnings.catch_warnings():
+            # more processes than cores are a choice: waiting for a slow disk needs no core
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                KeyedSamples(fetcher.samples, fetcher.on_corrupt),
+                batch_sampler=self._pairs(requests),
+                num_workers=workers,
+                prefetch_factor=fetcher.depth if workers else None,
+                collate_fn=first_of,
+                pin_memory=fetcher.make.device.type == "cuda",
+                # its own: the global generator must not be consumed here
+                generator=torch.Generator(),
+            )
+            self._reads: Iterator[Read] | None = iter(loader)
+
+    def _pairs(self, requests: Iterator[Request]) -> Iterator[list[tuple[int, int]]]:
+        for request in requests:
+            self._asked.append(request)
+            keys = Draws(self._fetcher.make.seed, request.positions(torch.device("cpu"))).bits("sample generators")
+            yield list(zip(request.indices.tolist(), keys.tolist(), strict=True))
+
+    def __next__(self) -> Batch:
+        if self._reads is None:
+            raise StopIteration
+        guard = untouched_generators() if self._fetcher.num_workers == 0 else worker_errors()
+        with guard:
+            read = next(self._reads)
+        if read.batch is None:
+            raise DataError(
+                "a sample cannot be read",
+                expected="a file that its data set can decode",
+                got=read.failure,
+                fix="mend or delete the file, or --data.on-corrupt skip",
+            )
+        self._count(read.replaced)
+        return self._fetcher.make.finish(read.batch, self._asked.pop(0))
+
+    def _count(self, replaced: tuple[str, ...]) -> None:
+        for cause in replaced:
+            logger.warning("replaced an unreadable sample: %s", cause)
+        self._num_replaced += len(replaced)
+        if self._num_replaced > self._fetcher.max_corrupt:
+            raise DataError(
+                "too many samples cannot be read",
+                expected=f"at most --data.max-corrupt {self._fetcher.max_corrupt} on a rank",
+                got=f"{self._num_replaced}, the last {replaced[-1]}",
+                fix="mend the data, or a higher --data.max-corrupt",
+            )
+
+    def close(self) -> None:
+        """End the worker processes and wait for them."""
+        reads, self._reads = self._reads, None
+        shutdown = getattr(reads, "_shutdown_workers", None)
+        if shutdown is not None:
+            # dropping the iterator does the same, but only when no traceback holds it any more
+            shutdown()
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """torch's message about a dead worker becomes one that says what usually kills it."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        died = "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text)
+        shared_memory = "shared memory" in text or "No space left" in text or "Bus error" in text
+        if not died and not shared_memory:
+            raise
+        reason = text.strip().splitlines()[-1]
+        hint = "its memory use (the kernel's log tells), or a crash in the data set's own code"
+        if shared_memory:
+            free = shutil.disk_usage("/dev/shm").free / 2**20 if Path("/dev/shm").exists() else 0.0
+            hint = f"/dev/shm is full ({free:.0f} MiB free): give it more room, or fewer --data.num-workers"
+        raise TrainingError(f"a data worker died: {reason}\n  look at: {hint}") from error
