@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distkit.config import BatchSplit, Split, TrainConfig, split_batch, to_json
-from distkit.data import Dataset, SampleStream, as_dataset
-from distkit.data.loader import EvaluationLoader, Loader
-from distkit.data.placement import Placed, place
+from distkit.config import BatchSplit, TrainConfig, split_batch, to_json
+from distkit.data import Dataset, as_dataset
+from distkit.data.iterable import IterableData
+from distkit.data.loader import EvaluationLoader
+from distkit.data.placement import Placed, Reading, Training, open_training, place, summary_of
 from distkit.ema import Ema
 from distkit.engine.run import Best, Run
 from distkit.engine.run_dir import RunDirectory, check_unused
@@ -46,7 +47,8 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
     strategy = build_strategy(config, runtime)
     set_fp32_precision(config.precision)
     train_set, test_set = build_datasets(recipe, config, runtime)
-    check_sizes(train_set, split)
+    if not isinstance(train_set, IterableData):
+        check_sizes(train_set, split)
     steps_per_epoch = len(train_set) / split.global_batch_size
     num_steps = count_steps(config, steps_per_epoch)
     with seeded(derive_seed(config.seed, "init")):
@@ -54,9 +56,16 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
         if recipe.init_model_ is not None:
             recipe.init_model_(config, model, train_set)
     strategy.prepare(model, optimizer_builder(recipe, config))
-    stream = SampleStream(config.seed, len(train_set), split.global_batch_size)
-    train = place_dataset(train_set, config, runtime)
-    test = None if test_set is None else place_dataset(test_set, config, runtime)
+    reading = Reading(
+        data=config.data,
+        seed=config.seed,
+        device=runtime.device,
+        channels_last=config.channels_last,
+        local_world_size=runtime.topology.local_world_size,
+        in_process=config.debug.enabled,
+    )
+    train = open_training(train_set, reading, split, runtime.rank)
+    test = None if test_set is None else place(test_set, reading)
     own_schedule = recipe.build_schedule
     run = Run(
         recipe=recipe.name,
@@ -66,7 +75,7 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
         num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
         strategy=strategy,
-        loader=Loader(train.fetcher, stream, split, runtime.rank),
+        loader=train.loader,
         test_loader=None if test is None else EvaluationLoader(test.fetcher, len(test.dataset)),
         compute_loss=partial(recipe.compute_loss, config),
         schedule=own_schedule(config, num_steps)
@@ -98,19 +107,18 @@ def run_path(recipe: str, config: TrainConfig, runtime: Runtime) -> Path:
     return runtime.broadcast(path)
 
 
-def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Dataset, Dataset | None]:
+def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Dataset | IterableData, Dataset | None]:
     """The training and the test set; rank 0 first, so that a download or a cache is made once."""
-
-    def build(split: Split) -> Dataset | None:
-        built = recipe.build_dataset(config, split)
-        return None if built is None else as_dataset(built)
-
-    train_set = test_set = None
+    train_set: Dataset | IterableData | None = None
+    test_set: Dataset | None = None
     with runtime.together("building the data"), runtime.main_process_first():
-        train_set, test_set = build("train"), build("test")
-    if train_set is None:
-        raise DataError(f"build_dataset of recipe {recipe.name} returned None for the split train",
-                        expected="a data set with __len__ and fetch or __getitem__")  # fmt: skip
+        train, test = recipe.build_dataset(config, "train"), recipe.build_dataset(config, "test")
+        if train is None:
+            raise DataError(f"build_dataset of recipe {recipe.name} returned None for the split train",
+                            expected="a data set with __len__ and fetch or __getitem__")  # fmt: skip
+        train_set = train if isinstance(train, IterableData) else as_dataset(train)
+        test_set = None if test is None else as_dataset(test)
+    assert train_set is not None  # together raises on every rank when one failed
     return train_set, test_set
 
 
@@ -151,26 +159,13 @@ def optimizer_builder(recipe: Recipe[C], config: C) -> Callable[[nn.Module], Opt
     return build
 
 
-def place_dataset(dataset: Dataset, config: TrainConfig, runtime: Runtime) -> Placed:
-    """Decide where a data set lies and who reads it."""
-    return place(
-        dataset,
-        config.data,
-        seed=config.seed,
-        device=runtime.device,
-        channels_last=config.channels_last,
-        local_world_size=runtime.topology.local_world_size,
-        in_process=config.debug.enabled,
-    )
-
-
 def describe(
     config: TrainConfig,
     runtime: Runtime,
     strategy: Strategy,
     split: BatchSplit,
     num_steps: int,
-    train: Placed,
+    train: Training,
     test: Placed | None,
 ) -> dict[str, str]:
     """The resolved choices, as printed at the start and repeated in summary.json."""
@@ -184,16 +179,11 @@ def describe(
         + (", compiled" if config.compile else "")
         + (f"; {config.optim.name} waits for the device once a step to skip bad updates" if waits else ""),
         "model": f"{type(strategy.module).__name__}, {parameters:,} parameters",
-        "train_data": _line(train.dataset),
-        "test_data": "none" if test is None else _line(test.dataset),
-        "placement": f"{train.placement} ({train.reason})",
+        "train_data": train.summary,
+        "test_data": "none" if test is None else summary_of(test.dataset),
+        "placement": train.placement,
         "global_batch": f"{split.global_batch_size} = {split.microbatch_size} x {ranks} x {split.accum_steps} "
         + ("microbatch" if split.accum_steps == 1 else "microbatches"),
-        "length": f"{num_steps:,} steps of {len(train.dataset) / split.global_batch_size:,.1f} an epoch",
+        "length": f"{num_steps:,} steps of {train.num_samples / split.global_batch_size:,.1f} an epoch",
         "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name}",
     }
-
-
-def _line(dataset: Dataset) -> str:
-    describe_ = getattr(dataset, "describe", None)
-    return describe_() if describe_ is not None else f"{len(dataset):,} samples of {type(dataset).__name__}"

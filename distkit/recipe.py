@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset as TorchDataset
 
     from distkit.data import Dataset
+    from distkit.data.iterable import IterableData
     from distkit.losses import LossOutput
     from distkit.optim import ParamGroup
     from distkit.schedules import Schedule
@@ -35,8 +36,8 @@ class Recipe(Generic[C]):
         name: the first folder under `runs/`.
         config: the configuration class, a frozen dataclass that inherits from TrainConfig.
         build_model: config -> the model, on the CPU; called under one seed on every rank.
-        build_dataset: config, "train" or "test" -> a distkit Dataset or any map-style torch dataset; None where
-            there is no test set.
+        build_dataset: config, "train" or "test" -> a distkit Dataset or any map-style torch dataset (for training also
+            an IterableData); None where there is no test set.
         compute_loss: config, model, batch (what `fetch` and `augment` of the data set give) -> LossOutput.
         presets: named starting points; the first one is the default.
         build_param_groups: config, model -> parameter groups; default: no weight decay on norms and biases.
@@ -49,12 +50,12 @@ class Recipe(Generic[C]):
     name: str
     config: type[C]
     build_model: Callable[[C], nn.Module]
-    build_dataset: Callable[[C, Split], Dataset | TorchDataset[object] | None]
+    build_dataset: Callable[[C, Split], Dataset | TorchDataset[object] | IterableData | None]
     compute_loss: Callable[..., LossOutput]
     presets: Mapping[str, C]
     build_param_groups: Callable[[C, nn.Module], list[ParamGroup]] | None = None
     build_schedule: Callable[[C, int], Schedule] | None = None
-    init_model_: Callable[[C, nn.Module, Dataset], None] | None = None
+    init_model_: Callable[..., None] | None = None
     best: tuple[str, Literal["min", "max"]] = ("loss", "min")
     expected_initial_loss: Callable[[C], float] | None = None
 

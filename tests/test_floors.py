@@ -37,6 +37,7 @@ FENCES = {
     "tyro": {"cli"},
     "torchmetrics": {"metrics"},
     "torchvision": {"data"},
+    "torchdata": {"data"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -4,8 +4,14 @@ from distkit.data.batch import Batch, ImageBatch, batch_size, map_tensors, to_de
 from distkit.data.dataset import Augments, Dataset, MapDataset, as_dataset
 from distkit.data.draws import Draws
 from distkit.data.images import CIFAR10_MEAN, CIFAR10_STD, Augmentation, ImageDataset
+from distkit.data.iterable import IterableData
+from distkit.data.masks import MaskAugmentation, MaskDataset, mask_folder
+from distkit.data.packed import PackedImages, packed
 from distkit.data.sources import cifar10, folder, load_images, synthetic
 from distkit.data.stream import SampleStream, microbatch_start
+from distkit.data.text import encode_text_file, read_vocabulary
+from distkit.data.tokens import TokenDataset
+from distkit.data.torchvision_sets import TensorSamples, resident_images, torchvision_set
 
 __all__ = [
     "CIFAR10_MEAN",
@@ -17,15 +23,27 @@ __all__ = [
     "Draws",
     "ImageBatch",
     "ImageDataset",
+    "IterableData",
     "MapDataset",
+    "MaskAugmentation",
+    "MaskDataset",
+    "PackedImages",
     "SampleStream",
+    "TensorSamples",
+    "TokenDataset",
     "as_dataset",
     "batch_size",
     "cifar10",
+    "encode_text_file",
     "folder",
     "load_images",
     "map_tensors",
+    "mask_folder",
     "microbatch_start",
+    "packed",
+    "read_vocabulary",
+    "resident_images",
     "synthetic",
     "to_device",
+    "torchvision_set",
 ]

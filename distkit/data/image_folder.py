@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -36,6 +38,8 @@ class Listing:
     folder: Path
     class_names: tuple[str, ...]
     files: tuple[str, ...]
+    sizes: tuple[int, ...]
+    """Bytes of each file."""
     labels: tuple[int, ...]
     fingerprint: str
 
@@ -66,37 +70,58 @@ def load_folder(
 
 def list_images(root: Path, split: Split, image_size: int | None) -> Listing:
     """List a split, and check that both splits have the same classes."""
-    names = {each: _class_names(root, each) for each in SPLITS}
-    if names["train"] != names["test"]:
-        lone = sorted(set(names["train"]) ^ set(names["test"]))
+    names = {each: class_folders(root / each) for each in SPLITS}
+    check_same_classes(root, names)
+    return list_split(root / split, names[split], f"1 {image_size}")
+
+
+def check_same_classes(root: Path, names: Mapping[Split, tuple[str, ...]]) -> None:
+    """Raise DataError unless the splits of `root` have the same class names."""
+    every = {name for each in names.values() for name in each}
+    lone = sorted(every - every.intersection(*names.values()))
+    if lone:
         raise DataError(
-            f"the train and test folders in {root} have different classes",
+            f"the {' and '.join(names)} folders in {root} have different classes",
             expected="the same class folders in both",
             got=f"only in one of them: {', '.join(lone[:10])}",
             fix=f"mkdir or rename the folder {lone[0]}",
         )
+
+
+def list_split(folder: Path, class_names: tuple[str, ...], salt: str) -> Listing:
+    """List FOLDER/CLASS/* for these classes; `salt` is part of the fingerprint.
+
+    Raises:
+        DataError: a class has no image.
+    """
     files: list[str] = []
+    sizes: list[int] = []
     labels: list[int] = []
-    total = hashlib.sha256(f"1 {image_size}\n".encode())
-    for label, name in enumerate(names[split]):
-        found = sorted(_files(root / split / name, name))
+    total = hashlib.sha256(f"{salt}\n".encode())
+    for label, name in enumerate(class_names):
+        found = sorted(_files(folder / name, name))
         if not found:
-            raise DataError(f"the class folder {root / split / name} has no image", expected=LAYOUT)
+            raise DataError(f"the class folder {folder / name} has no image", expected=LAYOUT)
         for file, size, changed in found:
             total.update(f"{file}\0{size}\0{changed}\n".encode(errors="surrogateescape"))
         files += [file for file, _, _ in found]
+        sizes += [size for _, size, _ in found]
         labels += [label] * len(found)
-    return Listing(root / split, names[split], tuple(files), tuple(labels), total.hexdigest())
+    return Listing(folder, class_names, tuple(files), tuple(sizes), tuple(labels), total.hexdigest())
 
 
-def _class_names(root: Path, split: Split) -> tuple[str, ...]:
-    folder = root / split
+def class_folders(folder: Path, fix: str = "--data.root DIR") -> tuple[str, ...]:
+    """Names of the class folders in FOLDER, sorted.
+
+    Raises:
+        DataError: there is no such folder, or it has none; `fix` is what to type.
+    """
     if not folder.is_dir():
-        missing = root if not root.is_dir() else folder
-        raise DataError(f"there is no folder {missing}", expected=LAYOUT, fix="--data.root DIR")
+        missing = folder.parent if not folder.parent.is_dir() else folder
+        raise DataError(f"there is no folder {missing}", expected=LAYOUT, fix=fix)
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise DataError(f"the folder {folder} has no class folders", expected=LAYOUT, fix="--data.root DIR")
+        raise DataError(f"the folder {folder} has no class folders", expected=LAYOUT, fix=fix)
     return tuple(names)
 
 
@@ -166,11 +191,25 @@ def decode(paths: list[Path], image_size: int | None) -> NDArray[np.uint8]:
 
 
 def _decode_one(path: Path) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3]."""
+    return decode_image(path, str(path), fix=f"rm {path}")
+
+
+def decode_image(source: Path | BinaryIO, name: str, fix: str) -> NDArray[np.uint8]:
+    """An image file, whatever its mode, as RGB: uint8 [H, W, 3].
+
+    Raises:
+        DataError: it is damaged or no image; the message has `name` and says to type `fix`.
+    """
+    with explained(name, fix), Image.open(source) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def explained(name: str, fix: str) -> Iterator[None]:
+    """Turn what Pillow raises for the image `name` into a DataError."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+        yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"the image {path} cannot be decoded", expected="a whole image file", got=error, fix=f"rm {path}"
+            f"the image {name} cannot be decoded", expected="a whole image file", got=error, fix=fix
         ) from error

@@ -50,6 +50,7 @@ class ImageDataset:
         mean: mean per channel on the scale of [0, 1].
         std: standard deviation per channel likewise, > 0.
         augmentation: random changes.
+        memory_mapped: the images lie in a file until something reads them.
 
     Raises:
         DataError: shapes, dtypes or labels do not fit together.
@@ -66,8 +67,10 @@ class ImageDataset:
         mean: tuple[float, ...] = CIFAR10_MEAN,
         std: tuple[float, ...] = CIFAR10_STD,
         augmentation: Augmentation | None = None,
+        memory_mapped: bool = False,
     ) -> None:
         self.images = images
+        self.memory_mapped = memory_mapped and images.device.type == "cpu"
         self.labels = labels
         self.class_names = class_names
         self.source = source
@@ -89,6 +92,11 @@ class ImageDataset:
     def device(self) -> torch.device:
         """Where the images lie, and where `fetch` gathers them."""
         return self.images.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of images and labels."""
+        return self.images.nbytes + self.labels.nbytes
 
     def describe(self) -> str:
         """One line for people: "50,000 images 3x32x32 uint8, 10 classes, from folder data/flowers"."""
@@ -147,6 +155,7 @@ class ImageDataset:
             mean=self.mean,
             std=self.std,
             augmentation=augmentation,
+            memory_mapped=self.memory_mapped,
         )
 
     def _check(self) -> None:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from distkit.config import DataConfig, Placement
+from distkit.config import BatchSplit, DataConfig, Placement
 from distkit.data.dataset import Dataset, MapDataset
 from distkit.data.fetchers import BatchMaker, Fetcher, HostFetcher, InlineFetcher
+from distkit.data.iterable import IterableData, IterableSource
+from distkit.data.loader import Loader
+from distkit.data.stream import SampleStream
 from distkit.data.workers import WorkerFetcher
 from distkit.errors import ConfigError
 
@@ -28,41 +31,97 @@ class Placed:
     reason: str
 
 
-def place(
-    dataset: Dataset,
-    data: DataConfig,
-    *,
-    seed: int,
-    device: torch.device,
-    channels_last: bool,
-    local_world_size: int,
-    in_process: bool = False,
-) -> Placed:
-    """Decide how `dataset` is read for training on `device`.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What every data set of a run is read with.
 
     Args:
-        dataset: map-style sets go to workers; vectorised ones lie on the device or on the host.
         data: the wish (`placement`) and its numbers.
         seed: of every per-sample draw.
         device: where batches are wanted.
         channels_last: lay out 4-dim tensors as NHWC.
         local_world_size: ranks that share this machine's cores and memory.
         in_process: start no thread and no process (debug mode).
+    """
+
+    data: DataConfig
+    seed: int
+    device: torch.device
+    channels_last: bool = False
+    local_world_size: int = 1
+    in_process: bool = False
+
+    def num_workers(self) -> int:
+        """Worker processes of this rank."""
+        return 0 if self.in_process else self.data.num_workers or default_num_workers(self.local_world_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Where a run's microbatches come from, and what is said about it."""
+
+    loader: Loader | IterableSource
+    num_samples: int
+    summary: str
+    placement: str
+
+
+def open_training(dataset: Dataset | IterableData, reading: Reading, split: BatchSplit, rank: int) -> Training:
+    """The training data of one rank: the sample stream over a placed set, or an iterable set in its own order.
 
     Raises:
         ConfigError: the wished placement does not fit the data set.
     """
-    placement, reason = choose(dataset, data.placement, device, local_world_size)
+    size, line = len(dataset), summary_of(dataset)
+    if not isinstance(dataset, IterableData):
+        placed = place(dataset, reading)
+        stream = SampleStream(reading.seed, size, split.global_batch_size)
+        how = f"{placed.placement} ({placed.reason})"
+        loader = Loader(placed.fetcher, stream, split, rank)
+        return Training(loader=loader, num_samples=size, summary=line, placement=how)
+    if reading.data.placement not in ("auto", "workers"):
+        raise ConfigError(f"--data.placement {reading.data.placement} needs data with numbers", expected="workers",
+                          got="an iterable data set", fix="--data.placement workers")  # fmt: skip
+    source = IterableSource(
+        build=dataset.build,
+        seed=reading.seed,
+        split=split,
+        rank=rank,
+        device=reading.device,
+        channels_last=reading.channels_last,
+        augment=dataset.augment,
+        num_workers=reading.num_workers(),
+        prefetch_depth=reading.data.prefetch_depth,
+    )
+    how = f"workers (iterable data set, {reading.num_workers()} processes)"
+    return Training(loader=source, num_samples=size, summary=line, placement=how)
+
+
+def summary_of(dataset: object) -> str:
+    """One line for people: what the data set says of itself, or its size and kind."""
+    describe = getattr(dataset, "describe", None)
+    samples = dataset.samples if isinstance(dataset, MapDataset) else dataset
+    return str(describe()) if describe is not None else f"{len(dataset):,} samples of {type(samples).__name__}"  # type: ignore[arg-type]
+
+
+def place(dataset: Dataset, reading: Reading) -> Placed:
+    """Decide how `dataset` is read: map-style sets by workers; vectorised ones lie on the device or on the host.
+
+    Raises:
+        ConfigError: the wished placement does not fit the data set.
+    """
+    data, device = reading.data, reading.device
+    placement, reason = choose(dataset, data.placement, device, reading.local_world_size)
     if placement == "device":
         move = getattr(dataset, "to", None)
         dataset = dataset if move is None else move(device)
-    cpu_first = placement == "host" and not in_process
-    make = BatchMaker(dataset, seed, torch.device("cpu") if cpu_first else device, channels_last)
+    cpu_first = placement == "host" and not reading.in_process
+    make = BatchMaker(dataset, reading.seed, torch.device("cpu") if cpu_first else device, reading.channels_last)
     fetcher: Fetcher = InlineFetcher(make)
     if cpu_first:
         fetcher = HostFetcher(make, device, data.prefetch_depth)
     if isinstance(dataset, MapDataset):
-        workers = 0 if in_process else data.num_workers or default_num_workers(local_world_size)
+        workers = reading.num_workers()
         fetcher = WorkerFetcher(samples=dataset.samples, make=make, num_workers=workers, depth=data.prefetch_depth,
                                 on_corrupt=data.on_corrupt, max_corrupt=data.max_corrupt)  # fmt: skip
         reason = f"{reason}, {workers} processes" if workers else "in this process, because of --debug"
@@ -90,10 +149,9 @@ def choose(dataset: Dataset, wish: Placement, device: torch.device, local_world_
                           fix="--data.placement auto")  # fmt: skip
     if wish != "auto":
         return wish, "by flag"
-    if getattr(dataset, "memory_mapped", False):
-        return "host", "memory-mapped file"
+    mapped = getattr(dataset, "memory_mapped", False)
     if device.type == "cpu":
-        return "device", "in this process's memory already"
+        return ("host", "memory-mapped file") if mapped else ("device", "in this process's memory already")
     if not hasattr(dataset, "to"):
         return "host", "it cannot be moved to the device"
     size, free = int(getattr(dataset, "nbytes", 0)), free_bytes(device, local_world_size)

@@ -1,28 +1,19 @@
-"""Where images come from: CIFAR-10, a folder of images, or a generator. Nothing is ever silently replaced."""
+"""Where images come from: a torchvision set, a folder of images, or a generator. Nothing is ever silently replaced."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-import warnings
-from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from distkit.config import DataConfig, Split
 from distkit.config.check import require_number
-from distkit.data.cache import locked
 from distkit.data.image_folder import load_folder
 from distkit.data.images import CIFAR10_MEAN, CIFAR10_STD, Augmentation, ImageDataset
+from distkit.data.packed import packed
 from distkit.data.synthetic import generate
+from distkit.data.torchvision_sets import torchvision_set
 from distkit.errors import DataError
-
-if TYPE_CHECKING:
-    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
 
 
 def load_images(
@@ -45,13 +36,32 @@ def load_images(
     Raises:
         DataError: they cannot be had; the message says what to type.
     """
-    if data.source == "cifar10":
-        images = cifar10(data.root, split)
-    elif data.source == "folder":
+    if data.source == "folder":
         images = folder(data.root, split, data.cache_dir, image_size)
-    else:
+    elif data.source == "synthetic":
         images = synthetic(split, seed)
+    elif data.source == "packed":
+        images = packed_images(data.root, split)
+    else:
+        images = torchvision_set(data.source, data.root, split)
     return images.augmented(augmentation) if augmentation and split == "train" else images
+
+
+def packed_images(root: Path, split: Split) -> ImageDataset:
+    """ROOT/SPLIT.pack with raw images; see `distkit.data.packed`.
+
+    Raises:
+        DataError: there is none, or it holds encoded images, which are read one by one.
+    """
+    images = packed(root, split)
+    if isinstance(images, ImageDataset):
+        return images
+    raise DataError(
+        f"{root / split}.pack holds encoded images, and this recipe takes whole batches of raw ones",
+        expected="images of one size, packed raw",
+        got="encoded images",
+        fix=f"distkit data pack FOLDER {root} --form raw --overwrite",
+    )
 
 
 def folder(root: Path, split: Split, cache_dir: Path | None = None, image_size: int | None = 32) -> ImageDataset:
@@ -96,64 +106,5 @@ def synthetic(
 
 
 def cifar10(root: Path, split: Split) -> ImageDataset:
-    """CIFAR-10 (Krizhevsky 2009) by torchvision, downloaded into `root` unless it is there.
-
-    Raises:
-        DataError: it cannot be downloaded, unpacked or verified; the message names the other sources. Nothing is left
-            of a failed download.
-    """
-    try:
-        dataset = _open_cifar10(root, split)
-    except (OSError, HTTPException, RuntimeError, EOFError, ImportError) as error:
-        raise DataError(
-            f"CIFAR-10 cannot be downloaded to {root}",
-            expected="a network connection, or a verified copy made before by the same command",
-            got=f"{type(error).__name__}: {error}",
-            fix="--data.source folder --data.root DIR, or --data.source synthetic",
-        ) from error
-    return ImageDataset(
-        torch.from_numpy(np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2))),
-        torch.tensor(dataset.targets, dtype=torch.int64),
-        class_names=tuple(dataset.classes),
-        source=f"CIFAR-10 in {root}",
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
-    )
-
-
-def _open_cifar10(root: Path, split: Split) -> CIFAR10:
-    """torchvision's data set; it compares the md5 of every file with its own list before it reads one."""
-    from torchvision.datasets import CIFAR10
-
-    def opened() -> CIFAR10:
-        with warnings.catch_warnings():
-            # NumPy 2.4 warns about the way in which the arrays of 2009 were pickled.
-            warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
-            return CIFAR10(root, train=split == "train")
-
-    try:
-        return opened()
-    except RuntimeError:
-        root.mkdir(parents=True, exist_ok=True)
-    with locked(root):
-        try:
-            return opened()
-        except RuntimeError:
-            _download_cifar10(root)
-        return opened()
-
-
-def _download_cifar10(root: Path) -> None:
-    """Download and unpack in a folder of its own, and move it to its place when all of it is verified."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity  # type: ignore[import-untyped]
-
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as name:
-        archive = root / CIFAR10.filename
-        if check_integrity(str(archive), CIFAR10.tgz_md5):
-            (Path(name) / CIFAR10.filename).symlink_to(os.path.abspath(archive))
-        CIFAR10(name, download=True)
-        target = root / CIFAR10.base_folder
-        if target.exists():
-            shutil.rmtree(target)
-        (Path(name) / CIFAR10.base_folder).replace(target)
+    """CIFAR-10 (Krizhevsky 2009); see `distkit.data.torchvision_sets.torchvision_set`, which has the others too."""
+    return torchvision_set("cifar10", root, split)

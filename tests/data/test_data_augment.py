@@ -1,4 +1,4 @@
-"""Batch augmentations against plain ones that handle one sample at a time."""
+"""Crop, flip, rotation, cutout and normalisation against plain ones that handle one sample at a time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from distkit.data import augment
-from distkit.data.augment import cutout, flip, normalization, normalize, random_crop
+from distkit.data import Draws
+from distkit.data.augment import (
+    alternating_flip,
+    crop_flip,
+    cutout,
+    flip,
+    geometry,
+    normalization,
+    normalize,
+    random_crop,
+    rotate90,
+)
+from distkit.errors import DataError
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
@@ -51,7 +62,62 @@ def test_crop(shape, padding, dtype, mode, device):
 def test_both_ways_to_cut_windows_agree():
     padded, corner = images_of(50, 3, 12, 14), torch.randint(0, 5, (50, 2), generator=torch.Generator().manual_seed(1))
     window = (padded, corner[:, 0], corner[:, 1], 8, 10)
-    assert augment._windows_by_row(*window).equal(augment._windows_by_pixel(*window))
+    assert geometry._windows_by_row(*window).equal(geometry._windows_by_pixel(*window))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("mode", "fill"), [("zero", 0), ("zero", 255), ("reflect", 0)])
+@pytest.mark.parametrize(("shape", "padding"), [((90, 3, 32, 32), 4), ((60, 1, 5, 9), 3), ((50, 2, 300, 301), 9)])
+def test_crop_and_flip_in_one_go(shape, padding, mode, fill, device):
+    images, generator = images_of(*shape), torch.Generator().manual_seed(2)
+    y, x = torch.randint(0, 2 * padding + 1, (2, shape[0]), generator=generator)
+    mask = torch.randint(0, 2, (shape[0],), generator=generator).to(torch.bool)
+    got = crop_flip(*(t.to(device) for t in (images, y, x, mask)), padding, mode, fill).cpu()
+    for i in range(shape[0]):
+        how = {"mode": "constant", "constant_values": fill} if mode == "zero" else {"mode": "reflect"}
+        padded = np.pad(images[i].numpy(), ((0, 0), (padding, padding), (padding, padding)), **how)
+        window = padded[:, y[i] : y[i] + shape[2], x[i] : x[i] + shape[3]]
+        assert (got[i].numpy() == (window[:, :, ::-1] if mask[i] else window)).all()
+    assert images.equal(images_of(*shape))
+
+
+@pytest.mark.parametrize("padding", [0, 7, 20])
+def test_crop_with_padding_larger_than_the_image_or_none(padding):
+    images = images_of(9, 3, 6, 5)
+    y = torch.arange(9) * padding // 4
+    got = random_crop(images, y, y, padding)
+    for i in range(9):
+        assert (got[i].numpy() == crop_one(images[i].numpy(), int(y[i]), int(y[i]), padding, "zero")).all()
+
+
+def test_no_images_are_no_images():
+    none, no_number = images_of(0), torch.zeros(0, dtype=torch.int64)
+    assert crop_flip(none, no_number, no_number, no_number.bool(), 4).shape == none.shape
+    assert rotate90(none, no_number).shape == none.shape
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rotations_are_those_of_torch(device):
+    images, turns = images_of(9, 2, 6, 6), torch.arange(9) % 4
+    got = rotate90(images.to(device), turns.to(device)).cpu()
+    for i in range(9):
+        assert got[i].equal(torch.rot90(images[i], int(turns[i]), (1, 2)))
+    with pytest.raises(DataError, match="square"):
+        rotate90(images_of(1, 1, 5, 6), turns[:1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_alternating_flip(device):
+    indices = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).to(device)
+    masks = [alternating_flip(Draws(4, indices), torch.full_like(indices, epoch)) for epoch in range(4)]
+    assert masks[0].equal(~masks[1])
+    assert masks[0].equal(masks[2])
+    assert masks[1].equal(masks[3])
+    assert 420 < int(masks[0].sum()) < 580
+    order = indices.argsort()
+    again = alternating_flip(Draws(4, indices[order]), torch.zeros_like(indices))
+    assert again.equal(masks[0][order])  # of the sample, not of its position
+    assert again.cpu().equal(alternating_flip(Draws(4, torch.arange(1000)), torch.zeros(1000, dtype=torch.int64)))
 
 
 def test_crop_takes_images_in_any_layout():

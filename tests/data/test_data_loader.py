@@ -20,7 +20,7 @@ from torch import Tensor
 from distkit.config import BatchSplit, DataConfig, Placement
 from distkit.data import Augmentation, Dataset, SampleStream, as_dataset, synthetic
 from distkit.data.loader import EvaluationLoader, Loader
-from distkit.data.placement import choose, default_num_workers, place
+from distkit.data.placement import Reading, choose, default_num_workers, place
 from distkit.data.workers import KeyedSamples, sample_name, untouched_generators
 from distkit.errors import ConfigError, DataError, TrainingError
 
@@ -47,7 +47,7 @@ def open_loader(
     dataset: object, total: int, micro: int, world_size: int, rank: int, data: DataConfig, last: bool = False
 ) -> Loader:
     split = BatchSplit(global_batch_size=total, microbatch_size=micro, world_size=world_size)
-    placed = place(as_dataset(dataset), data, seed=5, device=CPU, channels_last=last, local_world_size=1)
+    placed = place(as_dataset(dataset), Reading(data=data, seed=5, device=CPU, channels_last=last))
     return Loader(placed.fetcher, SampleStream(5, len(placed.dataset), total), split, rank)
 
 
@@ -102,8 +102,7 @@ def test_random_transforms_in_workers_are_functions_of_the_position(
 ) -> None:
     total, micro, world_size, steps = cut
     split = BatchSplit(global_batch_size=total, microbatch_size=total, world_size=1)
-    alone = place(as_dataset(Numbers(size)), DataConfig(), seed=5, device=CPU, channels_last=False,
-                  local_world_size=1, in_process=True)  # fmt: skip
+    alone = place(as_dataset(Numbers(size)), Reading(data=DataConfig(), seed=5, device=CPU, in_process=True))
     reference = read(Loader(alone.fetcher, SampleStream(5, size, total), split, 0), steps)
     data = DataConfig(num_workers=workers, prefetch_depth=depth)
     assert_equal(global_batches(Numbers(size), total, micro, world_size, steps, data), reference)
@@ -114,8 +113,7 @@ def test_random_transforms_in_workers_are_functions_of_the_position(
 
 
 def test_reading_in_process_leaves_the_global_generators_alone() -> None:
-    placed = place(as_dataset(Numbers(9)), DataConfig(), seed=5, device=CPU, channels_last=False,
-                   local_world_size=1, in_process=True)  # fmt: skip
+    placed = place(as_dataset(Numbers(9)), Reading(data=DataConfig(), seed=5, device=CPU, in_process=True))
     split = BatchSplit(global_batch_size=3, microbatch_size=3, world_size=1)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index,union-attr]
     read(Loader(placed.fetcher, SampleStream(5, 9, 3), split, 0), [0, 1])
@@ -146,7 +144,7 @@ def test_evaluation_reads_every_sample_once_and_in_order() -> None:
     for dataset in (IMAGES.augmented(Augmentation()), Numbers(200)):
         for num_workers in (None, 2):
             data = DataConfig(num_workers=num_workers if isinstance(dataset, Numbers) else None)
-            placed = place(as_dataset(dataset), data, seed=5, device=CPU, channels_last=False, local_world_size=1)
+            placed = place(as_dataset(dataset), Reading(data=data, seed=5, device=CPU))
             loader = EvaluationLoader(placed.fetcher, len(placed.dataset))
             with closing(loader.open(range(31, 200), 17)) as batches:
                 seen = list(iter(lambda: next(batches, None), None))  # used at once
@@ -319,7 +317,7 @@ def test_choice_of_placement(dataset: Dataset, wish: Placement, placement: Place
 )
 def test_placements_that_do_not_fit_are_refused(dataset: object, data: DataConfig, fix: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(fix)):
-        place(as_dataset(dataset), data, seed=0, device=CPU, channels_last=False, local_world_size=1)
+        place(as_dataset(dataset), Reading(data=data, seed=0, device=CPU))
 
 
 def test_default_number_of_workers() -> None:
@@ -341,8 +339,8 @@ def quick_threads(tmp_path: Path) -> Iterator[None]:
 def test_pixels_are_the_same_on_cuda(placement: Placement) -> None:
     reference = global_batches(IMAGES, 24, 24, 1, [0, 1, 9], DataConfig())
     split = BatchSplit(global_batch_size=24, microbatch_size=24, world_size=1)
-    placed = place(IMAGES, DataConfig(placement=placement), seed=5, device=torch.device("cuda", 0),
-                   channels_last=True, local_world_size=1)  # fmt: skip
+    reading = Reading(data=DataConfig(placement=placement), seed=5, device=torch.device("cuda", 0), channels_last=True)
+    placed = place(IMAGES, reading)
     batches = read(Loader(placed.fetcher, SampleStream(5, len(IMAGES), 24), split, 0), [0, 1, 9])
     for mine, theirs in zip(batches, reference, strict=True):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(mine, theirs, strict=True))
