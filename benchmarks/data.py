@@ -129,7 +129,7 @@ def decode_arms(root: Path) -> dict[str, Arm]:
     transform = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(64, antialias=True), v2.RandomHorizontalFlip(),
                             v2.ToDtype(torch.float32, scale=True)])  # fmt: skip
     folder = datasets.ImageFolder(str(root), transform)
-    batch, steps = 32, 20
+    batch, steps = 32, 60
 
     def plain() -> float:
         def endless() -> Iterator[list[int]]:

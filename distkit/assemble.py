@@ -49,12 +49,15 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
     train_set, test_set = build_datasets(recipe, config, runtime)
     if not isinstance(train_set, IterableData):
         check_sizes(train_set, split)
+    check_evaluation(config, test_set)
     steps_per_epoch = len(train_set) / split.global_batch_size
     num_steps = count_steps(config, steps_per_epoch)
     with seeded(derive_seed(config.seed, "init")):
         model = recipe.build_model(config)
         if recipe.init_model_ is not None:
             recipe.init_model_(config, model, train_set)
+    # pretrained models come in evaluation mode; a layer that shall stay in it overrides `train`
+    model.train()
     strategy.prepare(model, optimizer_builder(recipe, config))
     reading = Reading(
         data=config.data,
@@ -66,6 +69,7 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
     )
     train = open_training(train_set, reading, split, runtime.rank)
     test = None if test_set is None else place(test_set, reading)
+    writes = runtime.is_main_process and not config.debug.enabled
     own_schedule = recipe.build_schedule
     run = Run(
         recipe=recipe.name,
@@ -84,7 +88,7 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
         plateau=build_plateau(config.schedule),
         ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay),
         best=Best(*recipe.best),
-        directory=RunDirectory(path, writes=runtime.is_main_process and not config.debug.enabled),
+        directory=RunDirectory(path, writes=writes, fresh=config.run_dir is None),
         facts=describe(config, runtime, strategy, split, num_steps, train, test),
     )
     run.observers = [] if config.debug.enabled else build_observers(config.observe, path, runtime.is_main_process)
@@ -112,7 +116,11 @@ def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Data
     train_set: Dataset | IterableData | None = None
     test_set: Dataset | None = None
     with runtime.together("building the data"), runtime.main_process_first():
-        train, test = recipe.build_dataset(config, "train"), recipe.build_dataset(config, "test")
+        # the same generators for both splits and every rank: a recipe may well divide one set by chance
+        with seeded(derive_seed(config.seed, "data")):
+            train = recipe.build_dataset(config, "train")
+        with seeded(derive_seed(config.seed, "data")):
+            test = recipe.build_dataset(config, "test")
         if train is None:
             raise DataError(f"build_dataset of recipe {recipe.name} returned None for the split train",
                             expected="a data set with __len__ and fetch or __getitem__")  # fmt: skip
@@ -133,6 +141,16 @@ def check_sizes(train_set: Dataset, split: BatchSplit) -> None:
             if len(train_set) >= split.world_size
             else f"start at most {len(train_set)} ranks",
         )
+
+
+def check_evaluation(config: TrainConfig, test_set: Dataset | None) -> None:
+    """What waits for evaluations needs some."""
+    if test_set is None and config.eval_every is not None and not config.debug.enabled:
+        raise ConfigError("--eval-every, and the recipe has no test set", expected="a build_dataset for the split test",
+                          got=f"--eval-every {config.eval_every}", fix="--eval-every None")  # fmt: skip
+    if config.schedule.name == "plateau" and (config.eval_every is None or test_set is None):
+        raise ConfigError("--schedule.name plateau acts on evaluations", expected="a test set, and evaluations of it",
+                          got=f"--eval-every {config.eval_every}", fix="--eval-every 500")  # fmt: skip
 
 
 def count_steps(config: TrainConfig, steps_per_epoch: float) -> int:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from distkit.config import ScheduleConfig, TrainConfig
 from distkit.config import optim as optim_config
@@ -120,13 +120,16 @@ def config_flags(file: Path, names: Mapping[str, type]) -> list[str]:
 
     def walk(values: Mapping[str, object], prefix: str) -> None:
         for name, value in values.items():
+            if prefix + name == "run_dir":
+                continue  # the saved run has that one
             if isinstance(value, dict):
                 walk(value, f"{prefix}{name}.")
             elif isinstance(value, bool) and names.get(prefix + name) is bool:
                 flags.append(flag(prefix + name) if value else negated(prefix + name))
             else:
-                words = value if isinstance(value, list) else [value]
-                flags.extend([spell(f"--{prefix}{name}"), *map(str, words)])
+                option = spell(f"--{prefix}{name}")
+                # one word, so that a value may start with a hyphen
+                flags.extend([option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"])
 
     walk(saved, "")
     return flags
@@ -137,6 +140,7 @@ def apply_flags(
 ) -> tuple[C, set[str]]:
     """`base` with `args` applied, and the names of the fields that `args` set."""
     typed = typed_names(args, names)
+    check_values(args, names)
     if any(name.startswith("debug.") for name in typed) and "debug.enabled" not in typed:
         args = [*args, "--debug.enabled"]
     for pair in ALTERNATIVES:
@@ -165,6 +169,48 @@ def typed_names(args: Sequence[str], names: Mapping[str, type]) -> set[str]:
                               fix=f"{close}, or --help for all" if close else "--help for all options")  # fmt: skip
         typed.add(options[option])
     return typed
+
+
+def check_values(args: Sequence[str], names: Mapping[str, type]) -> None:
+    """Check the values of switches, numbers and choices here, where the message can say what to type instead.
+
+    Raises:
+        ConfigError: naming the flag, what it takes and the nearest choice.
+    """
+    switches = {text: name for name, kind in names.items() if kind is bool for text in (flag(name), negated(name))}
+    for position, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        following = value if equals else args[position + 1] if position + 1 < len(args) else ""
+        if option in switches:
+            if equals or (following and not following.startswith("-")):
+                no = following.lower() in ("false", "0", "no", "off")
+                name = switches[option]
+                raise ConfigError(f"{option} is a switch", expected=f"{flag(name)} or {negated(name)}, without a value",
+                                  got=following, fix=negated(name) if no else flag(name))  # fmt: skip
+            continue
+        kinds = {flag(name): kind for name, kind in names.items()}.get(option)
+        if kinds is not None and following and (equals or not following.startswith("--")):
+            check_value(option, following, set(typing.get_args(kinds)) or {kinds}, kinds)
+
+
+def check_value(option: str, value: str, kinds: set[object], annotation: object) -> None:
+    """One value against int, float or Literal, each perhaps with None; tuples and paths are left to tyro."""
+    optional = type(None) in kinds
+    if optional and value == "None":
+        return
+    members = [kind for kind in kinds if kind is not type(None)] if optional else [annotation]
+    for number, words in ((int, "a whole number"), (float, "a number")):
+        if members == [number]:
+            try:
+                number(value)
+            except ValueError as error:
+                raise ConfigError(f"{option} {value} is not {words}", expected=words + (" or None" if optional else ""),
+                                  got=value, fix=f"{option} {number(1)}") from error  # fmt: skip
+    choices = [str(c) for member in members if typing.get_origin(member) is Literal for c in typing.get_args(member)]
+    if choices and value not in choices:
+        known = ", ".join([*choices, *(["None"] if optional else [])])
+        raise ConfigError(f"{option} has no choice {value}", expected=known, got=value,
+                          fix=f"{option} {nearest(value, choices) or choices[0]}")  # fmt: skip
 
 
 def drop_foreign_options(base: C, args: Sequence[str], typed: set[str]) -> C:

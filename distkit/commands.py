@@ -131,3 +131,7 @@ def data(args: Sequence[str]) -> str:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], str]] = {"show": show, "version": version, "data": data}
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,10 @@ class Ema:
     Args:
         model: the module whose tensors are averaged; the same objects must stay in place.
         decay: in (0, 1).
+
+    Attributes:
+        shadow: the averages by name.
+        averaged_buffers: those of buffers, which differ between data parallel ranks until they are handed round.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -25,6 +29,8 @@ class Ema:
         self.decay = decay
         self._live = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()}
         self.shadow = {name: tensor.clone() for name, tensor in self._live.items()}
+        buffers = dict(model.named_buffers())
+        self.averaged_buffers = [tensor for name, tensor in self.shadow.items() if name in buffers]
         self._live_list, self._shadow_list = list(self._live.values()), list(self.shadow.values())
 
     @torch.no_grad()

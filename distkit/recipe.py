@@ -72,7 +72,8 @@ class Recipe(Generic[C]):
 
 def launch(recipe: Recipe[C], argv: Sequence[str]) -> int:
     """Parse, train, and say how it went as an exit code. Errors are one message on stderr."""
-    topology = Topology(rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    topology = Topology(rank=int(rank) if rank.isdigit() else 0)
     debugger = False
     try:
         topology = read_topology(os.environ)
@@ -130,8 +131,19 @@ def debug_config(config: C, topology: Topology) -> C:
                           fix="python RECIPE --debug")  # fmt: skip
     if config.run_dir is not None:
         raise ConfigError("--debug writes no run directory", got=f"--run-dir {config.run_dir}", fix="--run-dir None")
+    if config.observe.tensorboard or config.observe.wandb:
+        raise ConfigError("--debug reports to the terminal only", expected="neither tensorboard nor wandb",
+                          fix="--observe.no-tensorboard --observe.no-wandb")  # fmt: skip
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
-    return replace(config, compile=False, deterministic=True)
+    return replace(
+        config,
+        deterministic=True,
+        compile=False,
+        compile_backend="inductor",
+        compile_mode="default",
+        compile_fullgraph=False,
+        compile_dynamic=False,
+    )
 
 
 def run_recipe(recipe: Recipe[C], config: C, topology: Topology) -> dict[str, object]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distkit.config import OptimConfig, ScheduleConfig, Split, TrainConfig
+from distkit.config.check import require, require_number
 from distkit.data import Augmentation, Dataset, ImageDataset, load_images
 from distkit.losses import LossOutput
 from distkit.metrics import expected_initial_loss, topk_correct
@@ -41,6 +42,14 @@ class Config(TrainConfig):
     """Side of a random square that is blanked, in pixels, >= 0."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("crop_padding", self.crop_padding, least=0, most=31, example="4")
+        require_number("cutout", self.cutout, least=0, most=32, example="8")
+        require_number("label_smoothing", self.label_smoothing, least=0, below=1, example="0.1")
+        ok = self.model != "fastnet" or self.norm == "batch"
+        require(ok, "norm", "batch, which fastnet has built in", self.norm, "batch")
 
 
 def build_model(config: Config) -> nn.Module:

@@ -45,12 +45,10 @@ def test_underscores_are_hyphens() -> None:
 
 
 def test_config_file_comes_between_preset_and_flags(tmp_path: Path) -> None:
-    saved = replace(
-        PRESETS["long"], seed=7, run_dir=Path("a b"), compile=True, data=replace(QUICK.data, root=Path("x"))
-    )
+    saved = replace(PRESETS["long"], seed=7, compile=True, data=replace(QUICK.data, root=Path("-x y")))
     saved = replace(saved, schedule=ScheduleConfig(name="multi_step", milestone_epochs=(1.0, 1.5)))
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(to_json(saved)))
+    file.write_text(json.dumps(to_json(replace(saved, run_dir=Path("the saved run")))))
     assert parsed("--config", str(file)).config == saved
     again = parsed("--config", str(file), "--seed", "8").config
     assert again == replace(saved, seed=8)
@@ -99,7 +97,19 @@ def test_help_shows_presets_groups_and_defaults(capsys: pytest.CaptureFixture[st
         (["--config", "nowhere.json"], "nowhere.json"),
         (["--num-steps", "0"], "--num-steps"),
         (["--num-steps", "5", "--num-epochs", "1"], "both are set"),
-        (["--optim.name", "adamm"], "adam"),
+        (["--optim.name", "adamww"], "--optim.name adamw"),
+        (["--precision=bf61"], "--precision bf16"),
+        (["--optim.adjust-lr", "orginal"], "--optim.adjust-lr original"),
+        (["--num-steps", "2.5"], "a whole number or None"),
+        (["--num-steps=many"], "--num-steps 1"),
+        (["--max-grad-norm", "x"], "a number or None"),
+        (["--compile", "False"], "--no-compile"),
+        (["--debug=True"], "--debug.enabled"),
+        (["--run-dir", ""], "--run-dir runs/NAME"),
+        (["--compile-mode", "max-autotune"], "--compile"),
+        (["--data.source", "synthetic", "--data.root", "x"], "--data.root"),
+        (["--num-threads", "100000"], "--num-threads"),
+        (["--debug.overfit-batches", "1", "--debug.num-steps", "9"], "--debug.num-steps 3"),
         (["--optim.name", "adam", "--optim.momentum", "0.9"], "--optim.momentum"),
         (["--optim.betas", "0.9"], "--optim.betas"),
         (["--schedule.name", "multi_step"], "--schedule.milestone-epochs"),

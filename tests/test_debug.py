@@ -90,12 +90,15 @@ def test_an_unused_parameter_is_named(tmp_path: Path) -> None:
     ended = debug(tmp_path, change=change)
     assert ended.returncode == 0, ended.stderr
     assert "2 unused parameters, which the loss does not depend on: forgotten.weight, forgotten.bias" in ended.stdout
+    assert "1 thing(s) to look at" in ended.stdout
+    assert "nothing wrong" not in ended.stdout
 
 
 def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
     ended = debug(tmp_path, change=("images, labels = batch\n", "images, labels = batch\n    labels = labels + 1\n"))
     assert ended.returncode == 1
-    assert "outside of the model" in ended.stderr
+    assert "while computing the loss, outside of the model" in ended.stderr
+    assert "in compute_loss: loss = F.cross_entropy" in ended.stderr
     assert "the model has 10 classes, so labels must be in 0 to 9" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) < 10
 
@@ -113,6 +116,32 @@ def test_a_wrong_input_shape_is_named(tmp_path: Path) -> None:
     assert "float32 [16, 1, 32, 32]" in ended.stderr
     assert "batch [0]: float32 [16, 3, 32, 32]" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) < 10
+
+
+def test_a_broken_data_set_is_not_blamed_on_the_loss(tmp_path: Path) -> None:
+    change = (
+        "    return load_images(config.data, split, seed=config.seed, augmentation=augmentation)",
+        "    images = load_images(config.data, split, seed=config.seed, augmentation=augmentation)\n"
+        "    type(images).fetch = lambda self, indices: 1 / 0\n    return images",
+    )
+    ended = debug(tmp_path, change=change)
+    assert ended.returncode == 1
+    assert "ZeroDivisionError while reading the batch" in ended.stderr
+    assert "1 / 0" in ended.stderr
+
+
+def test_sums_that_are_no_tensors_are_named(tmp_path: Path) -> None:
+    ended = debug(tmp_path, change=("topk_correct(logits, labels, ks=(1, 5)))", "{'n': 3})"))
+    assert ended.returncode == 1
+    assert "sums['n'] must be a tensor without dims, got int 3" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_sparse_gradients_can_be_debugged() -> None:
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 1]]), torch.tensor([1.0, float("inf")]), (3,),
+                                     check_invariants=True)  # fmt: skip
+    assert count_nonfinite(sparse) == 1
+    assert "1 of 2 values not finite" in range_line(sparse)
 
 
 def test_a_strange_first_loss_is_told(tmp_path: Path) -> None:

@@ -50,7 +50,11 @@ def test_the_readme_shows_commands() -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "recipes/" in c])
 def test_training_commands_run(command: str, tmp_path: Path) -> None:
     words = command.replace("recipes/", f"{ROOT}/recipes/").replace(".venv/bin/", "").split()
-    words = [str(image_folder(tmp_path / "images")) if word == "ROOT" else word for word in words]
+    if "ROOT" in words or "packed" in words:
+        images = image_folder(tmp_path / "images")
+        words = [str(images) if word == "ROOT" else word for word in words]
+    if "packed" in words:
+        call([sys.executable, "-m", "distkit.commands", "data", "pack", str(images), "packed"], tmp_path)
     if "--help" not in words:
         if "--debug" in words:
             words += ["--global-batch-size", "10", "--data.source", "synthetic"]
@@ -67,6 +71,15 @@ def test_training_commands_run(command: str, tmp_path: Path) -> None:
         assert "top1" in out
         ranks = 2 if "torchrun" in words else 1
         assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == ranks
+
+
+@pytest.mark.slow
+def test_packing_commands_run(tmp_path: Path) -> None:
+    image_folder(tmp_path / "ROOT")
+    commands = [c.split() for c in COMMANDS if c.startswith("distkit ")]
+    assert [words[2] for words in commands] == ["pack", "verify"]
+    for words in commands:
+        call([sys.executable, "-m", "distkit.commands", *words[1:]], tmp_path)
 
 
 @pytest.mark.slow
@@ -94,6 +107,19 @@ def test_figures_stand_in_the_result_files() -> None:
     quick = results("cifar10_quick")
     accuracy, seconds = quick["test_accuracy"], quick["train_seconds"]
     assert f"{100 * accuracy:.1f} % test accuracy in {seconds:.0f} s of training" in README  # type: ignore[operator]
+    data = results("data")
+    device, pil, v2, workers = (
+        data[name]["median"]
+        for name in (
+            "distkit device",
+            "distkit device / PIL",
+            "distkit device / v2 on tensors",
+            "distkit workers / DataLoader",
+        )
+    )
+    assert f"{device:,.0f} images/s: {pil:.0f} x torchvision's PIL pipeline, {v2:.0f} x v2 transforms" in README
+    assert f"{workers:.2f} x a plain DataLoader" in README
+    assert f"| {data['permutation ms']:.2f} ms |" in README
     step = results("step_overhead")
     figures = [step[arm]["median"] for arm in ("engine - by hand", "by hand", "fabric", "accelerate")]
     added, hand, fabric, accelerate = (f"{figure:.1f}" for figure in figures)

@@ -45,9 +45,8 @@ def test_the_same_command_twice_gives_the_same_digest_and_config_file_too(tmp_pa
     assert only(run_recipe_cli(flags, tmp_path)).returncode == 0
     digests = {summary_of(tmp_path / name)["state_digest"] for name in "abc"}
     assert len(digests) == 1
-    assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "c" / "config.json").read_text().replace(
-        '"run_dir": "c"', '"run_dir": "a"'
-    )
+    first, again = ((tmp_path / name / "config.json").read_text() for name in "ac")
+    assert first == again.replace('"run_dir": "c"', '"run_dir": "a"')
 
 
 @pytest.mark.distributed
@@ -107,6 +106,13 @@ WRONG = {
     "run directory of another run": (["--run-dir", "taken"], "--run-dir taken-2"),
     "run directory is a file": (["--run-dir", "file"], "--run-dir"),
     "debug with a run directory": (["--debug", "--run-dir", "d"], "--run-dir"),
+    "label smoothing out of range": (["--label-smoothing", "2"], "--label-smoothing"),
+    "nearest optimizer": (["--optim.name", "adamww"], "--optim.name adamw"),
+    "a switch with a value": (["--flip", "False"], "--no-flip"),
+    "plateau without evaluations": (["--schedule.name", "plateau"], "--eval-every"),
+    "an option that would be ignored": (["--data.on-corrupt", "skip"], "--data.on-corrupt error"),
+    "norm that fastnet has not": (["--model", "fastnet", "--norm", "group"], "--norm batch"),
+    "run directory without a name": (["--run-dir", ""], "--run-dir"),
     "two ways to clip": (["--max-grad-norm", "1", "--max-grad-value", "1"], "--max-grad-value"),
 }
 
@@ -156,6 +162,9 @@ def test_two_ranks_say_it_once(tmp_path: Path, argv: list[str], says: str) -> No
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, [], "torchrun --nproc-per-node N"),
         ({"ACCELERATE_USE_FSDP": "true"}, [], "FSDP"),
         ({"WORLD_SIZE": "2"}, [], "RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "abc"}, [], "RANK"),
+        ({"OMPI_COMM_WORLD_SIZE": "x"}, [], "OMPI_COMM_WORLD_SIZE"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, [], "SLURM_NODEID"),
     ],
 )
 def test_a_wrong_launch_ends_with_2(tmp_path: Path, env: dict[str, str], argv: list[str], says: str) -> None:

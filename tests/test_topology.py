@@ -82,6 +82,8 @@ def test_tasks_per_node(text: str, counts: list[int]) -> None:
         ({**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE"),
         ({**TORCHRUN, "RANK": "4"}, "RANK=4"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR"),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID"),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_NODELIST"}, "srun did not say"),
     ],
 )
 def test_refused(env: dict[str, str], says: str) -> None:

@@ -37,5 +37,10 @@ class DataConfig:
         require(self.source in get_args(Source), "data.source", ", ".join(get_args(Source)), self.source, "folder")
         require(self.placement in get_args(Placement), "data.placement", ", ".join(get_args(Placement)),
                 self.placement, "auto")  # fmt: skip
+        if self.source == "synthetic":
+            require(self.root == Path("data"), "data.root", "a source that reads files", self.root, "data")
+        if self.source != "folder":
+            ok = self.cache_dir is None
+            require(ok, "data.cache_dir", "--data.source folder, which alone is decoded", self.cache_dir, "None")
         for name in ("num_workers", "prefetch_depth", "max_corrupt"):
             require_number(f"data.{name}", getattr(self, name), least=1, example="2")

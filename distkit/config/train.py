@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from distkit.config.check import require, require_number
+from distkit.config.check import flag, require, require_number
 from distkit.config.data import DataConfig
 from distkit.config.optim import OptimConfig
 from distkit.config.schedule import ScheduleConfig
@@ -35,6 +35,12 @@ class DebugConfig:
     """Open the debugger where an exception was raised."""
 
     def __post_init__(self) -> None:
+        if self.overfit_batches is not None and self.num_steps != 3:
+            raise ConfigError(
+                "--debug.num-steps and --debug.overfit-batches contradict each other",
+                expected="one of the two: overfitting ends when the loss is near zero",
+                fix="--debug.num-steps 3",
+            )
         require_number("debug.num_steps", self.num_steps, least=1, example="3")
         require_number("debug.overfit_batches", self.overfit_batches, least=1, example="1")
 
@@ -123,10 +129,15 @@ class TrainConfig:
                 fix=f"--num-epochs None --num-steps {self.num_steps}" if both else "--num-epochs 10",
             )
         require(self.precision in get_args(Precision), "precision", "fp32, tf32, bf16 or fp16", self.precision, "bf16")
-        for name in ("num_steps", "global_batch_size", "microbatch_size", "report_every", "eval_every"):
-            require_number(name, getattr(self, name), least=1, example="128")
+        examples = {"num_steps": "1000", "global_batch_size": "128", "microbatch_size": "64", "report_every": "50",
+                    "eval_every": "500"}  # fmt: skip
+        for name, example in examples.items():
+            require_number(name, getattr(self, name), least=1, example=example)
         require_number("eval_batch_size", self.eval_batch_size, least=1, example="256")
-        require_number("num_threads", self.num_threads, least=1, example="2")
+        require_number("num_threads", self.num_threads, least=1, most=512, example="2")
+        if self.run_dir is not None:
+            require(self.run_dir != Path(), "run_dir", "a directory of its own", repr(str(self.run_dir)), "runs/NAME")
+        self._check_compile()
         for name in ("num_epochs", "max_grad_norm", "max_grad_value", "timeout_seconds"):
             require_number(name, getattr(self, name), above=0, example="1")
         require_number("ema_decay", self.ema_decay, above=0, below=1, example="0.999")
@@ -139,6 +150,14 @@ class TrainConfig:
         if self.optim.name == "lbfgs" and self.precision == "fp16":
             raise ConfigError("--optim.name lbfgs cannot scale gradients", expected="fp32, tf32 or bf16", got="fp16",
                               fix="--precision fp32")  # fmt: skip
+
+    def _check_compile(self) -> None:
+        """Options of torch.compile mean nothing without it."""
+        defaults = {"compile_backend": "inductor", "compile_mode": "default", "compile_fullgraph": False,
+                    "compile_dynamic": False}  # fmt: skip
+        set_ = [flag(name) for name, default in defaults.items() if getattr(self, name) != default]
+        if set_ and not self.compile:
+            raise ConfigError(f"{', '.join(set_)} without --compile", expected="--compile too", fix="--compile")
 
 
 def to_json(config: TrainConfig) -> dict[str, object]:

@@ -25,24 +25,28 @@ ImageBatch: TypeAlias = tuple[Tensor, Tensor]
 """images [B, C, H, W] and labels int64 [B]."""
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: T) -> T:
     """The same structure with `function` applied to every tensor; everything that is not a tensor is kept."""
-    return _map(function, batch)  # type: ignore[return-value]
+    return map_leaves(Tensor, function, batch)  # type: ignore[return-value]
 
 
-def _map(function: Callable[[Tensor], Tensor], value: object) -> object:
-    if isinstance(value, Tensor):
+def map_leaves(kind: type[K], function: Callable[[K], object], value: object) -> object:
+    """The same structure with `function` applied to every leaf of type `kind`; everything else is kept."""
+    if isinstance(value, kind):
         return function(value)
     if isinstance(value, dict):
-        return {key: _map(function, item) for key, item in value.items()}
+        return {key: map_leaves(kind, function, item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        make = getattr(type(value), "_make", type(value))
-        return make(_map(function, item) for item in value)
+        items = [map_leaves(kind, function, item) for item in value]
+        made: Callable[..., object] = type(value)
+        return made(*items) if hasattr(value, "_fields") else made(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = (field.name for field in dataclasses.fields(value) if field.init)
-        return dataclasses.replace(value, **{name: _map(function, getattr(value, name)) for name in fields})
+        changed = {name: map_leaves(kind, function, getattr(value, name)) for name in fields}
+        return dataclasses.replace(value, **changed)
     return value
 
 

@@ -125,6 +125,10 @@ def place(dataset: Dataset, reading: Reading) -> Placed:
         fetcher = WorkerFetcher(samples=dataset.samples, make=make, num_workers=workers, depth=data.prefetch_depth,
                                 on_corrupt=data.on_corrupt, max_corrupt=data.max_corrupt)  # fmt: skip
         reason = f"{reason}, {workers} processes" if workers else "in this process, because of --debug"
+    elif data.on_corrupt == "skip":
+        raise ConfigError("--data.on-corrupt skip is for data sets that are read a sample at a time",
+                          expected="a data set with __getitem__", got=type(dataset).__name__,
+                          fix="--data.on-corrupt error")  # fmt: skip
     elif data.num_workers is not None:
         raise ConfigError("--data.num-workers is for map-style data sets", expected="a data set with __getitem__",
                           got=type(dataset).__name__, fix="--data.num-workers None")  # fmt: skip

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distkit.debug.watch import ModuleWatch, shape_line, tensors_of
+import distkit
+from distkit.debug.watch import ModuleWatch, range_line, shape_line, tensors_of
 from distkit.errors import DistkitError, NonFiniteError, TrainingError
 
 
-def explain(error: Exception, watch: ModuleWatch, batch: Mapping[str, tuple[str, Bounds | None]]) -> DistkitError:
-    """The same failure with the module, its input, and the batch; `batch` is what `summarize` said before it."""
+def explain(
+    error: Exception, watch: ModuleWatch, batch: Mapping[str, tuple[str, Bounds | None]], phase: str
+) -> DistkitError:
+    """The same failure with the phase, the line, the module with its input, and the batch.
+
+    Args:
+        error: what was raised inside a step.
+        watch: which modules were being called.
+        batch: what `summarize` said of the batch before the forward; empty when there was none yet.
+        phase: what the step was doing, for people: "reading the batch".
+    """
     if isinstance(error, DistkitError):
         return error
     text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -27,8 +39,11 @@ def explain(error: Exception, watch: ModuleWatch, batch: Mapping[str, tuple[str,
         lines.append(f"step {watch.step}: {type(error).__name__} in module {call.title()}: {text}")
         lines.append(f"  input:    {shape_line(call.inputs)}")
     else:
-        lines.append(f"step {watch.step}: {type(error).__name__} in compute_loss, outside of the model: {text}")
-        lines.append(f"  model gave: {shape_line(watch.last_output)}")
+        lines.append(f"step {watch.step}: {type(error).__name__} while {phase}: {text}")
+        if watch.last_output is not None:
+            lines.append(f"  model gave: {shape_line(watch.last_output)}")
+    if place := users_line(error):
+        lines.append(f"  at:       {place}")
     lines += [f"  batch {name}: {line}" for name, (line, _) in batch.items()]
     lines += [f"  hint:     {hint}" for hint in label_hints(watch, batch, text)]
     return TrainingError("\n".join(lines))
@@ -37,13 +52,25 @@ def explain(error: Exception, watch: ModuleWatch, batch: Mapping[str, tuple[str,
 Bounds = tuple[int, int]
 
 
+def users_line(error: BaseException) -> str | None:
+    """`recipe.py:77 in compute_loss: loss = ...`: the innermost line that is neither torch's nor distkit's."""
+    libraries = [str(Path(module.__file__).parent) for module in (torch, distkit) if module.__file__]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(frame.filename.startswith(folder) for folder in libraries) and "<" not in frame.filename
+    ]
+    if not frames:
+        return None
+    last = frames[-1]
+    return f"{Path(last.filename).name}:{last.lineno} in {last.name}: {last.line}"
+
+
 def summarize(batch: object) -> dict[str, tuple[str, Bounds | None]]:
     """One line for each tensor of a batch, and the least and largest value of integer ones.
 
     Taken before the forward: after a device-side assertion no tensor can be read any more.
     """
-    from distkit.debug.watch import range_line
-
     lines: dict[str, tuple[str, Bounds | None]] = {}
     for path, leaf in torch.utils._pytree.tree_flatten_with_path(batch)[0]:
         if isinstance(leaf, Tensor):

@@ -13,6 +13,7 @@ from torch import nn
 from distkit.data import Batch
 from distkit.debug.explain import explain, summarize
 from distkit.debug.watch import ModuleWatch, count_nonfinite, range_line
+from distkit.engine.meter import check_output
 from distkit.engine.run import Loader, Run
 from distkit.engine.train_step import train_step
 from distkit.errors import NonFiniteError, TrainingError
@@ -46,23 +47,24 @@ def debug(run: Run, expected_loss: float | None) -> None:
         run.loader = RepeatedLoader(run.loader, num_batches)
         run.schedule = constant_lr
         run.num_steps = OVERFIT_STEPS
-    module.train()
     losses: list[float] = []
+    problems = 0
     with closing(run.loader), ModuleWatch(module) as watch, deterministic_and_anomalous():
         while run.progress.step < run.num_steps:
             losses.append(debug_step(run, watch))
             step = run.progress.step
             if step == 1:
                 print_shapes(watch)
-                check_first_loss(losses[0], expected_loss)
-                name_unused(module)
+                problems = check_first_loss(losses[0], expected_loss) + name_unused(module)
             if num_batches is None or step % 25 == 0:
                 print(f"step {step:4d}  loss {losses[-1]:.5f}")
             if num_batches is not None and max(losses[-num_batches:]) < OVERFIT_RATIO * losses[0]:
                 break
     if num_batches is not None:
         conclude_overfit(losses, num_batches)
-    print("debug mode found nothing wrong" if num_batches is None else "the model can learn: overfit test passed")
+    if num_batches is not None:
+        print("the model can learn: overfit test passed")
+    print(f"debug mode found {problems} thing(s) to look at" if problems else "debug mode found nothing wrong")
 
 
 @contextmanager
@@ -103,13 +105,19 @@ def debug_step(run: Run, watch: ModuleWatch) -> float:
     compute_loss = run.compute_loss
     seen: dict[str, tuple[str, tuple[int, int] | None]] = {}
 
+    phase = "reading the batch"
+
     def watched(model: nn.Module, batch: Batch) -> LossOutput:
+        nonlocal phase
+        phase = "computing the loss, outside of the model"
         watch.begin()
         seen.update(summarize(batch))
         for name, (line, _) in seen.items():
             if "not finite" in line:
                 raise NonFiniteError(f"step {watch.step}: the batch itself is not finite: {name} is {line}")
         output = compute_loss(model, batch)
+        check_output(output)
+        phase = "going backward or updating"
         if count_nonfinite(output.loss):
             raise NonFiniteError(
                 f"step {watch.step}: the model's output is finite, the loss computed from it is {output.loss.item()}"
@@ -120,7 +128,7 @@ def debug_step(run: Run, watch: ModuleWatch) -> float:
     try:
         train_step(run)
     except Exception as error:
-        raise explain(error, watch, seen) from error
+        raise explain(error, watch, seen, phase) from error
     finally:
         run.compute_loss = compute_loss
     for name, parameter in run.strategy.module.named_parameters():
@@ -166,8 +174,8 @@ def print_table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def check_first_loss(loss: float, expected: float | None) -> None:
-    """Compare the first loss with that of a model that knows nothing."""
+def check_first_loss(loss: float, expected: float | None) -> int:
+    """Compare the first loss with that of a model that knows nothing; the number of warnings."""
     if expected is None:
         print(f"\nfirst loss {loss:.4f} (the recipe does not say what an untrained model should give)")
     elif 0.5 * expected <= loss <= 2 * expected:
@@ -175,15 +183,18 @@ def check_first_loss(loss: float, expected: float | None) -> None:
     else:
         print(f"\nWARNING: first loss {loss:.4f}, expected about {expected:.4f} from an untrained model")
         print("  look at: initial weights of the last layer, normalisation of the inputs, reduction of the loss")
+        return 1
+    return 0
 
 
-def name_unused(module: nn.Module) -> None:
-    """Name the parameters that got no gradient."""
+def name_unused(module: nn.Module) -> int:
+    """Name the parameters that got no gradient; the number of warnings."""
     unused = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
     if unused:
         print(f"WARNING: {len(unused)} unused parameters, which the loss does not depend on: {', '.join(unused)}")
     else:
         print("every parameter got a gradient")
+    return int(bool(unused))
 
 
 def conclude_overfit(losses: list[float], num_batches: int) -> None:

@@ -28,17 +28,24 @@ def shape_line(value: object) -> str:
 def range_line(tensor: Tensor) -> str:
     """dtype, shape and values: `int64 [128], 0 to 9` or `float32 [4], 2 of 4 values not finite`."""
     line = shape_line(tensor)
+    tensor = values_of(tensor)
     if tensor.numel() == 0 or tensor.is_complex():
         return line
     if bad := count_nonfinite(tensor):
         return f"{line}, {bad} of {tensor.numel()} values not finite"
-    low, high = (bound.item() for bound in tensor.detach().aminmax())
+    low, high = (bound.item() for bound in tensor.aminmax())
     return f"{line}, {low:.4g} to {high:.4g}"
 
 
 def count_nonfinite(tensor: Tensor) -> int:
     """How many values are NaN or infinite."""
-    return int((~torch.isfinite(tensor.detach())).sum().item()) if tensor.is_floating_point() else 0
+    return int((~torch.isfinite(values_of(tensor))).sum().item()) if tensor.is_floating_point() else 0
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """The tensor without its graph; of a sparse one the values that are there."""
+    tensor = tensor.detach()
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def any_nonfinite(tensors: Iterable[Tensor]) -> bool:

@@ -26,7 +26,7 @@ def evaluate(run: Run, loader: EvaluationLoader) -> Means:
     """
     strategy = run.strategy
     meter = Meter(run.runtime)
-    strategy.synchronize_buffers_()
+    strategy.synchronize_buffers_(run.ema.averaged_buffers if run.ema is not None else ())
     modes = {module: module.training for module in strategy.module.modules()}
     strategy.module.eval()
     try:

@@ -12,7 +12,7 @@ from distkit.engine.clock import Clock
 from distkit.engine.evaluate import evaluate
 from distkit.engine.run import Run
 from distkit.engine.train_step import due, train_step
-from distkit.errors import NonFiniteError
+from distkit.errors import NonFiniteError, TrainingError
 from distkit.observers import RunInfo
 
 Summary = dict[str, object]
@@ -35,6 +35,7 @@ def fit(run: Run) -> Summary:
             if due(config.report_every, progress.step, run.num_steps):
                 report(run, clock)
             if due(config.eval_every, progress.step, run.num_steps):
+                run.runtime.wait()  # what is queued still belongs to training
                 with clock.excluded():
                     report_evaluation(run)
         return finish(run, clock)
@@ -99,14 +100,19 @@ def report_evaluation(run: Run) -> None:
     values = {"step": float(run.progress.step), "loss": means.loss, **means.metrics}
     is_best = run.trackers.see(values, run.best)
     if run.plateau is not None:
-        run.plateau.update(values[run.config.schedule.metric or "loss"])
+        metric = run.config.schedule.metric or "loss"
+        if metric not in values:
+            raise TrainingError(
+                f"--schedule.metric {metric} is not reported; there are {', '.join(means.metrics)}, loss"
+            )
+        run.plateau.update(values[metric])
     line = {name: value for name, value in values.items() if name != "step"}
     run.tell({"event": "eval", "step": run.progress.step, **line, "samples": means.samples, "best": is_best})
 
 
 def finish(run: Run, clock: Clock) -> Summary:
     """Write the final weights and summary.json; every rank returns the same summary."""
-    run.strategy.synchronize_buffers_()
+    run.strategy.synchronize_buffers_(run.ema.averaged_buffers if run.ema is not None else ())
     summary: Summary = {
         "recipe": run.recipe,
         "step": run.progress.step,

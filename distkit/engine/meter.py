@@ -24,6 +24,30 @@ class Means:
     metrics: dict[str, float]
 
 
+#: Names of an event's own fields, which a sum may not take.
+RESERVED = frozenset({"event", "step", "epoch", "loss", "lr", "samples", "samples_per_second", "data_wait_seconds",
+                      "grad_norm", "loss_scale", "skipped_updates", "best"})  # fmt: skip
+
+
+def check_output(output: LossOutput) -> None:
+    """Refuse what cannot be reported; costs nothing on the device.
+
+    Raises:
+        TrainingError: naming the field of LossOutput and what it should be.
+    """
+    fields = {"loss": output.loss, **{f"sums[{name!r}]": value for name, value in output.sums.items()}}
+    if output.weight is not None:
+        fields["weight"] = output.weight
+    for name, value in fields.items():
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            got = f"{type(value).__name__} {list(value.shape) if isinstance(value, Tensor) else value!r}"
+            raise TrainingError(f"compute_loss: {name} must be a tensor without dims, got {got}")
+    if taken := RESERVED & output.sums.keys():
+        raise TrainingError(
+            f"compute_loss: sums may not be named {', '.join(sorted(taken))}: an event has these itself"
+        )
+
+
 class Meter:
     """Collects LossOutputs of microbatches; `reduce` gives their means over all ranks.
 
@@ -35,6 +59,7 @@ class Meter:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
+        self._checked = False
         self._reset()
 
     def _reset(self) -> None:
@@ -48,8 +73,12 @@ class Meter:
 
     def add(self, output: LossOutput, samples: int) -> None:
         """Count one microbatch of `samples` samples. Never waits for the device."""
+        if not self._checked:
+            check_output(output)
+            self._checked = True
         # detached, or the whole graph of the microbatch would be kept alive
-        self._pending.append((LossOutput(output.loss.detach(), output.sums, output.weight), samples))
+        sums = {name: value.detach() if value.requires_grad else value for name, value in output.sums.items()}
+        self._pending.append((LossOutput(output.loss.detach(), sums, output.weight), samples))
         if len(self._pending) == FOLD_EVERY:
             self._fold()
 
@@ -84,10 +113,13 @@ class Meter:
             TrainingError: ranks reported different names, or nothing was counted.
         """
         self._fold()
-        names = sorted(self._sums)
-        values = [self._loss, self._weight, self._zero() + self._samples, *(self._sums[name] for name in names)]
-        if any(seen != names for seen in self._runtime.gather(names)):
-            raise TrainingError(f"compute_loss must return the same sums on every rank, here {names}")
+        # a rank may have had no sample to evaluate, and then knows no names
+        seen = [names for names, samples in self._runtime.gather((sorted(self._sums), self._samples)) if samples]
+        names = seen[0] if seen else []
+        if any(other != names for other in seen):
+            raise TrainingError(f"compute_loss must return the same sums on every rank, here {seen}")
+        sums_here = [self._sums[name] if name in self._sums else self._zero() for name in names]
+        values = [self._loss, self._weight, self._zero() + self._samples, *sums_here]
         loss, weight, samples, *sums = self._runtime.all_reduce_(torch.stack(values)).tolist()
         if samples == 0:
             raise TrainingError("nothing to report: no sample was seen on any rank")

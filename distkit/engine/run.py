@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -14,6 +15,7 @@ from distkit.data.loader import EvaluationLoader
 from distkit.ema import Ema
 from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
+from distkit.errors import TrainingError
 from distkit.losses import LossOutput
 from distkit.observers import Event, Observer
 from distkit.optim import named_optimizer_state
@@ -42,7 +44,9 @@ class Best:
     mode: Literal["min", "max"] = "min"
 
     def better(self, new: float, old: float) -> bool:
-        """True when `new` beats `old`; NaN never does."""
+        """True when `new` beats `old`; what is not finite never does, and is beaten by anything that is."""
+        if not (math.isfinite(new) and math.isfinite(old)):
+            return math.isfinite(new)
         return new < old if self.mode == "min" else new > old
 
 
@@ -69,9 +73,18 @@ class Trackers:
     best: dict[str, float] | None = None
 
     def see(self, values: dict[str, float], best: Best) -> bool:
-        """Remember an evaluation (with its "step"); True when it is the best so far."""
+        """Remember an evaluation (with its "step"); True when it is the best so far.
+
+        Raises:
+            TrainingError: the evaluation has no such metric.
+        """
         self.last = values
-        if self.best is None or best.better(values[best.metric], self.best[best.metric]):
+        if best.metric not in values:
+            known = ", ".join(name for name in values if name != "step")
+            raise TrainingError(
+                f"the best evaluation is chosen by {best.metric}, which compute_loss does not report: {known}"
+            )
+        if best.better(values[best.metric], self.best[best.metric] if self.best else math.nan):
             self.best = values
             return True
         return False

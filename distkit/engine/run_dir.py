@@ -27,6 +27,8 @@ class RunDirectory:
 
     path: Path
     writes: bool
+    fresh: bool = False
+    """The name was made up just now: another run that made up the same one must not share it."""
 
     def create(self, config: Mapping[str, object], environment: Mapping[str, object]) -> None:
         """Make the directory and write what the run is.
@@ -37,7 +39,7 @@ class RunDirectory:
         if not self.writes:
             return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=not self.fresh)
             write_json(self.path / "config.json", config)
             write_json(self.path / "environment.json", environment)
         except OSError as error:

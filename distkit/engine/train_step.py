@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from time import perf_counter
 
 import torch
@@ -24,7 +25,9 @@ def train_step(run: Run) -> None:
     strategy, progress = run.strategy, run.progress
     set_lr(strategy.optimizer, run.lr_multiplier())
     if strategy.needs_closure:
-        strategy.update_with_closure(lambda: global_loss(run))
+        evaluations = count()
+        # the loss is evaluated several times on one global batch, and reported once
+        strategy.update_with_closure(lambda: global_loss(run, report=next(evaluations) == 0))
     else:
         compute_gradients(run)
         run.grad_norm = strategy.clip_gradients_(due(run.config.report_every, progress.step + 1, run.num_steps))
@@ -34,7 +37,7 @@ def train_step(run: Run) -> None:
     progress.step += 1
 
 
-def compute_gradients(run: Run) -> list[LossOutput]:
+def compute_gradients(run: Run, report: bool = True) -> list[LossOutput]:
     """Gradients of the mean loss of the whole global batch: `accum_steps` microbatches, one exchange (C2)."""
     strategy, split = run.strategy, run.split
     strategy.zero_gradients()
@@ -45,7 +48,8 @@ def compute_gradients(run: Run) -> list[LossOutput]:
         with strategy.precision():
             output = run.compute_loss(strategy.model, batch)
         strategy.backward(share_of_step(output, run))
-        run.meter.add(output, split.microbatch_size)
+        if report:
+            run.meter.add(output, split.microbatch_size)
         outputs.append(output)
     normalize_by_weight_(run, outputs)
     return outputs
@@ -81,13 +85,15 @@ def normalize_by_weight_(run: Run, outputs: list[LossOutput]) -> None:
         raise TrainingError("compute_loss returned a weight for some microbatches of a step and none for others")
     total = torch.stack(weights).sum(dtype=torch.float32)
     run.runtime.all_reduce_(total)
-    run.strategy.scale_gradients_(run.split.global_batch_size / total)
+    # a step of padding alone weighs nothing and moves nothing
+    factor = torch.where(total > 0, run.split.global_batch_size / total, 0.0)
+    run.strategy.scale_gradients_(factor)
 
 
-def global_loss(run: Run) -> Tensor:
+def global_loss(run: Run, report: bool) -> Tensor:
     """The closure of LBFGS: gradients, and the loss of the global batch, which must be the same on every rank."""
     with torch.enable_grad():
-        outputs = compute_gradients(run)
+        outputs = compute_gradients(run, report)
     weight = torch.stack([torch.ones_like(o.loss) if o.weight is None else o.weight for o in outputs])
     loss = torch.stack([output.loss.detach() for output in outputs])
     pair = torch.stack([(loss * weight).sum(), weight.sum()])

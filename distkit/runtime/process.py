@@ -56,6 +56,11 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def wait(self) -> None:
+        """Wait for what is queued on the device; never between two reports of a step."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def gather(self, value: T) -> list[T]:
         """Every rank's `value` (any picklable object), in the order of ranks, on every rank."""
         if self.cpu_group is None:
@@ -135,9 +140,9 @@ def choose_device(name: str, topology: Topology) -> torch.device:
         count = torch.cuda.device_count() if cuda else 0
         if topology.local_world_size > count:
             raise LaunchError(
-                f"{topology.local_world_size} ranks on this machine, which shows {count} CUDA devices",
-                expected="at most one rank a device",
-                got=f"{topology.local_world_size} ranks",
+                f"this machine shows {count} CUDA devices, and {topology.local_world_size} of its processes want one",
+                expected="at most one process a device",
+                got=f"processes: {topology.local_world_size}",
                 fix=f"--nproc-per-node {count}" if count else "--device cpu",
             )
         return torch.device("cuda", topology.local_rank)

@@ -51,7 +51,7 @@ def read_topology(env: Mapping[str, str]) -> Topology:
     if _slurm_step_size(env) > 1:
         return _from_srun(env)
     for names in MPI_NAMES:
-        if int(env.get(names[0], "1")) > 1:
+        if names[0] in env and _number(env, names[0], "mpirun") > 1:
             return _from_mpirun(env, names)
     guard_single_process(env)
     return Topology(launcher="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "python")
@@ -69,7 +69,7 @@ def guard_single_process(env: Mapping[str, str]) -> None:
             got="1 process (its CPU and no-GPU paths start only one)",
             fix="torchrun --nproc-per-node N RECIPE, or accelerate launch --multi_gpu --num_processes N RECIPE",
         )
-    tasks = int(env.get("SLURM_NTASKS", "1"))
+    tasks = _number(env, "SLURM_NTASKS", "SLURM") if "SLURM_NTASKS" in env else 1
     if tasks > 1 and "SLURM_JOB_ID" in env and _slurm_step_size(env) == 0:
         raise LaunchError(
             f"SLURM gave this job {tasks} tasks, but this process was started alone",
@@ -83,12 +83,16 @@ def _number(env: Mapping[str, str], name: str, launcher: str) -> int:
     value = env.get(name)
     if value is None or not value.isdigit():
         raise LaunchError(
-            f"{launcher} set WORLD_SIZE={env.get('WORLD_SIZE')} but {name} is not a rank or a count",
+            f"{launcher} started this process with a {name} that is not a rank or a count",
             expected=f"{name} to be a whole number",
             got="nothing" if value is None else value,
-            fix="torchrun --nproc-per-node N RECIPE, or unset WORLD_SIZE for one process",
+            fix="torchrun --nproc-per-node N RECIPE, or unset what the launcher left in the environment",
         )
     return int(value)
+
+
+def _optional(env: Mapping[str, str], name: str, launcher: str, default: int) -> int:
+    return _number(env, name, launcher) if name in env else default
 
 
 def _from_torchrun(env: Mapping[str, str]) -> Topology:
@@ -107,8 +111,8 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
     return Topology(
         rank=rank,
         world_size=world_size,
-        local_rank=int(env.get("LOCAL_RANK", rank)),
-        local_world_size=int(env.get("LOCAL_WORLD_SIZE", world_size)),
+        local_rank=_optional(env, "LOCAL_RANK", launcher, rank),
+        local_world_size=_optional(env, "LOCAL_WORLD_SIZE", launcher, world_size),
         launcher=launcher,
         master_addr=env.get("MASTER_ADDR"),
         master_port=_number(env, "MASTER_PORT", launcher) if "MASTER_PORT" in env else None,
@@ -117,21 +121,30 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
 
 def _slurm_step_size(env: Mapping[str, str]) -> int:
     """Tasks of the srun step this process belongs to; 0 outside of one."""
-    return int(env.get("SLURM_STEP_NUM_TASKS", "0")) if "SLURM_PROCID" in env else 0
+    inside = "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env
+    return _number(env, "SLURM_STEP_NUM_TASKS", "srun") if inside else 0
 
 
 def _from_srun(env: Mapping[str, str]) -> Topology:
-    node = int(env.get("SLURM_NODEID", "0"))
-    job = int(env.get("SLURM_JOB_ID", "0"))
+    node, job = _number(env, "SLURM_NODEID", "srun"), _number(env, "SLURM_JOB_ID", "srun")
+    local_sizes = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    hosts = env.get("SLURM_STEP_NODELIST", "")
+    if node >= len(local_sizes) or not hosts:
+        raise LaunchError(
+            "srun did not say where its tasks are",
+            expected="SLURM_STEP_TASKS_PER_NODE and SLURM_STEP_NODELIST in the environment",
+            got=f"{env.get('SLURM_STEP_TASKS_PER_NODE')} and {hosts or None}",
+            fix="srun python RECIPE",
+        )
     return Topology(
-        rank=int(env["SLURM_PROCID"]),
+        rank=_number(env, "SLURM_PROCID", "srun"),
         world_size=_slurm_step_size(env),
-        local_rank=int(env["SLURM_LOCALID"]),
-        local_world_size=tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[node],
+        local_rank=_number(env, "SLURM_LOCALID", "srun"),
+        local_world_size=local_sizes[node],
         launcher="srun",
-        master_addr=env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
+        master_addr=env.get("MASTER_ADDR") or _first_host(hosts),
         # Any port that all tasks of a job derive alike and two jobs on a node rarely share.
-        master_port=int(env.get("MASTER_PORT") or 20_000 + job % 20_000),
+        master_port=_optional(env, "MASTER_PORT", "srun", 20_000 + job % 20_000),
     )
 
 
@@ -159,7 +172,7 @@ def _first_host(nodelist: str) -> str:
 
 
 def _from_mpirun(env: Mapping[str, str], names: tuple[str, str, str, str]) -> Topology:
-    world_size, rank, local_rank, local_world_size = (int(env[name]) for name in names)
+    world_size, rank, local_rank, local_world_size = (_number(env, name, "mpirun") for name in names)
     if "MASTER_ADDR" not in env and local_world_size != world_size:
         raise LaunchError(
             "mpirun started ranks on several machines, and MASTER_ADDR is not set",
@@ -173,5 +186,5 @@ def _from_mpirun(env: Mapping[str, str], names: tuple[str, str, str, str]) -> To
         local_world_size=local_world_size,
         launcher="mpirun",
         master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=int(env.get("MASTER_PORT", "29500")),
+        master_port=_optional(env, "MASTER_PORT", "mpirun", 29_500),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -52,8 +52,8 @@ class Strategy(ABC):
         """Say before a microbatch's forward whether its backward exchanges gradients between ranks."""
 
     @abstractmethod
-    def synchronize_buffers_(self) -> None:
-        """Give every rank the buffers (BatchNorm statistics) that a checkpoint would hold: rank 0's."""
+    def synchronize_buffers_(self, averages: Sequence[Tensor]) -> None:
+        """Give every rank the buffers (BatchNorm statistics) that a checkpoint would hold, and their `averages`."""
 
     def _make_autocast(self) -> AbstractContextManager[object]:
         dtype = AUTOCAST.get(self.config.precision)

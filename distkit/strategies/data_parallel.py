@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -57,8 +57,8 @@ class DataParallel(Strategy):
         if self._ddp is not None:
             self._ddp.require_backward_grad_sync = on
 
-    def synchronize_buffers_(self) -> None:
-        """Broadcast rank 0's buffers: DDP does so at each forward, so that they alone ever matter."""
+    def synchronize_buffers_(self, averages: Sequence[Tensor]) -> None:
+        """Broadcast rank 0's: DDP does so with the buffers at each forward, so that its values alone ever matter."""
         if self._ddp is not None:
-            for buffer in self.module.buffers():
+            for buffer in [*self.module.buffers(), *averages]:
                 dist.broadcast(buffer, src=0)

@@ -272,6 +272,18 @@ def test_a_bug_in_a_data_set_is_not_taken_for_a_damaged_sample() -> None:
         read(open_loader(Buggy(8), 8, 8, 1, 0, DataConfig(num_workers=1, on_corrupt="skip")), [0])
 
 
+class Modes(Numbers):
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return index, torch.tensor(torch.is_inference_mode_enabled())
+
+
+def test_workers_are_in_inference_mode_and_their_batches_can_be_trained_on() -> None:
+    ((indices, modes),) = read(open_loader(Modes(8), 4, 4, 1, 0, DataConfig(num_workers=1)), [0])
+    assert modes.all()
+    assert not indices.is_inference()
+    (indices.float() * torch.ones(4, requires_grad=True)).sum().backward()  # type: ignore[no-untyped-call]
+
+
 def test_names_of_samples() -> None:
     damaged = Damaged(4)
     assert sample_name(damaged, 3) == "images/3.jpg"

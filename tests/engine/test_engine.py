@@ -2,17 +2,20 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from harness import run_ranks
 from tiny import BASE, NUM_TEST, NUM_TRAIN, TinyConfig, Vectors, build_run
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distkit.config import OptimConfig, ScheduleConfig
+from distkit.assemble import assemble
+from distkit.config import OptimConfig, ScheduleConfig, Split
 from distkit.data import SampleStream
 from distkit.data.fetchers import Batches
 from distkit.data.loader import EvaluationLoader
@@ -22,6 +25,8 @@ from distkit.engine.run import Best, Run, Trackers
 from distkit.engine.train_step import due, train_step
 from distkit.errors import ConfigError, NonFiniteError, TrainingError
 from distkit.losses import LossOutput
+from distkit.runtime import Topology, read_topology
+from distkit.runtime.process import start
 
 
 def lines(run: Run, event: str) -> list[dict[str, float]]:
@@ -352,9 +357,116 @@ def test_buffers_of_all_ranks_end_equal(tmp_path: Path) -> None:
     assert first["digest"] == second["digest"]
 
 
+def averaged(folder: str, config: TinyConfig) -> tuple[float, dict[str, Tensor]]:
+    run = build_run(folder, config)
+    summary = fit(run)
+    assert run.ema is not None
+    shadow = {name: tensor.clone() for name, tensor in run.ema.shadow.items()}
+    run.runtime.close()
+    return summary["last"]["loss"], shadow  # type: ignore[index]
+
+
+@pytest.mark.distributed
+def test_averaged_batch_norm_statistics_are_the_same_on_every_rank(tmp_path: Path) -> None:
+    config = replace(BASE, batch_norm=True, ema_decay=0.9)
+    (loss, first), (other_loss, second) = run_ranks(averaged, 2, str(tmp_path), config)
+    assert loss == other_loss
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.distributed
+def test_a_rank_without_a_test_sample_evaluates_nothing(tmp_path: Path) -> None:
+    first, second = run_ranks(evaluate_one, 2, str(tmp_path))
+    assert first == second
+    assert first[1] == 1
+
+
+def evaluate_one(folder: str) -> tuple[float, int]:
+    run = build_run(folder)
+    assert run.test_loader is not None
+    means = evaluate(run, EvaluationLoader(run.test_loader.fetcher, 1))
+    run.runtime.close()
+    return means.loss, means.samples
+
+
+def chance(folder: str, config: TinyConfig) -> list[float]:
+    """What build_dataset draws from the global generators, on this rank, for both splits."""
+    drawn = []
+
+    def build_dataset(config: TinyConfig, split: Split) -> Vectors:
+        drawn.append(torch.rand(()).item())
+        return tiny.build_dataset(config, split)
+
+    recipe = replace(tiny.RECIPE, build_dataset=build_dataset)
+    run = assemble(recipe, replace(config, run_dir=Path(folder) / "run"), start(config, read_topology(os.environ)))
+    run.runtime.close()
+    return drawn
+
+
+@pytest.mark.distributed
+def test_a_split_by_chance_is_the_same_for_both_splits_and_every_rank(tmp_path: Path) -> None:
+    first, second = run_ranks(chance, 2, str(tmp_path), BASE)
+    assert first[0] == first[1] == second[0] == second[1]
+
+
+def test_a_model_that_comes_in_evaluation_mode_is_trained(tmp_path: Path) -> None:
+    recipe = replace(tiny.RECIPE, build_model=lambda config: tiny.build_model(config).eval())
+    run = assemble(recipe, replace(BASE, run_dir=tmp_path / "run"), start(BASE, Topology()))
+    assert run.strategy.module.training
+
+
+def test_lbfgs_reports_each_global_batch_once(tmp_path: Path) -> None:
+    config = replace(BASE, optim=OptimConfig(name="lbfgs", lr=0.1), num_steps=4, report_every=4)
+    run = build_run(tmp_path, config)
+    fit(run)
+    assert lines(run, "train")[0]["samples"] == 4 * config.global_batch_size
+
+
+def test_a_step_of_padding_alone_moves_nothing(tmp_path: Path) -> None:
+    config = replace(BASE, optim=OptimConfig(name="sgd", lr=0.1), schedule=ScheduleConfig(name="constant"))
+    run = build_run(tmp_path, config)
+    honest = run.compute_loss
+    run.compute_loss = lambda model, batch: replace(honest(model, batch), weight=torch.zeros(()))
+    before = [p.detach().clone() for p in run.strategy.module.parameters()]
+    train_step(run)
+    assert all(torch.equal(p, old) for p, old in zip(run.strategy.module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sums", "says"),
+    [
+        ({"step": torch.tensor(1)}, "may not be named step"),
+        ({"correct": 3}, r"correct.*without dims, got int 3"),
+        ({"correct": torch.ones(2)}, r"without dims, got Tensor \[2\]"),
+    ],
+)
+def test_outputs_that_cannot_be_reported_are_refused(tmp_path: Path, sums: dict[str, Tensor], says: str) -> None:
+    run = build_run(tmp_path)
+    honest = run.compute_loss
+    run.compute_loss = lambda model, batch: replace(honest(model, batch), sums=sums)
+    with pytest.raises(TrainingError, match=says):
+        fit(run)
+
+
+def test_sums_with_a_graph_do_not_keep_it(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    leaf = torch.ones((), requires_grad=True)
+    run.meter.add(LossOutput(leaf * 1, {"norm": leaf * 2}), 1)
+    assert not run.meter._pending[0][0].sums["norm"].requires_grad
+
+
+@pytest.mark.parametrize("changes", [{"schedule": ScheduleConfig(name="plateau", metric="acc")}, {}])
+def test_a_metric_that_is_not_there_is_named(tmp_path: Path, changes: dict[str, object]) -> None:
+    run = build_run(tmp_path, replace(BASE, eval_every=5, **changes))  # type: ignore[arg-type]
+    if not changes:
+        run.best = Best("acc", "max")
+    with pytest.raises(TrainingError, match=r"acc.*correct"):
+        fit(run)
+
+
 def test_trackers_remember_the_best() -> None:
     trackers, best = Trackers(), Best("top1", "max")
-    for value in (0.5, float("nan"), 0.7, 0.6):
+    for value in (float("nan"), 0.5, float("nan"), 0.7, 0.6):
         trackers.see({"step": 1.0, "top1": value}, best)
     assert trackers.best is not None
     assert trackers.best["top1"] == 0.7
