@@ -66,6 +66,7 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
         channels_last=config.channels_last,
         local_world_size=runtime.topology.local_world_size,
         in_process=config.debug.enabled,
+        timeout_seconds=config.timeout_seconds,
     )
     train = open_training(train_set, reading, split, runtime.rank)
     test = None if test_set is None else place(test_set, reading)

@@ -106,7 +106,7 @@ class TrainConfig:
     eval_batch_size: int | None = None
     """Samples of one evaluation batch on one rank, >= 1; None: the microbatch size."""
     timeout_seconds: float = 1800.0
-    """A collective that takes longer ends the run on every rank, > 0."""
+    """A collective or a batch that takes longer ends the run, > 0."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

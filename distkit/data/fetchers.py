@@ -14,6 +14,7 @@ from distkit.data.batch import Batch, map_tensors, to_device
 from distkit.data.dataset import Augments, Dataset
 from distkit.data.draws import Draws
 from distkit.data.requests import Request
+from distkit.errors import TrainingError
 
 
 class Batches(Protocol):
@@ -88,14 +89,15 @@ class HostFetcher:
         make: makes batches on the CPU.
         device: where they go.
         depth: batches made ahead, >= 1.
+        timeout_seconds: a batch that takes longer ends the run, > 0.
     """
 
-    def __init__(self, make: BatchMaker, device: torch.device, depth: int) -> None:
-        self._make, self._device, self._depth = make, device, depth
+    def __init__(self, make: BatchMaker, device: torch.device, depth: int, timeout_seconds: float = 1800.0) -> None:
+        self._make, self._device, self._depth, self._timeout_seconds = make, device, depth, timeout_seconds
 
     def open(self, requests: Iterator[Request]) -> Batches:
         """Start the thread."""
-        return _AheadBatches(self._make, requests, self._device, self._depth)
+        return _AheadBatches(self._make, requests, self._device, self._depth, self._timeout_seconds)
 
 
 class _End:
@@ -106,10 +108,18 @@ class _End:
 
 
 class _AheadBatches:
-    def __init__(self, make: BatchMaker, requests: Iterator[Request], device: torch.device, depth: int) -> None:
-        self._make, self._requests, self._device = make, requests, device
+    def __init__(
+        self,
+        make: BatchMaker,
+        requests: Iterator[Request],
+        device: torch.device,
+        depth: int,
+        timeout_seconds: float,
+    ) -> None:
+        self._make, self._requests, self._device, self._timeout_seconds = make, requests, device, timeout_seconds
         self._ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | _End] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
+        self._hangs = False
         self._side = None
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -146,7 +156,14 @@ class _AheadBatches:
             return moved, self._side.record_event()
 
     def __next__(self) -> Batch:
-        item = self._ready.get()
+        try:
+            item = self._ready.get(timeout=self._timeout_seconds)
+        except queue.Empty as error:
+            self._hangs = True
+            raise TrainingError(
+                f"reading a batch took longer than {self._timeout_seconds:g} s\n"
+                "  look at: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
+            ) from error
         if isinstance(item, _End):
             self._ready.put(item)  # asking again gives the same answer
             if item.error is not None:
@@ -160,9 +177,10 @@ class _AheadBatches:
         return batch
 
     def close(self) -> None:
-        """Stop the thread and wait for it; what it has made is dropped."""
+        """Stop the thread and wait for it; what it has made is dropped. One that hangs ends with the process."""
         self._stop.set()
-        self._thread.join()
+        if not self._hangs:
+            self._thread.join()
 
 
 def _used_on(tensor: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:

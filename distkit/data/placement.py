@@ -42,6 +42,7 @@ class Reading:
         channels_last: lay out 4-dim tensors as NHWC.
         local_world_size: ranks that share this machine's cores and memory.
         in_process: start no thread and no process (debug mode).
+        timeout_seconds: a batch that takes longer ends the run, > 0.
     """
 
     data: DataConfig
@@ -50,6 +51,7 @@ class Reading:
     channels_last: bool = False
     local_world_size: int = 1
     in_process: bool = False
+    timeout_seconds: float = 1800.0
 
     def num_workers(self) -> int:
         """Worker processes of this rank."""
@@ -119,11 +121,12 @@ def place(dataset: Dataset, reading: Reading) -> Placed:
     make = BatchMaker(dataset, reading.seed, torch.device("cpu") if cpu_first else device, reading.channels_last)
     fetcher: Fetcher = InlineFetcher(make)
     if cpu_first:
-        fetcher = HostFetcher(make, device, data.prefetch_depth)
+        fetcher = HostFetcher(make, device, data.prefetch_depth, reading.timeout_seconds)
     if isinstance(dataset, MapDataset):
         workers = reading.num_workers()
         fetcher = WorkerFetcher(samples=dataset.samples, make=make, num_workers=workers, depth=data.prefetch_depth,
-                                on_corrupt=data.on_corrupt, max_corrupt=data.max_corrupt)  # fmt: skip
+                                on_corrupt=data.on_corrupt, max_corrupt=data.max_corrupt,
+                                timeout_seconds=reading.timeout_seconds)  # fmt: skip
         reason = f"{reason}, {workers} processes" if workers else "in this process, because of --debug"
     elif data.on_corrupt == "skip":
         raise ConfigError("--data.on-corrupt skip is for data sets that are read a sample at a time",

@@ -196,6 +196,7 @@ class WorkerFetcher:
         depth: batches that each worker makes ahead, >= 1.
         on_corrupt: what to do with a sample that cannot be read.
         max_corrupt: replaced samples after which the run ends.
+        timeout_seconds: a batch that takes longer ends the run, > 0.
     """
 
     samples: Indexable
@@ -204,6 +205,7 @@ class WorkerFetcher:
     depth: int
     on_corrupt: Literal["error", "skip"]
     max_corrupt: int
+    timeout_seconds: float = 1800.0
 
     def open(self, requests: Iterator[Request]) -> Batches:
         """Start the processes."""
@@ -224,6 +226,7 @@ class _WorkerBatches:
                 batch_sampler=self._pairs(requests),
                 num_workers=workers,
                 prefetch_factor=fetcher.depth if workers else None,
+                timeout=fetcher.timeout_seconds if workers else 0,
                 collate_fn=first_of,
                 worker_init_fn=start_worker,
                 pin_memory=fetcher.make.device.type == "cuda",
@@ -284,6 +287,11 @@ def worker_errors() -> Iterator[None]:
         text = str(error)
         died = "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text)
         shared_memory = "shared memory" in text or "No space left" in text or "Bus error" in text
+        if "DataLoader timed out" in text:
+            raise TrainingError(
+                f"no data worker gave a batch: {text.strip()}\n"
+                "  look at: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
+            ) from error
         if not died and not shared_memory:
             raise
         reason = text.strip().splitlines()[-1]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distkit.config import BatchSplit, DataConfig, Placement
-from distkit.data import Augmentation, Dataset, SampleStream, as_dataset, synthetic
+from distkit.data import Augmentation, Dataset, MapDataset, SampleStream, as_dataset, synthetic
 from distkit.data.loader import EvaluationLoader, Loader
 from distkit.data.placement import Reading, choose, default_num_workers, place
 from distkit.data.workers import KeyedSamples, sample_name, untouched_generators
@@ -216,6 +216,34 @@ def test_a_killed_worker_is_named_quickly() -> None:
     with pytest.raises(TrainingError, match=r"worker died.*\n.*memory"):
         read(loader, [0, 1, 2])
     assert time.monotonic() - start < 15
+
+
+class Hangs(Numbers):
+    """Waits for ever at one sample."""
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        if index == 3:
+            time.sleep(60)
+        return super().__getitem__(index)
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        if (indices == 3).any():
+            time.sleep(3)
+        return indices
+
+
+def test_a_data_set_that_hangs_ends_the_run() -> None:
+    split = BatchSplit(global_batch_size=4, microbatch_size=4, world_size=1)
+    for dataset, data in (
+        (MapDataset(Hangs(8)), DataConfig(num_workers=1)),
+        (Hangs(8), DataConfig(placement="host")),
+    ):
+        placed = place(dataset, Reading(data=data, seed=5, device=CPU, timeout_seconds=1.0))
+        loader = Loader(placed.fetcher, SampleStream(5, 8, 4), split, 0)
+        start = time.monotonic()
+        with pytest.raises(TrainingError, match="--timeout-seconds"):
+            read(loader, [0, 1, 2])
+        assert time.monotonic() - start < 15
 
 
 class Damaged(Numbers):
