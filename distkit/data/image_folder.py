@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -132,10 +133,19 @@ def _files(folder: Path, prefix: str) -> Iterator[tuple[str, int, int]]:
             name = f"{prefix}/{entry.name}"
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            try:
+                status = entry.stat()
+            except OSError as error:  # a link to nowhere or in a circle
+                raise DataError(f"{folder / entry.name} cannot be read", expected="an image or a folder", got=error,
+                                fix="mend or delete it") from error  # fmt: skip
+            if stat.S_ISDIR(status.st_mode):
+                if entry.is_symlink() and folder.resolve().is_relative_to(Path(entry.path).resolve()):
+                    raise DataError(f"the link {entry.path} leads back to a folder around it", expected="no circle",
+                                    fix=f"rm {entry.path}")  # fmt: skip
                 yield from _files(folder / entry.name, name)
             elif entry.name.lower().endswith(SUFFIXES):
-                status = entry.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    raise DataError(f"{entry.path} is not a regular file", expected="an image", fix="delete it")
                 yield name, status.st_size, status.st_mtime_ns
 
 
@@ -194,6 +204,10 @@ def _decode_one(path: Path) -> NDArray[np.uint8]:
     return decode_image(path, str(path), fix=f"rm {path}")
 
 
+#: Pillow's modes that fit into 8 bits a channel; 16-bit grey would silently turn white.
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
+
+
 def decode_image(source: Path | BinaryIO, name: str, fix: str) -> NDArray[np.uint8]:
     """An image file, whatever its mode, as RGB: uint8 [H, W, 3].
 
@@ -201,6 +215,9 @@ def decode_image(source: Path | BinaryIO, name: str, fix: str) -> NDArray[np.uin
         DataError: it is damaged or no image; the message has `name` and says to type `fix`.
     """
     with explained(name, fix), Image.open(source) as image:
+        if image.mode not in MODES:
+            raise DataError(f"{name} has pixels of mode {image.mode}, which 8 bits cannot hold",
+                            expected=", ".join(MODES), fix=fix)  # fmt: skip
         return np.asarray(image.convert("RGB"))
 
 

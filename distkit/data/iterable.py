@@ -20,7 +20,9 @@ from distkit.data.batch import Batch, to_device
 from distkit.data.draws import Draws
 from distkit.data.endless import Build, EndlessSamples
 from distkit.data.stream import microbatch_start
+from distkit.data.worker_process import die_with_parent, worker_errors
 from distkit.errors import ConfigError, DataError
+from distkit.runtime.seeding import derive_seed
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import (  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -110,7 +112,8 @@ class IterableSource:
                 expected=f"step {self._next // self.split.accum_steps}, or the state saved before that step",
                 got=f"step {step}, microbatch {accum_index}",
             )
-        batch = next(self._started())
+        with worker_errors():
+            batch = next(self._started())
         self._next += 1
         if self.augment is None:
             return to_device(batch, self.device, self.channels_last)
@@ -186,13 +189,19 @@ class IterableSource:
                     num_workers=self.num_workers,
                     prefetch_factor=self.prefetch_depth if self.num_workers else None,
                     pin_memory=self.device.type == "cuda",
-                    # A generator of its own: torch's global one belongs to the model.
-                    generator=torch.Generator().manual_seed(self.seed),
+                    # Of its own, because torch's global one belongs to the model; another one on each rank and after
+                    # each resume, or random transforms would repeat.
+                    generator=torch.Generator().manual_seed(derive_seed(self.seed, "iterable", self.rank, self._next)),
+                    worker_init_fn=_start_worker,
                 )
             if self._restored is not None:
                 self._loader.load_state_dict(self._restored)
             self._batches = iter(self._loader)
         return self._batches
+
+
+def _start_worker(_worker_id: int) -> None:
+    die_with_parent()
 
 
 def _not_json(got: object) -> DataError:

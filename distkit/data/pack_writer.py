@@ -175,7 +175,8 @@ def _claim(partial: Path, report: Callable[[str], None]) -> int:
     """Open and lock the unfinished file; wait while another process has it. The lock ends with its process."""
     naps = 0
     while True:
-        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # a link here would let the pack overwrite what it points to
+        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,48 +7,57 @@ restarts does not matter (C1).
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import random
-import shutil
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from distkit.data.batch import Batch, map_leaves
+from distkit.data.batch import Batch, map_leaves, map_tensors
 from distkit.data.dataset import Indexable
 from distkit.data.fetchers import Batches, BatchMaker
 from distkit.data.requests import Request
+from distkit.data.worker_process import start_worker, worker_errors
 from distkit.errors import DataError, TrainingError
 
 logger = logging.getLogger(__name__)
 
-#: What reading a damaged file raises; PIL raises SyntaxError for some broken PNG files.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError)
+#: What reading a damaged file raises: PIL (SyntaxError for some broken PNG files), torchvision.io, packed files.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, DataError, Image.DecompressionBombError)
 #: Replacements tried for one sample before the data set counts as unreadable.
 MAX_TRIES = 20
 #: Tensors of a batch up to this size travel inside the message.
 SMALL_BYTES = 8_192
-#: A mode ends when nothing refers to it any more.
-_held_by_worker: list[torch.inference_mode] = []
 
 
 @dataclass(frozen=True)
 class Read:
-    """What a worker answers: a collated batch and the samples it replaced, or why there is none."""
+    """What a worker answers: a collated batch and the samples it replaced, or why there is none.
+
+    `failure` is a sample that cannot be read, `fault` anything else that the data set raised.
+    """
 
     batch: Batch | None
     replaced: tuple[str, ...] = ()
     failure: str | None = None
+    fault: str | None = None
+
+    def pin_memory(self) -> Read:
+        """The same with every tensor in pinned memory; torch's pinning thread calls it."""
+        if self.batch is None:
+            return self
+        return replace(self, batch=map_tensors(lambda tensor: tensor.pin_memory(), unpacked_small(self.batch)))
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,16 @@ class KeyedSamples(Dataset[object]):
                     values.append(self.replacement(key))
                 except UNREADABLE as last:
                     return [Read(None, failure=f"{cause}; {MAX_TRIES} replacements failed too, the last with {last}")]
-        return [Read(packed_small(default_collate(values)), tuple(replaced))]
+            except Exception as error:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                place = f"{Path(where.filename).name}:{where.lineno}: {where.line}"
+                name = sample_name(self.samples, index)
+                return [Read(None, fault=f"{name}: {type(error).__name__}: {error}\n  at:       {place}")]
+        try:
+            return [Read(packed_small(default_collate(values)), tuple(replaced))]
+        except (RuntimeError, TypeError) as error:
+            hint = "tensors of one shape, numbers, tuples and dicts of them; TensorSamples makes them of PIL images"
+            return [Read(None, fault=f"samples do not make a batch: {str(error).splitlines()[0]}\n  expected: {hint}")]
 
     def read(self, index: int, key: int) -> object:
         """Sample `index` with all global generators seeded from `key`, 0 to 2^64 - 1."""
@@ -129,19 +147,6 @@ def sample_keys(seed: int, request: Request) -> list[int]:
     x *= 0x94D049BB133111EB
     x ^= x >> 31
     return x.tolist()
-
-
-def start_worker(_worker_id: int) -> None:
-    """Make a worker quick; what is gained pays for seeding three generators a sample (14 µs).
-
-    Python's collector keeps off what was inherited: scanning that costs time and copies its pages. And the whole
-    process is in inference mode: transforms are many small operations, each of which autograd would look at. A data set
-    that needs gradients opens `torch.inference_mode(False)`.
-    """
-    gc.freeze()
-    mode = torch.inference_mode()
-    mode.__enter__()
-    _held_by_worker.append(mode)
 
 
 @dataclass(frozen=True)
@@ -247,6 +252,8 @@ class _WorkerBatches:
         guard = untouched_generators() if self._fetcher.num_workers == 0 else worker_errors()
         with guard:
             read = next(self._reads)
+        if read.fault is not None:
+            raise TrainingError(f"the data set failed at {read.fault}")
         if read.batch is None:
             raise DataError(
                 "a sample cannot be read",
@@ -276,27 +283,3 @@ class _WorkerBatches:
         if shutdown is not None:
             # dropping the iterator does the same, but only when no traceback holds it any more
             shutdown()
-
-
-@contextmanager
-def worker_errors() -> Iterator[None]:
-    """torch's message about a dead worker becomes one that says what usually kills it."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        died = "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text)
-        shared_memory = "shared memory" in text or "No space left" in text or "Bus error" in text
-        if "DataLoader timed out" in text:
-            raise TrainingError(
-                f"no data worker gave a batch: {text.strip()}\n"
-                "  look at: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
-            ) from error
-        if not died and not shared_memory:
-            raise
-        reason = text.strip().splitlines()[-1]
-        hint = "its memory use (the kernel's log tells), or a crash in the data set's own code"
-        if shared_memory:
-            free = shutil.disk_usage("/dev/shm").free / 2**20 if Path("/dev/shm").exists() else 0.0
-            hint = f"/dev/shm is full ({free:.0f} MiB free): give it more room, or fewer --data.num-workers"
-        raise TrainingError(f"a data worker died: {reason}\n  look at: {hint}") from error

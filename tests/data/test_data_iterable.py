@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
+import subprocess
 import sys
 
 import psutil
@@ -16,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from distkit.config import BatchSplit
 from distkit.data.endless import EndlessSamples
 from distkit.data.iterable import IterableSource
-from distkit.errors import ConfigError, DataError
+from distkit.errors import ConfigError, DataError, TrainingError
 
 CPU = torch.device("cpu")
 pytest.importorskip("torchdata", reason="torchdata is not installed")
@@ -281,3 +284,64 @@ def test_endless_samples_need_no_loader():
     taken = [next(iter(samples)).tolist() for _ in range(8)]
     assert taken == endless([0, 4, 8, 12, 16, 20], 8)
     assert samples.state_dict() == {"epoch": 1, "given": 2, "samples": None, "iterator": None}
+
+
+class Chance(Plain):
+    """A random number for each sample."""
+
+    def __iter__(self):
+        for number in self.mine():
+            yield torch.stack([torch.tensor(float(number)), torch.rand(())])
+
+
+def test_ranks_and_resumes_draw_different_numbers():
+    ranks = [source(Chance, rank=rank, world_size=2, num_workers=1) for rank in range(2)]
+    drawn = [each.microbatch(0, 0)[:, 1].tolist() for each in ranks]
+    assert not set(drawn[0]) & set(drawn[1])
+    for each in ranks:
+        each.close()
+
+
+class Dies(Plain):
+    def __iter__(self):
+        yield torch.tensor([0, 0])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_named():
+    one = source(Dies, microbatch_size=1, num_workers=1)
+    with pytest.raises(TrainingError, match="a data worker died"):
+        read(one, range(9))
+    one.close()
+
+
+ORPHAN = """
+import time, torch
+from torch.utils.data import IterableDataset
+from distkit.config import BatchSplit
+from distkit.data.iterable import IterableSource
+
+class Stuck(IterableDataset):
+    def __init__(self, rank, world_size): pass
+    def __iter__(self):
+        print("reading", flush=True)
+        time.sleep(120)
+        yield torch.tensor(0)
+
+split = BatchSplit(global_batch_size=1, microbatch_size=1, world_size=1)
+IterableSource(build=Stuck, seed=1, split=split, rank=0, device=torch.device("cpu"), num_workers=1).microbatch(0, 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stuck_worker_does_not_outlive_its_parent(how):
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "reading\n"
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert workers
+    parent.send_signal(how)
+    parent.communicate(timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive

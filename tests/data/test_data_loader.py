@@ -21,7 +21,7 @@ from distkit.config import BatchSplit, DataConfig, Placement
 from distkit.data import Augmentation, Dataset, MapDataset, SampleStream, as_dataset, synthetic
 from distkit.data.loader import EvaluationLoader, Loader
 from distkit.data.placement import Reading, choose, default_num_workers, place
-from distkit.data.workers import KeyedSamples, sample_name, untouched_generators
+from distkit.data.workers import KeyedSamples, Read, packed_small, sample_name, untouched_generators
 from distkit.errors import ConfigError, DataError, TrainingError
 
 CPU = torch.device("cpu")
@@ -296,7 +296,7 @@ class Buggy(Numbers):
 
 
 def test_a_bug_in_a_data_set_is_not_taken_for_a_damaged_sample() -> None:
-    with pytest.raises(KeyError, match="a bug of the user"):
+    with pytest.raises(TrainingError, match=r"sample \d: KeyError: 'a bug of the user'\n  at: .*raise KeyError"):
         read(open_loader(Buggy(8), 8, 8, 1, 0, DataConfig(num_workers=1, on_corrupt="skip")), [0])
 
 
@@ -310,6 +310,43 @@ def test_workers_are_in_inference_mode_and_their_batches_can_be_trained_on() -> 
     assert modes.all()
     assert not indices.is_inference()
     (indices.float() * torch.ones(4, requires_grad=True)).sum().backward()  # type: ignore[no-untyped-call]
+
+
+class Shapes(Numbers):
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return index, torch.zeros(index + 1)
+
+
+def test_samples_that_do_not_make_a_batch_are_told_in_two_lines() -> None:
+    with pytest.raises(TrainingError, match=r"samples do not make a batch: .*\n  expected: tensors of one shape"):
+        read(open_loader(Shapes(8), 4, 4, 1, 0, DataConfig(num_workers=1)), [0])
+
+
+class Packed(Numbers):
+    """What packed files and torchvision.io raise."""
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        if index == 2:
+            raise DataError("a damaged image")
+        if index == 5:
+            raise RuntimeError("image file is truncated")
+        return super().__getitem__(index)
+
+
+def test_other_kinds_of_damage_are_skipped_too() -> None:
+    skip = DataConfig(num_workers=1, on_corrupt="skip")
+    ((indices, _),) = read(open_loader(Packed(8), 8, 8, 1, 0, skip), [0])
+    assert not {2, 5} & set(indices.tolist())
+    with pytest.raises(DataError, match=r"sample [25]: (DataError|RuntimeError): "):
+        read(open_loader(Packed(8), 8, 8, 1, 0, DataConfig(num_workers=1)), [0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_worker_batches_are_pinned() -> None:
+    read_ = Read(packed_small((torch.ones(4), torch.ones(100_000))))
+    pinned = read_.pin_memory().batch
+    assert all(tensor.is_pinned() for tensor in pinned)  # type: ignore[union-attr]
 
 
 def test_names_of_samples() -> None:

@@ -1,0 +1,67 @@
+"""Worker processes themselves: how they start, that they never outlive their parent, and what their death means."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from distkit.errors import TrainingError
+
+#: A mode ends when nothing refers to it any more.
+_held_by_worker: list[torch.inference_mode] = []
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this worker when the process that started it ends, however that happens (Linux prctl(2))."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before the call
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start_worker(_worker_id: int) -> None:
+    """Make a worker quick; what is gained pays for seeding three generators a sample (14 µs).
+
+    Python's collector keeps off what was inherited: scanning that costs time and copies its pages. And the whole
+    process is in inference mode: transforms are many small operations, each of which autograd would look at. A data set
+    that needs gradients opens `torch.inference_mode(False)`.
+    """
+    die_with_parent()
+    gc.freeze()
+    mode = torch.inference_mode()
+    mode.__enter__()
+    _held_by_worker.append(mode)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """torch's message about a dead worker becomes one that says what usually kills it."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        died = "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text)
+        shared_memory = "shared memory" in text or "No space left" in text or "Bus error" in text
+        if "DataLoader timed out" in text:
+            raise TrainingError(
+                f"no data worker gave a batch: {text.strip()}\n"
+                "  look at: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
+            ) from error
+        if not died and not shared_memory:
+            raise
+        reason = text.strip().splitlines()[-1]
+        hint = "its memory use (the kernel's log tells), or a crash in the data set's own code"
+        if shared_memory:
+            free = shutil.disk_usage("/dev/shm").free / 2**20 if Path("/dev/shm").exists() else 0.0
+            hint = f"/dev/shm is full ({free:.0f} MiB free): give it more room, or fewer --data.num-workers"
+        raise TrainingError(f"a data worker died: {reason}\n  look at: {hint}") from error
