@@ -91,6 +91,8 @@ class KeyedSamples(Dataset[object]):
         try:
             return [Read(packed_small(default_collate(values)), tuple(replaced))]
         except (RuntimeError, TypeError) as error:
+            if "shared memory" in str(error):
+                raise  # the batch is made right there; `worker_errors` says what to do
             hint = "tensors of one shape, numbers, tuples and dicts of them; TensorSamples makes them of PIL images"
             return [Read(None, fault=f"samples do not make a batch: {str(error).splitlines()[0]}\n  expected: {hint}")]
 
