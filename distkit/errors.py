@@ -55,6 +55,10 @@ class NonFiniteError(TrainingError):
     """A loss, activation, gradient or parameter became NaN or infinite."""
 
 
+class CheckpointError(TrainingError):
+    """A checkpoint could not be written, or what lies there is not what was written."""
+
+
 class RankFailedError(TrainingError):
     """Another rank failed first; its rank and cause are in the message."""
 
