@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from distkit.assemble import assemble
 from distkit.config import ObserveConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
 from distkit.data import SampleStream
-from distkit.engine.clock import Clock
 from distkit.engine.fit import opened, report
 from distkit.engine.run import Run
+from distkit.engine.saving import save, save_due
 from distkit.engine.train_step import due, train_step
 from distkit.losses import LossOutput
 from distkit.recipe import Recipe
 from distkit.runtime import Topology
+from distkit.runtime.faults import fault
 from distkit.runtime.process import start
 from distkit.schedules import build_schedule
 
@@ -146,14 +147,17 @@ def engine(run: Run) -> Arm:
     """The body of `fit`."""
 
     def steps(count: int) -> float:
-        clock, last = Clock(), run.progress.step + count
+        last = run.progress.step + count
         begin = perf_counter()
         while run.progress.step < last:
             train_step(run)
+            fault("step", 0, run.progress.step)
             if due(run.config.report_every, run.progress.step, run.num_steps):
-                report(run, clock)
+                report(run)
             if due(run.config.eval_every, run.progress.step, run.num_steps):
                 raise AssertionError("nothing to evaluate")
+            if save_due(run, due):
+                save(run)
         return (perf_counter() - begin) / count * 1e6
 
     return steps

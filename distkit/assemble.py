@@ -15,12 +15,14 @@ from torch.optim import Optimizer
 
 from distkit.config import BatchSplit, TrainConfig, split_batch, to_json
 from distkit.data import Dataset, as_dataset
-from distkit.data.iterable import IterableData
+from distkit.data.iterable import IterableData, IterableSource
 from distkit.data.loader import EvaluationLoader
 from distkit.data.placement import Placed, Reading, Training, open_training, place, summary_of
 from distkit.ema import Ema
+from distkit.engine.origin import find_origin, settle_origin
 from distkit.engine.run import Best, Run
-from distkit.engine.run_dir import RunDirectory, check_unused
+from distkit.engine.run_dir import RunDirectory, check_usable
+from distkit.engine.state import check_fits
 from distkit.errors import ConfigError, DataError
 from distkit.observers import build_observers
 from distkit.optim import build_optimizer, default_param_groups, skips_on_device
@@ -37,13 +39,23 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
-    """Build every part of a run; the run directory is made last, when nothing can be wrong any more.
+    """Build every part of a run; the run directory is written last, when nothing can be wrong any more.
 
     Raises:
-        ConfigError: the parts do not fit each other; the message says what to type.
+        ConfigError: the parts do not fit each other, or the checkpoint; the message says what to type.
     """
+    directory = open_directory(recipe.name, config, runtime)
+    try:
+        return build_run(recipe, config, runtime, directory)
+    except BaseException:
+        directory.release()
+        raise
+
+
+def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDirectory) -> Run:
+    """`assemble`, with the directory chosen and, where it exists, its lease taken."""
     split = split_batch(config, runtime.world_size)
-    path = run_path(recipe.name, config, runtime)
+    origin = find_origin(config, runtime, directory)
     strategy = build_strategy(config, runtime)
     set_fp32_precision(config.precision)
     train_set, test_set = build_datasets(recipe, config, runtime)
@@ -70,7 +82,6 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
     )
     train = open_training(train_set, reading, split, runtime.rank)
     test = None if test_set is None else place(test_set, reading)
-    writes = runtime.is_main_process and not config.debug.enabled
     own_schedule = recipe.build_schedule
     run = Run(
         recipe=recipe.name,
@@ -89,27 +100,40 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
         plateau=build_plateau(config.schedule),
         ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay),
         best=Best(*recipe.best),
-        directory=RunDirectory(path, writes=writes, fresh=config.run_dir is None),
+        directory=directory,
+        restored_from=origin.found,
+        restored_elsewhere=origin.elsewhere,
+        data_state=train.loader if isinstance(train.loader, IterableSource) else None,
         facts=describe(config, runtime, strategy, split, num_steps, train, test),
     )
-    run.observers = [] if config.debug.enabled else build_observers(config.observe, path, runtime.is_main_process)
+    with runtime.together("comparing the checkpoint with the run"):
+        if origin.found is not None:
+            check_fits(run, origin.found)
+    if config.debug.enabled or run.finished:
+        return run
+    run.observers = build_observers(config.observe, directory.path, runtime.is_main_process)
     with runtime.together("making the run directory"):
-        run.directory.create(to_json(config), describe_environment(runtime))
+        directory.create(to_json(config), describe_environment(runtime), saves=config.checkpoint.enabled)
+    settle_origin(run, origin)
     return run
 
 
-def run_path(recipe: str, config: TrainConfig, runtime: Runtime) -> Path:
-    """--run-dir, or a new runs/RECIPE/DATE_TIME that all ranks agree on."""
+def open_directory(recipe: str, config: TrainConfig, runtime: Runtime) -> RunDirectory:
+    """--run-dir, or a new runs/RECIPE/DATE_TIME that all ranks agree on; its lease is taken where it exists."""
     path = config.run_dir
+    if path is None:
+        parent = Path("runs") / recipe
+        stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        taken = len(list(parent.glob(f"{stamp}*")))
+        path = parent / (stamp + (f"_{taken + 1}" if taken else ""))
+    path = runtime.broadcast(path)
+    writes = runtime.is_main_process and not config.debug.enabled
+    directory = RunDirectory(path, writes=writes, fresh=config.run_dir is None)
     with runtime.together("choosing the run directory"):
-        if path is None:
-            parent = Path("runs") / recipe
-            stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-            taken = len(list(parent.glob(f"{stamp}*")))
-            path = parent / (stamp + (f"_{taken + 1}" if taken else ""))
-        if runtime.is_main_process and not config.debug.enabled:
-            check_unused(path)
-    return runtime.broadcast(path)
+        if writes:
+            check_usable(path, resumes=config.resume.source != "never")
+            directory.claim()
+    return directory
 
 
 def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Dataset | IterableData, Dataset | None]:

@@ -29,6 +29,13 @@ ALTERNATIVES = (
 )
 
 
+SHORT = {
+    "--debug": "--debug.enabled",
+    "--resume": "--resume.source",
+    "--checkpoint.async": "--checkpoint.asynchronous",
+}
+
+
 @dataclass(frozen=True)
 class Parsed(Generic[C]):
     """A parsed command line: the configuration, its preset's name, and the names of the fields that were typed."""
@@ -68,11 +75,11 @@ def parse(config_type: type[C], presets: Mapping[str, C], argv: Sequence[str], p
 
 
 def spell(arg: str) -> str:
-    """`--debug` is short for `--debug.enabled`; underscores and hyphens are the same."""
+    """`--debug`, `--resume DIR` and `--checkpoint.async` are short forms; underscores and hyphens are the same."""
     if not arg.startswith("--"):
         return arg
     name, equals, value = arg.partition("=")
-    name = {"--debug": "--debug.enabled"}.get(name, name.replace("_", "-"))
+    name = SHORT.get(name, name.replace("_", "-"))
     return name + equals + value
 
 
@@ -120,8 +127,8 @@ def config_flags(file: Path, names: Mapping[str, type]) -> list[str]:
 
     def walk(values: Mapping[str, object], prefix: str) -> None:
         for name, value in values.items():
-            if prefix + name == "run_dir":
-                continue  # the saved run has that one
+            if prefix + name in ("run_dir", "resume"):
+                continue  # the saved run's own
             if isinstance(value, dict):
                 walk(value, f"{prefix}{name}.")
             elif isinstance(value, bool) and names.get(prefix + name) is bool:

@@ -39,6 +39,11 @@ class Ema:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._shadow_list, self._live_list, 1 - decay)
 
+    @torch.no_grad()
+    def restart_(self) -> None:
+        """Begin again from the live weights."""
+        torch._foreach_copy_(self._shadow_list, self._live_list)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model holds the averaged weights; outside, its own again, to the bit."""

@@ -7,13 +7,18 @@ never waits for the device.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from distkit.errors import ConfigError
+
+#: Logits that chunked_cross_entropy makes at a time: 512 MiB in float32.
+CHUNK_LOGITS = 1 << 27
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,75 @@ def token_cross_entropy(
     )
     weight = (labels != ignore_index).sum()
     return total / weight.clamp_min(1), weight
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, chunk_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """token_cross_entropy(hidden @ weight.T, targets), without ever holding the logits of more than one chunk.
+
+    The gradients are computed with the loss, chunk by chunk, so that nothing is computed twice and backward needs
+    neither logits nor `weight`. Products run in autocast's dtype where that is on, the softmax in float32 at least.
+    Source: the idea is that of Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989, section 3.2.
+
+    Args:
+        hidden: [..., D] float.
+        weight: [V, D] float, of a head without bias.
+        targets: [...] int64; tokens equal to `ignore_index` count neither in the sum nor in the weight.
+        ignore_index: label of padding.
+        chunk_tokens: most tokens in a chunk, >= 1; None: as many as have CHUNK_LOGITS logits.
+
+    Returns:
+        As token_cross_entropy: loss, 0-dim, and weight, 0-dim int64. The loss can be differentiated once.
+
+    Raises:
+        ConfigError: shapes do not fit, or chunk_tokens is out of range.
+    """
+    if hidden.shape[:-1] != targets.shape or weight.shape[1:] != hidden.shape[-1:]:
+        got = f"{list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}"
+        raise ConfigError("chunked_cross_entropy: shapes do not fit", expected="[..., D], [V, D], [...]", got=got)
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ConfigError("chunk_tokens has a value it cannot take", expected=">= 1", got=chunk_tokens, fix="1024")
+    most = chunk_tokens or max(1, CHUNK_LOGITS // weight.shape[0])
+    num_chunks = max(1, math.ceil(targets.numel() / most))
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    flat = hidden.flatten(0, -2).to(dtype), weight.to(dtype), targets.flatten()
+    total = _ChunkedCrossEntropy.apply(*flat, ignore_index, math.ceil(targets.numel() / num_chunks))
+    count = (targets != ignore_index).sum()
+    return total / count.clamp_min(1), count
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """hidden [N, D], weight [V, D], targets [N] -> the sum of the cross entropies, 0-dim."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.Function, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int
+    ) -> Tensor:
+        differentiate = any(ctx.needs_input_grad)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if differentiate else hidden
+        weight_gradient = torch.zeros_like(weight, dtype=wide) if differentiate else weight
+        classes = torch.arange(weight.shape[0], device=hidden.device)
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            log_p = F.log_softmax(F.linear(hidden[part], weight), dim=1, dtype=wide)
+            total += F.nll_loss(log_p, targets[part], ignore_index=ignore_index, reduction="sum")
+            if differentiate:
+                label = targets[part][:, None]
+                slope = log_p.exp_().add_(classes == label, alpha=-1).mul_(label != ignore_index).to(hidden.dtype)
+                hidden_gradient[part] = slope @ weight
+                weight_gradient += slope.T @ hidden[part]
+        if differentiate:
+            ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.Function, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(saved * gradient for saved in ctx.saved_tensors), None, None, None)
 
 
 def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:

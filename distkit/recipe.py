@@ -14,6 +14,7 @@ from distkit.cli import parse
 from distkit.config import Split, TrainConfig, split_batch
 from distkit.errors import ConfigError, DistkitError
 from distkit.runtime import Topology, merge_launcher_env, read_topology
+from distkit.runtime.faults import check_faults
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,6 +78,7 @@ def launch(recipe: Recipe[C], argv: Sequence[str]) -> int:
     debugger = False
     try:
         topology = read_topology(os.environ)
+        check_faults()
         parsed = parse(recipe.config, recipe.presets, argv, f"{recipe.name}.py", recipe_summary(recipe))
         config = merge_launcher_env(parsed.config, parsed.typed, os.environ, topology.world_size)
         debugger = config.debug.pdb
@@ -131,6 +133,9 @@ def debug_config(config: C, topology: Topology) -> C:
                           fix="python RECIPE --debug")  # fmt: skip
     if config.run_dir is not None:
         raise ConfigError("--debug writes no run directory", got=f"--run-dir {config.run_dir}", fix="--run-dir None")
+    if config.resume.source != "auto":
+        raise ConfigError("--debug starts from fresh weights", got=f"--resume {config.resume.source}",
+                          fix="--resume auto")  # fmt: skip
     if config.observe.tensorboard or config.observe.wandb:
         raise ConfigError("--debug reports to the terminal only", expected="neither tensorboard nor wandb",
                           fix="--observe.no-tensorboard --observe.no-wandb")  # fmt: skip
@@ -159,11 +164,17 @@ def run_recipe(recipe: Recipe[C], config: C, topology: Topology) -> dict[str, ob
 
     runtime = start(config, topology)
     run = assemble(recipe, config, runtime)
-    if config.debug.enabled:
-        expected = recipe.expected_initial_loss(config) if recipe.expected_initial_loss is not None else None
-        debug(run, expected)
-        summary: dict[str, object] = {}
-    else:
-        summary = fit(run)
+    summary: dict[str, object] = {}
+    try:
+        if config.debug.enabled:
+            expected = recipe.expected_initial_loss(config) if recipe.expected_initial_loss is not None else None
+            debug(run, expected)
+        elif run.finished:
+            if runtime.is_main_process:
+                print(f"{run.directory.path} is finished: {run.num_steps:,} steps are done (more: --num-steps N)")
+        else:
+            summary = fit(run)
+    finally:
+        run.directory.release()
     runtime.close()
     return summary

@@ -25,9 +25,10 @@ FLOORS = (
     {"cli"},
     {"assemble"},
     {"recipe"},
+    {"verify_resume"},
     {"commands"},
 )
-WITHOUT_TORCH = {"errors", "config", "schedules", "permutation", "cli", "recipe", "commands"}
+WITHOUT_TORCH = {"errors", "config", "schedules", "permutation", "cli", "recipe", "verify_resume", "commands"}
 FENCES = {
     "accelerate": {"runtime", "strategies"},
     "deepspeed": {"runtime", "strategies"},

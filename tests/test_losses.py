@@ -2,9 +2,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distkit.errors import ConfigError
-from distkit.losses import LossOutput, dice_loss, focal_loss, mixup_cross_entropy, token_cross_entropy
+from distkit.losses import (
+    LossOutput,
+    chunked_cross_entropy,
+    dice_loss,
+    focal_loss,
+    mixup_cross_entropy,
+    token_cross_entropy,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +72,85 @@ def test_token_cross_entropy_recombines_over_microbatches() -> None:
     assert logits.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 5, 12])
+def test_chunked_cross_entropy_is_that_of_all_logits(chunk_tokens: int | None) -> None:
+    hidden, weight, labels = doubles(3, 4, 6), doubles(11, 6), torch.randint(11, (3, 4))
+    labels[0, 1:] = -100
+    labels[2, 3] = -100
+    loss, count = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)
+    expected, expected_count = token_cross_entropy(F.linear(hidden, weight), labels)
+    torch.testing.assert_close(loss, expected)
+    assert count.item() == expected_count.item() == 8
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * loss, (hidden, weight)), torch.autograd.grad(3 * expected, (hidden, weight))
+    )
+    assert torch.autograd.gradcheck(
+        lambda *leaves: chunked_cross_entropy(*leaves, labels, chunk_tokens=chunk_tokens)[0], (hidden, weight)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_cross_entropy(hidden, weight, labels)[0], expected)
+
+
+def test_chunked_cross_entropy_in_float32_and_under_autocast() -> None:
+    hidden, weight = torch.randn(64, 32, requires_grad=True), (0.3 * torch.randn(200, 32)).requires_grad_()
+    labels = torch.randint(200, (64,))
+    expected = F.cross_entropy(F.linear(hidden.double(), weight.double()), labels)
+    exact = torch.autograd.grad(expected, (hidden, weight))
+    loss, _ = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=10)
+    torch.testing.assert_close(loss, expected.float())
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough, _ = chunked_cross_entropy(hidden, weight, labels, chunk_tokens=10)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, expected.float(), rtol=1e-2, atol=0)
+    for gradient, right in zip(torch.autograd.grad(rough, (hidden, weight)), exact, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - right).norm() < 0.01 * right.norm()
+
+
+def test_chunked_cross_entropy_of_padding_alone_is_zero() -> None:
+    hidden, weight = doubles(4, 6), doubles(5, 6)
+    loss, count = chunked_cross_entropy(hidden, weight, torch.full((4,), 7), ignore_index=7, chunk_tokens=3)
+    assert (loss.item(), count.item()) == (0, 0)
+    assert all(not g.any() for g in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_chunked_cross_entropy_needs_no_gradient_of_either() -> None:
+    hidden, weight, labels = doubles(6, 4), doubles(5, 4), torch.randint(5, (6,))
+    for leaves, leaf in (((hidden.detach(), weight), weight), ((hidden, weight.detach()), hidden)):
+        expected = torch.autograd.grad(F.cross_entropy(F.linear(*leaves), labels), leaf)
+        torch.testing.assert_close(torch.autograd.grad(chunked_cross_entropy(*leaves, labels)[0], leaf), expected)
+
+
+class Recorder(TorchDispatchMode):
+    """Elements of the largest tensor that an operator gives, and which operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.names = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.add(str(func))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def test_chunked_cross_entropy_never_holds_all_logits_and_never_waits() -> None:
+    tokens, classes, dim = 512, 300, 8
+    hidden, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(classes, dim, requires_grad=True)
+    labels = torch.randint(classes, (tokens,))
+    with Recorder() as whole:
+        token_cross_entropy(F.linear(hidden, weight), labels)[0].backward()
+    with Recorder() as chunked:
+        chunked_cross_entropy(hidden, weight, labels, chunk_tokens=32)[0].backward()
+    assert whole.largest == tokens * classes
+    assert chunked.largest == 32 * classes
+    assert not [name for name in chunked.names if "item" in name or "local_scalar" in name or "nonzero" in name]
+
+
 def test_dice_matches_a_plain_loop() -> None:
     logits, targets = doubles(3, 4, 5), torch.rand(3, 4, 5) > 0.6
     values = []
@@ -119,6 +206,10 @@ def test_shapes_and_ranges_are_checked() -> None:
     logits, labels = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ConfigError, match="shapes"):
         token_cross_entropy(logits, labels[:3])
+    with pytest.raises(ConfigError, match="shapes"):
+        chunked_cross_entropy(logits, torch.randn(9, 5), labels)
+    with pytest.raises(ConfigError, match="chunk_tokens"):
+        chunked_cross_entropy(logits, logits, labels, chunk_tokens=0)
     with pytest.raises(ConfigError, match="label_smoothing"):
         token_cross_entropy(logits, labels, label_smoothing=2)
     with pytest.raises(ConfigError, match="shapes"):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distkit.assemble import assemble
-from distkit.config import ObserveConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
+from distkit.config import CheckpointConfig, ObserveConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
 from distkit.data import Draws
 from distkit.engine.run import Run
 from distkit.losses import LossOutput
@@ -88,6 +88,7 @@ BASE = TinyConfig(
     report_every=5,
     timeout_seconds=60,
     observe=QUIET,
+    checkpoint=CheckpointConfig(enabled=False),
     optim=OptimConfig(name="sgd", lr=0.2, momentum=0.9),
     schedule=ScheduleConfig(name="cosine", warmup_steps=3),
 )
@@ -99,3 +100,7 @@ def build_run(folder: Path | str, config: TinyConfig = BASE, topology: Topology 
     """A run of this process (its environment says which rank) in `folder`."""
     config = config if config.run_dir is not None else replace(config, run_dir=Path(folder) / "run")
     return assemble(RECIPE, config, start(config, topology or read_topology(os.environ)))
+
+
+if __name__ == "__main__":
+    RECIPE.main()

@@ -11,6 +11,7 @@ The manifest ends with a sha256 of itself. Nothing here is ever unpickled, and n
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -33,8 +34,8 @@ DTYPES = {
     "int16": ("I16", 2), "int8": ("I8", 1), "uint64": ("U64", 8), "uint32": ("U32", 4), "uint16": ("U16", 2),
     "uint8": ("U8", 1), "bool": ("BOOL", 1), "complex64": ("C64", 8),
 }  # fmt: skip
-_SHARD_NAME = re.compile(r"shard-\d{5}-of-\d{5}-\d{3}\.safetensors")
-_STEP_NAME = re.compile(r"step-(\d{9,18})")
+_SHARD_NAME = re.compile(r"shard-[0-9]{5}-of-[0-9]{5}-[0-9]{3}\.safetensors")
+_STEP_NAME = re.compile(r"step-([0-9]{9,18})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -168,6 +169,8 @@ def parse_manifest(data: bytes) -> Manifest:
         manifest = _manifest(value)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} is malformed: {type(error).__name__} {error}") from error
+    if dump_manifest(manifest) != data:
+        raise CheckpointError(f"{MANIFEST} is not written as it would be: it was changed after it was written")
     for name, entry in manifest.tensors.items():
         _check_tensor(name, entry, manifest.files)
     return manifest
@@ -186,7 +189,7 @@ def _manifest(value: Mapping[str, object]) -> Manifest:
         created=_text(value["created"]),
         versions={_text(k): _text(v) for k, v in cast(dict[str, str], value["versions"]).items()},
         files=files,
-        tensors={name: _tensor(entry) for name, entry in tensors.items()},
+        tensors={_tensor_name(name): _tensor(entry) for name, entry in tensors.items()},
     )
 
 
@@ -212,6 +215,12 @@ def _file_name(value: object) -> str:
     name = _text(value)
     if name != STATE and not _SHARD_NAME.fullmatch(name):
         raise ValueError(f"file name {name[:100]!r}")
+    return name
+
+
+def _tensor_name(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError(f"tensor name {name[:100]!a}")
     return name
 
 
@@ -249,13 +258,21 @@ def _check_tensor(name: str, entry: TensorEntry, files: Mapping[str, FileEntry])
 
 
 def _overlap(shards: tuple[Shard, ...]) -> bool:
-    """True when two boxes share an element; those that are sorted by their first offset are compared while they can."""
-    ordered = sorted((s for s in shards if math.prod(s.shape)), key=lambda s: s.offsets)
-    for position, first in enumerate(ordered):
-        for second in ordered[position + 1 :]:
-            pairs = list(zip(first.offsets, first.shape, second.offsets, second.shape, strict=True))
-            if pairs and pairs[0][2] >= pairs[0][0] + pairs[0][1]:
+    """True when two boxes share an element.
+
+    A sweep along the dim in which most boxes begin at different places: a box is compared with those that begin before
+    it ends.
+    """
+    boxes = [shard for shard in shards if math.prod(shard.shape)]
+    if len(boxes) < 2 or not boxes[0].shape:
+        return len(boxes) > 1
+    dim = max(range(len(boxes[0].shape)), key=lambda d: len({box.offsets[d] for box in boxes}))
+    boxes.sort(key=lambda box: box.offsets[dim])
+    for position, first in enumerate(boxes):
+        for second in itertools.islice(boxes, position + 1, None):
+            if second.offsets[dim] >= first.offsets[dim] + first.shape[dim]:
                 break
-            if all(a < b + m and b < a + n for a, n, b, m in pairs):
+            sides = zip(first.offsets, first.shape, second.offsets, second.shape, strict=True)
+            if all(a < b + m and b < a + n for a, n, b, m in sides):
                 return True
     return False

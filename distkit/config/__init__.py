@@ -1,5 +1,6 @@
 """Configurations: frozen, validated when made, documented field by field. No torch here."""
 
+from distkit.config.checkpoint import CheckpointConfig, ResumeConfig
 from distkit.config.data import DataConfig, Placement
 from distkit.config.optim import OPTIMIZERS, OptimConfig
 from distkit.config.schedule import SCHEDULES, ScheduleConfig
@@ -21,6 +22,7 @@ __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
     "BatchSplit",
+    "CheckpointConfig",
     "CompileBackend",
     "CompileMode",
     "DataConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "OptimConfig",
     "Placement",
     "Precision",
+    "ResumeConfig",
     "ScheduleConfig",
     "Split",
     "TrainConfig",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from distkit.config.check import flag, require, require_number
+from distkit.config.checkpoint import CheckpointConfig, ResumeConfig
 from distkit.config.data import DataConfig
 from distkit.config.optim import OptimConfig
 from distkit.config.schedule import ScheduleConfig
@@ -113,6 +114,10 @@ class TrainConfig:
     """The learning rate over the steps."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the state is saved."""
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    """Where the run begins."""
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     """What is told the values of the run."""
     debug: DebugConfig = field(default_factory=DebugConfig)

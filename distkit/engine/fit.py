@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from distkit.checkpoint.digest import state_digest
 from distkit.checkpoint.weights import save_weights
-from distkit.engine.clock import Clock
 from distkit.engine.evaluate import evaluate
 from distkit.engine.run import Run
+from distkit.engine.saving import save, save_due, settle
+from distkit.engine.state import restore, restore_generators, resume_notes
 from distkit.engine.train_step import due, train_step
 from distkit.errors import NonFiniteError, TrainingError
 from distkit.observers import RunInfo
+from distkit.runtime.faults import fault
 
 Summary = dict[str, object]
 
 
 def fit(run: Run) -> Summary:
-    """Train from `run.progress.step` to `run.num_steps`; report and evaluate when due.
+    """Train from where the run stands to `run.num_steps`; report, evaluate and save when due.
 
     Returns:
         What summary.json says: last and best evaluation, samples_per_second, state_digest.
 
     Raises:
         NonFiniteError: the loss of a report is NaN or infinite, on all ranks alike.
+        CheckpointError: more saves in a row failed than `--checkpoint.max-failures` allows.
     """
-    config, progress = run.config, run.progress
+    config, progress, clock = run.config, run.progress, run.clock
+    restore(run)
     with opened(run):
-        clock = Clock()
+        restore_generators(run)
+        clock.begin()
         while progress.step < run.num_steps:
             train_step(run)
+            fault("step", run.runtime.rank, progress.step)
             if due(config.report_every, progress.step, run.num_steps):
-                report(run, clock)
+                report(run)
             if due(config.eval_every, progress.step, run.num_steps):
                 run.runtime.wait()  # what is queued still belongs to training
                 with clock.excluded():
                     report_evaluation(run)
-        return finish(run, clock)
+            if save_due(run, due):
+                save(run)
+        return finish(run)
 
 
 @contextmanager
@@ -50,21 +58,26 @@ def opened(run: Run) -> Iterator[None]:
     try:
         for observer in run.observers:
             observer.start(info, progress.step)
+        for note in [*run.warnings, *resume_notes(run)]:
+            run.tell({"event": "note", "step": progress.step, "message": note})
         yield
+        run.loader.close()
+        for observer in run.observers:
+            observer.close("completed", "")
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         directory.write_status("failed", progress.step, reason)
         run.loader.close()
+        if run.saver is not None:
+            run.saver.close()
         for observer in run.observers:
-            observer.close("failed", reason)
+            with suppress(TrainingError):  # what ended the run matters more
+                observer.close("failed", reason)
         raise
-    run.loader.close()
     directory.write_status("completed", progress.step)
-    for observer in run.observers:
-        observer.close("completed", "")
 
 
-def report(run: Run, clock: Clock) -> None:
+def report(run: Run) -> None:
     """One train line: means over all ranks since the last one. The only place where a step waits for the device."""
     means = run.meter.reduce()
     event: dict[str, str | int | float] = {
@@ -75,7 +88,7 @@ def report(run: Run, clock: Clock) -> None:
         **means.metrics,
         "lr": run.strategy.optimizer.param_groups[0]["lr"],
         "samples": means.samples,
-        "samples_per_second": clock.lap(means.samples),
+        "samples_per_second": run.clock.lap(means.samples),
         "data_wait_seconds": run.data_wait_seconds,
     }
     if run.grad_norm is not None:
@@ -85,6 +98,7 @@ def report(run: Run, clock: Clock) -> None:
         event["skipped_updates"] = int(run.strategy.skipped.item())
     run.data_wait_seconds = 0.0
     run.tell(event)
+    settle(run)
     if not math.isfinite(means.loss):
         raise NonFiniteError(
             f"the loss became {means.loss} in the {run.config.report_every} steps before step {run.progress.step}; "
@@ -110,16 +124,23 @@ def report_evaluation(run: Run) -> None:
     run.tell({"event": "eval", "step": run.progress.step, **line, "samples": means.samples, "best": is_best})
 
 
-def finish(run: Run, clock: Clock) -> Summary:
-    """Write the final weights and summary.json; every rank returns the same summary."""
+def finish(run: Run) -> Summary:
+    """Write the final weights and summary.json; every rank returns the same summary.
+
+    Raises:
+        CheckpointError: the last checkpoint could not be saved.
+    """
+    settle(run, wait=True)
+    if run.saver is not None:
+        run.saver.check(last=True)
     run.strategy.synchronize_buffers_(run.ema.averaged_buffers if run.ema is not None else ())
     summary: Summary = {
         "recipe": run.recipe,
         "step": run.progress.step,
         "last": run.trackers.last,
         "best": run.trackers.best,
-        "samples_per_second": clock.average(),
-        "train_seconds": clock.seconds,
+        "samples_per_second": run.clock.average(),
+        "train_seconds": run.clock.seconds,
         "state_digest": run.runtime.broadcast(state_digest(run.learned_tensors())),
         **run.facts,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,18 @@ def check_output(output: LossOutput) -> None:
         raise TrainingError(
             f"compute_loss: sums may not be named {', '.join(sorted(taken))}: an event has these itself"
         )
+
+
+#: Before the name of a recipe's sum, in the names of a meter's state.
+_SUMS = "sums/"
+
+
+def _check_names(tensors: Mapping[str, Tensor]) -> None:
+    fields = {"loss", "weight", "samples"}
+    missing = sorted(fields - tensors.keys())
+    unknown = sorted(name for name in tensors.keys() - fields if not name.startswith(_SUMS))
+    if missing or unknown:
+        raise KeyError(f"not the state of a meter: missing {missing}, not known {unknown}")
 
 
 class Meter:
@@ -105,6 +118,50 @@ class Meter:
 
     def _stack(self, values: list[Tensor]) -> Tensor:
         return torch.stack([value.detach() for value in values]).to(self._dtype)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What was counted since the last report, on this rank; never waits for the device.
+
+        Returns:
+            `loss` and `weight` (sums), `samples` (int64, on the CPU), and `sums/NAME`; all 0-dim, and all but
+            `samples` the live ones, float64 on the device (float32 where it has no float64).
+        """
+        self._fold()
+        samples = torch.tensor(self._samples, dtype=torch.int64, device="cpu")
+        sums = {f"{_SUMS}{name}": value for name, value in self._sums.items()}
+        return {"loss": self._loss, "weight": self._weight, "samples": samples, **sums}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from copies of `state_tensors`, from any device: the next report is the same to the bit.
+
+        Raises:
+            KeyError: a name is missing or not known; the meter is unchanged then.
+        """
+        _check_names(tensors)
+        device, dtype = self._runtime.device, self._dtype
+        own = {
+            name: value.detach().to(device, dtype, copy=True) for name, value in tensors.items() if name != "samples"
+        }
+        self._reset()
+        self._loss, self._weight, self._samples = own.pop("loss"), own.pop("weight"), int(tensors["samples"])
+        self._sums = {name.removeprefix(_SUMS): value for name, value in own.items()}
+
+    @staticmethod
+    def merge(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Several ranks' `state_tensors` added up in their order, in float64 on the CPU; of none, an empty meter's.
+
+        Raises:
+            KeyError: a name is missing or not known.
+        """
+        merged = {name: torch.zeros((), dtype=torch.float64) for name in ("loss", "weight")}
+        merged["samples"] = torch.zeros((), dtype=torch.int64)
+        for state in states:
+            _check_names(state)
+            for name, value in state.items():
+                # what a rank has not seen is 0 there
+                total = merged.setdefault(name, torch.zeros((), dtype=torch.float64))
+                total += value.detach().to("cpu", total.dtype)
+        return merged
 
     def reduce(self) -> Means:
         """Means over all ranks since the last call, and start again from zero. Waits for the device.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from distkit.checkpoint.restore import Found
+from distkit.checkpoint.saver import Saver
 from distkit.config import BatchSplit, TrainConfig
 from distkit.data import Batch
 from distkit.data.loader import EvaluationLoader
 from distkit.ema import Ema
+from distkit.engine.clock import Clock
 from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
 from distkit.errors import TrainingError
@@ -34,6 +37,16 @@ class Loader(Protocol):
 
     def close(self) -> None:
         """Leave no thread and no process behind."""
+
+
+class DataState(Protocol):
+    """The place in data that has no numbers, a rank's own."""
+
+    def state_dict(self) -> dict[str, object]:
+        """The place, ready for JSON."""
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on there."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +134,35 @@ class Run:
     facts: dict[str, str] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     trackers: Trackers = field(default_factory=Trackers)
+    clock: Clock = field(default_factory=Clock)
     meter: Meter = field(init=False)
+    saver: Saver | None = None
+    restored_from: Found | None = None
+    restored_elsewhere: bool = False
+    """restored_from does not lie in this run's own directory."""
+    data_state: DataState | None = None
+    warnings: list[str] = field(default_factory=list)
+    """What was said before there was anybody to tell."""
     grad_norm: Tensor | None = None
     data_wait_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.runtime)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the training set, or of one epoch of an iterable one."""
+        return round(self.steps_per_epoch * self.split.global_batch_size)
+
+    @property
+    def takes_weights_only(self) -> bool:
+        """True when the run begins at step 0 with weights from elsewhere."""
+        return self.config.resume.weights_only and self.restored_elsewhere
+
+    @property
+    def finished(self) -> bool:
+        """True when this directory holds the run with all its steps already."""
+        return self.directory.completed_steps() >= self.num_steps
 
     def lr_multiplier(self) -> float:
         """What the peak learning rates are multiplied with at the current step."""

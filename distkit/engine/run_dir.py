@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from distkit.checkpoint.retention import sweep
 from distkit.errors import ConfigError
+from distkit.runtime.lease import Lease
 
 State = Literal["running", "completed", "preempted", "failed"]
 
@@ -21,35 +23,90 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     os.replace(partial, path)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunDirectory:
-    """The files of one run. Every rank knows the path; only rank 0 (`writes`) touches it."""
+    """The files of one run. Every rank knows the path; only rank 0 (`writes`) touches it, and holds its lease.
+
+    Attributes:
+        path: the directory.
+        writes: this process writes it.
+        fresh: the name was made up just now: another run that made up the same one must not share it.
+        attempt: how many times the run was started, this time included.
+    """
 
     path: Path
     writes: bool
     fresh: bool = False
-    """The name was made up just now: another run that made up the same one must not share it."""
+    attempt: int = field(default=1, init=False)
+    lease: Lease | None = field(default=None, init=False)
 
-    def create(self, config: Mapping[str, object], environment: Mapping[str, object]) -> None:
-        """Make the directory and write what the run is.
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def claim(self) -> None:
+        """Take the lease of a directory that exists; without effect when it is held, or made later.
 
         Raises:
-            ConfigError: it cannot be made or written.
+            ConfigError: another process has it.
+        """
+        if self.writes and self.lease is None and self.path.is_dir():
+            self.lease = Lease.acquire(self.path)
+
+    def create(self, config: Mapping[str, object], environment: Mapping[str, object], *, saves: bool) -> None:
+        """Make the directory and write what the run is; with `saves`, make sure that checkpoints can be written.
+
+        Raises:
+            ConfigError: it cannot be made or written, or another process has it.
         """
         if not self.writes:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=not self.fresh)
+            self.claim()
+            self.attempt = self._last_attempt() + 1
+            if saves:
+                self.checkpoints.mkdir(exist_ok=True)
+                sweep(self.checkpoints)
+                probe(self.checkpoints)
             write_json(self.path / "config.json", config)
             write_json(self.path / "environment.json", environment)
         except OSError as error:
             raise ConfigError(f"cannot write the run directory {self.path}", expected="a writable directory",
                               got=error, fix="--run-dir DIR") from error  # fmt: skip
 
+    def holds_run(self) -> bool:
+        """True when a run was started here."""
+        return (self.path / "config.json").exists()
+
+    def _status(self) -> Mapping[str, object]:
+        try:
+            status = json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return status if isinstance(status, dict) else {}
+
+    def _last_attempt(self) -> int:
+        attempt = self._status().get("attempt", 0)
+        return attempt if isinstance(attempt, int) else 0
+
+    def completed_steps(self) -> int:
+        """Steps of the run that was completed here; -1 when none was."""
+        status = self._status()
+        step = status.get("step")
+        return step if status.get("state") == "completed" and isinstance(step, int) else -1
+
+    def release(self) -> None:
+        """Let another process have the directory."""
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
+
     def write_status(self, state: State, step: int, reason: str | None = None) -> None:
         """Say in status.json how the run stands."""
         if self.writes:
-            status = {"state": state, "step": step, "reason": reason, "attempt": 1}
+            status = {"state": state, "step": step, "reason": reason, "attempt": self.attempt}
             write_json(self.path / "status.json", status)
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
@@ -58,8 +115,17 @@ class RunDirectory:
             write_json(self.path / "summary.json", summary)
 
 
-def check_unused(path: Path) -> None:
-    """Refuse a directory that already holds a run.
+def probe(folder: Path) -> None:
+    """Write and remove a file; OSError where that is not possible, before the first step and not at the first save."""
+    file = folder / f".tmp-probe-{os.getpid()}"
+    try:
+        file.write_bytes(b"distkit")
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def check_usable(path: Path, *, resumes: bool) -> None:
+    """Refuse a path that cannot hold a run, and, unless it `resumes`, one that already does.
 
     Raises:
         ConfigError: naming the directory and what to type.
@@ -67,12 +133,12 @@ def check_unused(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--run-dir {path} is a file", expected="a directory, or a path that does not exist",
                           fix=f"--run-dir {path}-run")  # fmt: skip
-    if (path / "config.json").exists():
+    if not resumes and (path / "config.json").exists():
         raise ConfigError(
             f"--run-dir {path} already holds a run",
             expected="an empty directory, or a path that does not exist",
-            got=f"{path / 'config.json'}",
-            fix=f"--run-dir {path}-2",
+            got="--resume never",
+            fix=f"--run-dir {path}-2, or --resume auto to go on with it",
         )
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(parent, os.W_OK):

@@ -3,55 +3,82 @@
 # ruff: noqa: ARG002 (an observer ignores what it has no use for)
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
+import re
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from distkit.errors import TrainingError
 from distkit.observers.base import Event, Observer, RunInfo
 
 TAIL_BYTES = 65536
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+UNWRITTEN_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
+STEP = re.compile(rb'"step"\s*:\s*(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)')
 
 
 class JsonlObserver(Observer):
-    """Appends to `path`; a resumed run goes on in the same file.
+    """Appends to `path`; a run that goes on with `step` steps done first cuts the file back to them.
+
+    The lines of later steps are removed, so that a step which is done again stands there once; a run that begins anew,
+    at step 0, keeps no step of an older one. Lines without a step stay. What a kill or a power failure left at the end,
+    a torn line or one that is not JSON, is removed, so every line is a whole object.
 
     JSON has no NaN and no infinity: such a value is written as null, and the line gets `"nonfinite": ["loss"]` with the
-    names. A line that a kill cut off is removed on start, so every line is a whole object. Steps that were done twice,
-    because the run was killed after its last checkpoint, have two lines: the last one of a step counts.
+    names.
 
     Raises:
-        TrainingError: from start and record, naming the path, when a line cannot be written (disk full, no permission).
+        TrainingError: naming the path, when a line cannot be written. On a full disk lines are kept, up to 1 MiB, and
+            written when there is room: a failed save must not end the run through its report.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: io.FileIO | None = None
+        self._unwritten = bytearray()
 
     def start(self, info: RunInfo, step: int) -> None:
-        """Open the file and cut off what follows its last newline."""
+        """Cut the file back to `step`, and open it."""
         try:
-            _drop_torn_line(self.path)
+            if self.path.is_file():
+                cut_back(self.path.resolve(), step)
             # Unbuffered: a buffer would keep lines that a full disk refused, and fail again at exit.
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise self._failure(error) from error
 
     def record(self, event: Event) -> None:
-        """Write one line."""
+        """Write one line; while the disk is full, keep it for the next time."""
         if self._file is None:
             raise TrainingError(f"{self.path} is not open: start() comes before record()")
-        left = memoryview(to_line(event).encode())
+        self._unwritten += to_line(event).encode()
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            self._write()
         except OSError as error:
-            raise self._failure(error) from error
+            # a save behind the steps may fill the disk for a moment, and frees it when it fails
+            if error.errno not in FULL or len(self._unwritten) > UNWRITTEN_BYTES:
+                raise self._failure(error) from error
+
+    def _write(self) -> None:
+        assert self._file is not None
+        while self._unwritten:
+            del self._unwritten[: self._file.write(self._unwritten)]
 
     def close(self, status: str, message: str) -> None:
-        """Close the file; nothing is written."""
-        if self._file is not None:
+        """Write what the disk was too full for, and close the file."""
+        if self._file is None:
+            return
+        try:
+            self._write()
+        except OSError as error:
+            raise self._failure(error) from error
+        finally:
             self._file.close()
             self._file = None
 
@@ -68,17 +95,104 @@ def to_line(event: Event) -> str:
     return json.dumps({**finite, "nonfinite": nonfinite}) + "\n"
 
 
-def _drop_torn_line(path: Path) -> None:
-    if not path.is_file():
-        return
+def cut_back(path: Path, step: int) -> None:
+    """Remove the lines of steps after `step`, and what stands at the end and is not JSON; the order stays.
+
+    The file is read once, in blocks. It is cut where all that must go stands at its end; otherwise it is written anew
+    beside itself and renamed: a reader, or a kill, sees the old file or the new one.
+    """
     with open(path, "r+b") as file:
-        end = file.seek(0, io.SEEK_END)
-        while end > 0:
-            begin = max(0, end - TAIL_BYTES)
-            file.seek(begin)
-            newline = file.read(end - begin).rfind(b"\n")
-            if newline >= 0:
-                end = begin + newline + 1
-                break
-            end = begin
+        _trim(file)
+        begin = _first_later(file, step)
+        if begin is None:
+            return
+        file.seek(begin)
+        if all(_is_later(line, step) for line in file):
+            file.truncate(begin)
+            _trim(file)
+            os.fsync(file.fileno())
+            return
+        file.seek(0)
+        _rewrite(path, file, begin, step)
+
+
+def _rewrite(path: Path, file: BinaryIO, begin: int, step: int) -> None:
+    """Replace `path` by its first `begin` bytes and those of the lines behind them that are not of later steps."""
+    partial = path.with_name(f".tmp-{path.name}")
+    try:
+        with open(partial, "w+b") as kept:
+            os.chmod(partial, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+            for left in range(begin, 0, -BLOCK_BYTES):
+                kept.write(file.read(min(left, BLOCK_BYTES)))
+            kept.writelines(line for line in file if not _is_later(line, step))
+            _trim(kept)
+            kept.flush()
+            os.fsync(kept.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _first_later(file: BinaryIO, step: int) -> int | None:
+    """Offset of the first line of a step after `step`.
+
+    All lines are looked at: a checkpoint's line of an earlier step may follow those of later steps. A pattern finds the
+    candidates many times faster than a parser.
+    """
+    offset = 0
+    file.seek(0)
+    while block := file.read(BLOCK_BYTES):
+        block += file.readline()
+        if any(float(found) > step for found in STEP.findall(block)):
+            begin = offset
+            for line in io.BytesIO(block):
+                if _is_later(line, step):
+                    return begin
+                begin += len(line)
+        offset += len(block)
+    return None
+
+
+def _is_later(line: bytes, step: int) -> bool:
+    """True for an object whose `step` is a number above `step`."""
+    found = STEP.search(line)
+    if found is None:
+        return False
+    event = _parse(line)
+    value = event.get("step") if isinstance(event, dict) else None
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > step
+
+
+def _trim(file: BinaryIO) -> None:
+    """Cut off what follows the last newline, then lines at the end that are not JSON."""
+    file.flush()
+    size = file.seek(0, io.SEEK_END)
+    end = _after_newline(file, size)
+    while end > 0:
+        begin = _after_newline(file, end - 1)
+        file.seek(begin)
+        if _parse(file.read(end - begin)) is not None:
+            break
+        end = begin
+    if end < size:
         file.truncate(end)
+
+
+def _after_newline(file: BinaryIO, end: int) -> int:
+    """Offset behind the last newline before `end`; 0 when there is none."""
+    while end > 0:
+        begin = max(0, end - TAIL_BYTES)
+        file.seek(begin)
+        newline = file.read(end - begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0
+
+
+def _parse(line: bytes) -> object:
+    """The value of a line; None when it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

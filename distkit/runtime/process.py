@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -34,6 +34,7 @@ class Runtime:
     topology: Topology
     device: torch.device
     cpu_group: ProcessGroup | None = None
+    timeout: datetime.timedelta = datetime.timedelta(minutes=30)
 
     @property
     def rank(self) -> int:
@@ -55,6 +56,22 @@ class Runtime:
         if self.cpu_group is not None:
             dist.all_reduce(tensor)
         return tensor
+
+    def with_own_group(self) -> Runtime:
+        """The same process with a CPU side group of its own, for collectives of another thread; all ranks together."""
+        if self.cpu_group is None:
+            return self
+        group = dist.new_group(backend="gloo", timeout=self.timeout)
+        assert isinstance(group, ProcessGroup)
+        return replace(self, cpu_group=group)
+
+    def event(self) -> Callable[[], None]:
+        """Mark what is queued on the device now; the function that is returned waits for it, in any thread."""
+        if self.device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event.synchronize
 
     def wait(self) -> None:
         """Wait for what is queued on the device; never between two reports of a step."""
@@ -192,7 +209,8 @@ def start(config: TrainConfig, topology: Topology) -> Runtime:
         torch.set_num_threads(threads)
     cpu_group = _join(topology, device, config.timeout_seconds) if topology.world_size > 1 else None
     seed_everything(derive_seed(config.seed, "rank", topology.rank))
-    return Runtime(topology=topology, device=device, cpu_group=cpu_group)
+    timeout = datetime.timedelta(seconds=config.timeout_seconds)
+    return Runtime(topology=topology, device=device, cpu_group=cpu_group, timeout=timeout)
 
 
 def _join(topology: Topology, device: torch.device, timeout_seconds: float) -> ProcessGroup:

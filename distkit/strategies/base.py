@@ -138,6 +138,17 @@ class Strategy(ABC):
         """One update of an optimizer that evaluates the loss itself (LBFGS); `closure` computes gradients and loss."""
         self.optimizer.step(closure)  # type: ignore[arg-type]  # torch types the closure as returning float
 
+    def scaler_tensors(self) -> dict[str, Tensor]:
+        """The live state of fp16's scaler, 0-dim tensors to be read or written in place; empty in other precisions."""
+        if not self.scaler.is_enabled():
+            return {}
+        if self.scaler._scale is None:  # it is made when the first loss is scaled
+            self.scaler._lazy_init_scale_growth_tracker(self.runtime.device)
+        scale, growth_tracker = self.scaler._scale, self.scaler._growth_tracker
+        assert scale is not None
+        assert growth_tracker is not None
+        return {"scale": scale, "growth_tracker": growth_tracker, "skipped": self.skipped}
+
     @property
     def needs_closure(self) -> bool:
         """True for optimizers that evaluate the loss several times a step."""
@@ -153,6 +164,9 @@ class Strategy(ABC):
         if config.precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
             raise ConfigError("--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or later",
                               got=f"device {device}", fix="--precision fp32")  # fmt: skip
+        if self.needs_closure and config.channels_last:
+            raise ConfigError("--optim.name lbfgs needs contiguous weights", expected="no --channels-last",
+                              fix="--no-channels-last")  # fmt: skip
         clips = config.max_grad_norm is not None or config.max_grad_value is not None
         if self.needs_closure and clips:
             raise ConfigError("--optim.name lbfgs searches along unclipped gradients", expected="no clipping",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,7 @@ class DataParallel(Strategy):
         )
         wrapped = accelerator.prepare_model(module)
         assert isinstance(wrapped, DistributedDataParallel), type(wrapped)
+        settle_buckets(wrapped)
         return wrapped
 
     def exchange_gradients(self, on: bool) -> None:
@@ -62,3 +63,47 @@ class DataParallel(Strategy):
         if self._ddp is not None:
             for buffer in [*self.module.buffers(), *averages]:
                 dist.broadcast(buffer, src=0)
+
+
+def settle_buckets(ddp: DistributedDataParallel) -> None:
+    """Have DDP lay out its buckets for good, in the reverse order of registration; all ranks call it together.
+
+    DDP lays them out anew after its first backward, in the order in which that made the gradients ready. The first step
+    of a resumed run would be summed in other buckets than the same step of the run never killed, and with three ranks
+    and more a sum depends on its place in the bucket: the last bits would differ (C3). So the first backward is one of
+    zeros. Its gradients are dropped; parameters, buffers and generators stay as they are, and neither the module's own
+    forward nor its hooks are called (hooks on a parameter are: they see one gradient of zeros).
+    """
+    module, parameters = ddp.module, [p for p in ddp.module.parameters() if p.requires_grad]
+    sparse = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse}
+    ddp.require_forward_param_sync = False  # the stand-in has no buffers to send
+    ddp.module = _Zeros(parameters, sparse)
+    try:
+        with torch.enable_grad():
+            # an input that is not used: on a GPU DDP takes no call without one
+            loss: Tensor = ddp(torch.zeros((), device=parameters[0].device))
+            loss.backward()  # type: ignore[no-untyped-call]
+    finally:
+        ddp.module, ddp.require_forward_param_sync = module, True
+    for parameter in parameters:
+        parameter.grad = None
+
+
+class _Zeros(nn.Module):
+    """Stands in for a module: its backward gives zeros to `parameters`, which it does not own, the last one first."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], sparse: Set[int]) -> None:
+        super().__init__()
+        self.given, self.sparse = parameters, sparse
+
+    def forward(self, _: Tensor) -> Tensor:
+        """0; the backward runs what was recorded last first, among all that is ready (torch's notes on autograd)."""
+        return torch.stack([_zero_of(p, id(p) in self.sparse) for p in self.given]).sum()
+
+
+def _zero_of(parameter: Tensor, sparse: bool) -> Tensor:
+    """0 as a 0-dim float32 tensor, computed from `parameter`; `sparse` makes its gradient a sparse one."""
+    if sparse:
+        first = torch.zeros(1, dtype=torch.int64, device=parameter.device)
+        parameter = nn.functional.embedding(first, parameter, sparse=True)
+    return (torch.view_as_real(parameter) if parameter.is_complex() else parameter).sum().float() * 0

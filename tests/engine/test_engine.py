@@ -168,6 +168,7 @@ def test_reports_are_due_and_complete(tmp_path: Path) -> None:
 def test_the_run_directory_says_what_happened(tmp_path: Path) -> None:
     run = build_run(tmp_path, replace(BASE, eval_every=5, ema_decay=0.9))
     fit(run)
+    run.directory.release()
     folder = run.directory.path
     files = {path.name for path in folder.iterdir()}
     assert files == {

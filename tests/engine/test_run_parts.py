@@ -10,7 +10,7 @@ import torch
 from distkit.engine.clock import Clock
 from distkit.engine.meter import FOLD_EVERY, Meter
 from distkit.engine.run import Progress
-from distkit.engine.run_dir import RunDirectory, check_unused, write_json
+from distkit.engine.run_dir import RunDirectory, check_usable, write_json
 from distkit.errors import ConfigError, TrainingError
 from distkit.losses import LossOutput
 from distkit.runtime import Topology
@@ -77,15 +77,52 @@ def test_progress_state() -> None:
 
 def test_only_the_writer_writes(tmp_path: Path) -> None:
     quiet = RunDirectory(tmp_path / "quiet", writes=False)
-    quiet.create({}, {})
+    quiet.create({}, {}, saves=True)
     quiet.write_status("running", 1)
     quiet.write_summary({})
     assert not (tmp_path / "quiet").exists()
     loud = RunDirectory(tmp_path / "loud", writes=True)
-    loud.create({"seed": 1}, {"python": "3"})
+    loud.create({"seed": 1}, {"python": "3"}, saves=False)
     loud.write_status("failed", 3, "ValueError: x")
     assert json.loads((loud.path / "status.json").read_text())["reason"] == "ValueError: x"
+    loud.release()
     assert sorted(path.name for path in loud.path.iterdir()) == ["config.json", "environment.json", "status.json"]
+
+
+def test_attempts_are_counted_and_a_completed_run_is_known(tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        directory = RunDirectory(tmp_path / "run", writes=True)
+        directory.create({}, {}, saves=True)
+        assert directory.attempt == attempt
+        assert directory.completed_steps() == -1
+        directory.write_status("running", 3)
+        directory.release()
+    directory.write_status("completed", 20)
+    assert directory.completed_steps() == 20
+    (tmp_path / "run" / "status.json").write_text("{")
+    assert directory.completed_steps() == -1
+
+
+def test_what_a_killed_run_left_half_made_is_swept(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", writes=True)
+    for name in (".tmp-step-000000005", ".trash-step-000000001", "step-000000003"):
+        (directory.checkpoints / name).mkdir(parents=True)
+    directory.create({}, {}, saves=True)
+    directory.release()
+    assert [path.name for path in directory.checkpoints.iterdir()] == ["step-000000003"]
+
+
+def test_the_clock_goes_on_where_it_was() -> None:
+    clock = Clock()
+    clock.lap(100)
+    time.sleep(0.05)
+    state = clock.state_dict()
+    resumed = Clock()
+    resumed.load_state_dict(state)
+    time.sleep(0.2)  # between two attempts, and nobody's
+    resumed.begin()
+    assert resumed.lap(50) == pytest.approx(50 / 0.05, rel=0.5)
+    assert resumed.average() == pytest.approx(150 / resumed.seconds)
 
 
 def test_write_json_replaces_whole_files(tmp_path: Path) -> None:
@@ -97,10 +134,11 @@ def test_write_json_replaces_whole_files(tmp_path: Path) -> None:
 
 
 def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
-    check_unused(tmp_path / "new" / "deep")
-    check_unused(tmp_path)
+    check_usable(tmp_path / "new" / "deep", resumes=False)
+    check_usable(tmp_path, resumes=False)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="already holds a run"):
-        check_unused(tmp_path)
+        check_usable(tmp_path, resumes=False)
+    check_usable(tmp_path, resumes=True)
     with pytest.raises(ConfigError, match="is a file"):
-        check_unused(tmp_path / "config.json")
+        check_usable(tmp_path / "config.json", resumes=True)

@@ -1,0 +1,221 @@
+"""The commit (C4): every rank writes and votes, rank 0 checks the votes and makes the directory a checkpoint.
+
+Nothing here touches the device. It may run behind the next steps in a thread of its own: all collectives are on a group
+that only saving uses, and every rank does them in the same order, also after an exception, which is a vote.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import distkit
+from distkit.checkpoint import retention
+from distkit.checkpoint.format import (
+    MANIFEST,
+    STATE,
+    FileEntry,
+    Manifest,
+    dump_manifest,
+    step_name,
+)
+from distkit.checkpoint.plan import Layout
+from distkit.checkpoint.write import replace_file, sync_folder, write_file
+from distkit.errors import CheckpointError
+from distkit.runtime.faults import fault
+from distkit.runtime.process import Runtime
+
+#: Gives the bytes of a file that this rank writes; called when its turn comes.
+Contents = Callable[[], memoryview]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One checkpoint to be written.
+
+    Args:
+        step: finished steps.
+        recipe, strategy: for the manifest.
+        layout: what every rank writes.
+        files: what this rank writes, by name.
+        state: what rank 0 writes as state.json.
+        threads: files that this rank writes at once.
+        clean: removes old checkpoints after the commit; called on rank 0.
+        error: why this rank has nothing to write, if it could not even copy its state.
+    """
+
+    step: int
+    recipe: str
+    strategy: str
+    layout: Layout
+    files: Mapping[str, Contents]
+    state: Mapping[str, object]
+    threads: int
+    clean: Callable[[], None]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended, the same on every rank.
+
+    Attributes:
+        error: None, or why it failed, with the rank.
+        nbytes, seconds: what all ranks wrote, and how long that took.
+        warning: what went wrong after the checkpoint was made, while old ones were removed.
+    """
+
+    step: int
+    error: str | None
+    nbytes: int = 0
+    seconds: float = 0.0
+    warning: str | None = None
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one rank says about its part."""
+
+    step: int
+    files: Mapping[str, FileEntry]
+    error: str | None = None
+
+
+def commit(folder: Path, job: Job, runtime: Runtime) -> Outcome:
+    """Write and commit `job` under `folder`; the same outcome on every rank.
+
+    A failure leaves the older checkpoints as they are and no part of the new one. It is told, not raised; what is
+    raised is that another rank is gone.
+    """
+    start = time.perf_counter()
+    point = partial(fault, rank=runtime.rank, step=job.step)
+    target = folder / f".tmp-{step_name(job.step)}"
+    error = _agree(runtime, job.step, _attempt(partial(_make, target)) if runtime.is_main_process else None)
+    if error is not None:
+        return Outcome(job.step, error)
+    vote = Vote(job.step, {})
+    try:
+        vote = Vote(job.step, _write_files(target, job, runtime))
+        point("before_vote")
+    except Exception as failure:
+        vote = Vote(job.step, {}, describe(failure))
+    votes = runtime.gather(vote)
+    error = _first_error([other.error for other in votes])
+    nbytes = sum(entry.bytes for other in votes for entry in other.files.values())
+    if error is None:
+        points = ("before_manifest", "after_manifest", "before_rename", "after_rename")
+        mine = _attempt(partial(_publish, folder, target, job, votes, point) if runtime.is_main_process
+                        else lambda: [point(name) for name in points])  # fmt: skip
+        error = _agree(runtime, job.step, mine)
+    if error is not None:
+        if runtime.is_main_process:
+            shutil.rmtree(target, ignore_errors=True)
+        return Outcome(job.step, error)
+    # the checkpoint stands; what cleaning up meets does not unmake it
+    warning = _agree(runtime, job.step, _attempt(job.clean if runtime.is_main_process else
+                                                 lambda: point("in_retention")))  # fmt: skip
+    return Outcome(job.step, None, nbytes, time.perf_counter() - start, warning)
+
+
+def describe(error: BaseException) -> str:
+    """One line: an OSError in the words of the system, others with their kind."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _attempt(action: Callable[[], object]) -> str | None:
+    """The error of `action` in one line, or None."""
+    try:
+        action()
+    except Exception as error:
+        return describe(error)
+    return None
+
+
+def _agree(runtime: Runtime, step: int, error: str | None) -> str | None:
+    """The first rank's error, on every rank; also when they do not save the same step."""
+    answers = runtime.gather((step, error))
+    if any(other != step for other, _ in answers):
+        return f"the ranks are not at the same step: {[other for other, _ in answers]}"
+    return _first_error([error for _, error in answers])
+
+
+def _first_error(errors: list[str | None]) -> str | None:
+    return next((f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None), None)
+
+
+def _make(target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed here
+    target.mkdir(mode=0o700)
+
+
+def _write_files(target: Path, job: Job, runtime: Runtime) -> dict[str, FileEntry]:
+    """This rank's files, several at once; all threads have ended when it returns or raises."""
+    if job.error is not None:
+        raise CheckpointError(job.error)
+    point = partial(fault, rank=runtime.rank, step=job.step)
+    entries: dict[str, FileEntry] = {}
+
+    def write(name: str, contents: Contents) -> None:
+        entries[name] = write_file(target / name, contents(), halfway=lambda: point("half_shard"),
+                                   before_sync=lambda: point("before_fsync"))  # fmt: skip
+
+    with ThreadPoolExecutor(job.threads, thread_name_prefix="distkit-write") as pool:
+        for done in [pool.submit(write, name, contents) for name, contents in job.files.items()]:
+            done.result()
+    if runtime.is_main_process:
+        text = json.dumps(job.state, indent=1).encode() + b"\n"
+        entries[STATE] = write_file(target / STATE, memoryview(text))
+    sync_folder(target)
+    return entries
+
+
+def _publish(folder: Path, target: Path, job: Job, votes: list[Vote], point: Callable[[str], None]) -> None:
+    """Rank 0: check that all is there, write the manifest, give the directory its name."""
+    files: dict[str, FileEntry] = {}
+    for rank, vote in enumerate(votes):
+        expected = set(job.layout.files[rank]) | ({STATE} if rank == 0 else set())
+        if vote.files.keys() != expected:
+            raise CheckpointError(f"rank {rank} wrote {sorted(vote.files)}, not {sorted(expected)}")
+        files |= vote.files
+    on_disk = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in os.scandir(target)}
+    if on_disk != {name: entry.bytes for name, entry in files.items()}:
+        odd = sorted(on_disk.items() ^ {name: entry.bytes for name, entry in files.items()}.items())
+        raise CheckpointError(f"the directory does not hold what the ranks wrote: {odd[:3]}; is it shared by all?")
+    manifest = Manifest(
+        step=job.step,
+        recipe=job.recipe,
+        strategy=job.strategy,
+        world_size=len(votes),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions={"distkit": distkit.__version__, "torch": torch.__version__},
+        files=files,
+        tensors=job.layout.tensors,
+    )
+    point("before_manifest")
+    replace_file(target / MANIFEST, dump_manifest(manifest))
+    point("after_manifest")
+    final = folder / step_name(job.step)
+    if final.exists():
+        retention.remove(folder, job.step)  # one that did not verify, or the run would have gone on from it
+    point("before_rename")
+    os.rename(target, final)
+    sync_folder(folder)
+    point("after_rename")
+
+
+def as_bytes(buffer: Tensor, nbytes: int) -> memoryview:
+    """The first `nbytes` of a uint8 tensor on the host, without a copy."""
+    return buffer[:nbytes].numpy().data

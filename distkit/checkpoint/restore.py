@@ -1,0 +1,145 @@
+"""Which checkpoint a run goes on from, and whether it fits. Nothing of the run is touched here."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from distkit.checkpoint.commit import describe
+from distkit.checkpoint.format import MANIFEST, Manifest, step_name, step_of
+from distkit.checkpoint.plan import dtype_name
+from distkit.checkpoint.read import read_state
+from distkit.checkpoint.retention import list_checkpoints
+from distkit.checkpoint.verify import read_manifest, verify
+from distkit.errors import CheckpointError, ConfigError
+from distkit.runtime.process import Runtime
+
+#: Names that a message lists before it says how many more there are.
+LISTED = 3
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was verified: every byte of it has the sha256 that its manifest names."""
+
+    directory: Path
+    manifest: Manifest
+    state: Mapping[str, object]
+
+    def parts(self) -> Mapping[str, object]:
+        """The named parts of state.json."""
+        parts = self.state.get("parts")
+        if not isinstance(parts, dict):
+            raise CheckpointError(f"{self.directory}: state.json holds no parts")
+        return parts
+
+
+def open_verified(directory: Path, runtime: Runtime) -> Found:
+    """Verify `directory`, each rank a share of the files.
+
+    Raises:
+        CheckpointError: on every rank alike, naming the first thing that is wrong.
+    """
+    error, found = None, None
+    try:
+        manifest = read_manifest(directory)
+        verify(directory, sorted(manifest.files)[runtime.rank :: runtime.world_size])
+        found = Found(directory, manifest, read_state(directory))
+        found.parts()
+    except (CheckpointError, OSError) as failure:
+        error = str(failure) if isinstance(failure, CheckpointError) else f"{directory}: {describe(failure)}"
+    first = next((answer for answer in runtime.gather(error) if answer is not None), None)
+    if first is not None:
+        raise CheckpointError(first)
+    assert found is not None  # some rank has an error otherwise
+    return found
+
+
+def newest_verified(folder: Path, runtime: Runtime, warn: Callable[[str], None]) -> Found | None:
+    """The newest checkpoint in `folder` that verifies; None where there is none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none verifies: starting anew would lose them silently.
+    """
+    steps = runtime.broadcast(list_checkpoints(folder))
+    last = ""
+    for step in reversed(steps):
+        try:
+            found = open_verified(folder / step_name(step), runtime)
+        except CheckpointError as error:
+            last = str(error)
+            warn(f"checkpoint of step {step} does not verify and is passed over: {last}")
+            continue
+        return found
+    if not steps:
+        return None
+    raise CheckpointError(
+        f"none of the {len(steps)} checkpoints in {folder} verifies; the oldest: {last}\n"
+        f"  to start anew, leave them where they are and type --run-dir OTHER"
+    )
+
+
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Rename checkpoints newer than `step`, which did not verify, so that they count no more; their new names."""
+    moved = []
+    for newer in (other for other in list_checkpoints(folder) if other > step):
+        names = (f"damaged-{number}-{step_name(newer)}" for number in itertools.count(1))
+        name = next(name for name in names if not (folder / name).exists())
+        os.rename(folder / step_name(newer), folder / name)
+        moved.append(name)
+    return moved
+
+
+def resolve_source(source: str) -> tuple[Path, bool]:
+    """`--resume DIR`: the folder of checkpoints, False; or one checkpoint, True.
+
+    Raises:
+        ConfigError: it is neither a checkpoint nor a run.
+    """
+    path = Path(source)
+    if step_of(path.name) is not None or (path / MANIFEST).exists():
+        if not path.is_dir():
+            raise ConfigError(f"--resume {source} is no checkpoint", expected="a directory with MANIFEST.json",
+                              fix=_suggestion(path.parent))  # fmt: skip
+        return path, True
+    for folder in (path / "checkpoints", path):
+        if list_checkpoints(folder):
+            return folder, False
+    raise ConfigError(f"--resume {source} holds no checkpoint", expected="a checkpoint, or the directory of a run",
+                      got="a directory without" if path.is_dir() else "nothing there",
+                      fix="--resume runs/RECIPE/RUN")  # fmt: skip
+
+
+def _suggestion(folder: Path) -> str:
+    steps = list_checkpoints(folder)
+    return f"--resume {folder / step_name(steps[-1])}" if steps else "--resume runs/RECIPE/RUN"
+
+
+def differences(manifest: Manifest, expected: Mapping[str, Tensor], prefixes: Sequence[str]) -> list[str]:
+    """How the tensors under `prefixes` differ from `expected` in name, shape or dtype, in lines; [] if they fit."""
+    saved = {name: entry for name, entry in manifest.tensors.items() if name.startswith(tuple(prefixes))}
+    lines = []
+    if missing := sorted(expected.keys() - saved.keys()):
+        lines.append(f"missing in the checkpoint: {shorten(missing)}")
+    if unexpected := sorted(saved.keys() - expected.keys()):
+        lines.append(f"unexpected in the checkpoint: {shorten(unexpected)}")
+    odd = [
+        f"{name} is {saved[name].dtype} {list(saved[name].shape)}, here {dtype_name(tensor)} {list(tensor.shape)}"
+        for name, tensor in sorted(expected.items())
+        if name in saved and (saved[name].dtype, saved[name].shape) != (dtype_name(tensor), tuple(tensor.shape))
+    ]
+    if odd:
+        lines.append(f"mismatched: {shorten(odd)}")
+    return lines
+
+
+def shorten(names: Iterable[str]) -> str:
+    """The first names, and how many follow."""
+    names = list(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

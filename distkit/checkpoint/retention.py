@@ -1,0 +1,124 @@
+"""Which checkpoints stay, and how the others go: a kill in between leaves nothing that looks committed. No torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distkit.checkpoint.format import MANIFEST, step_name, step_of
+from distkit.checkpoint.write import sync_folder
+
+#: Directories of a save that has not become a checkpoint, and of a checkpoint that is being removed.
+UNFINISHED = (".tmp-step-", ".trash-step-")
+
+
+def list_checkpoints(folder: Path) -> list[int]:
+    """Steps of the checkpoints in `folder` (RUN/checkpoints), ascending: those with a manifest. [] without a folder."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    steps = ((step_of(name), name) for name in names)
+    # also where the manifest is a dead symlink: that is for verification to refuse, not for silence
+    return sorted(step for step, name in steps if step is not None and os.path.lexists(folder / name / MANIFEST))
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is kept.
+
+    Attributes:
+        keep_last: this many of the newest, >= 1; None: all.
+        keep_best: also this many of those with the best scores, >= 1; None: none for that.
+        keep_every: also each whose step is a multiple of this, >= 1; None: none for that.
+    """
+
+    keep_last: int | None
+    keep_best: int | None
+    keep_every: int | None
+
+
+def choose_removed(
+    steps: Iterable[int], scores: Mapping[int, float], retention: Retention, protected: Set[int]
+) -> list[int]:
+    """The steps, ascending, that `retention` does not keep; never the newest one, nor one of `protected`.
+
+    Args:
+        steps: of committed checkpoints.
+        scores: higher is better; of two that are equal the older one counts as better. Steps without an evaluation are
+            absent.
+        retention: what is kept.
+        protected: steps that stay whatever the rest says.
+    """
+    ordered = sorted(set(steps))
+    if retention.keep_last is None or not ordered:
+        return []
+    keep = {*protected, *ordered[-max(retention.keep_last, 1) :]}
+    if retention.keep_best is not None:
+        known = [step for step in ordered if not math.isnan(scores.get(step, math.nan))]
+        keep.update(sorted(known, key=lambda step: -scores[step])[: retention.keep_best])
+    if retention.keep_every is not None:
+        keep.update(step for step in ordered if step % retention.keep_every == 0)
+    return [step for step in ordered if step not in keep]
+
+
+def score_of(state: Mapping[str, object], metric: str, mode: Literal["min", "max"]) -> float | None:
+    """How good the checkpoint with this state.json is, higher is better; None when it was not evaluated at its step.
+
+    It is the last evaluation's `metric`, negated for "min"; None also when that is missing or not finite.
+    """
+    last = last_evaluation(state)
+    value = None if last is None or last.get("step") != state.get("step") else last.get(metric)
+    if not isinstance(value, float | int) or not math.isfinite(value):
+        return None
+    return -float(value) if mode == "min" else float(value)
+
+
+def last_evaluation(state: Mapping[str, object]) -> Mapping[str, object] | None:
+    """`parts.trackers.last` of a state.json: the values by name and their "step"; None before the first evaluation."""
+    value: object = state
+    for name in ("parts", "trackers", "last"):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) else None
+
+
+def remove(folder: Path, step: int) -> None:
+    """Remove the checkpoint of `step`: it loses its name at once and for good, then its files go.
+
+    Raises:
+        OSError: it does not exist, or may not be removed.
+    """
+    name = f".trash-{step_name(step)}"
+    trash, number = folder / name, 1
+    while os.path.lexists(trash):  # of a run that was killed here
+        trash, number = folder / f"{name}-{number}", number + 1
+    os.rename(folder / step_name(step), trash)
+    sync_folder(folder)
+    if trash.is_symlink():
+        trash.unlink()
+    else:
+        shutil.rmtree(trash)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Names of what a dead run left in `folder`: unfinished saves and half removed checkpoints; no symlinks."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if e.name.startswith(UNFINISHED) and e.is_dir(follow_symlinks=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def sweep(folder: Path) -> None:
+    """Delete the `leftovers` of `folder`; only while no run saves there.
+
+    Raises:
+        OSError: one may not be removed.
+    """
+    for name in leftovers(folder):
+        shutil.rmtree(folder / name)

@@ -1,0 +1,226 @@
+"""Saving at a step boundary: in the step's own time, or behind the next steps."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from distkit.checkpoint.commit import Contents, Job, Outcome, as_bytes, commit, describe
+from distkit.checkpoint.image import Image, allocate
+from distkit.checkpoint.plan import Layout, Piece, dtype_name, global_layout, local_plan, piece_of
+from distkit.config import CheckpointConfig
+from distkit.errors import CheckpointError
+from distkit.runtime.faults import fault
+from distkit.runtime.process import Runtime
+
+#: Threads that write and hash files on one rank.
+THREADS = 2
+#: Share of the free memory of this machine that staging may take.
+STAGING_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What is saved, as it is at a step boundary.
+
+    Attributes:
+        shared: tensors of the run: the same on every rank, or DTensors of which each rank holds its part.
+        own: tensors that this rank alone has, under names that contain its number.
+        values: everything else, ready for JSON; rank 0's is saved.
+        own_values: what this rank alone knows, ready for JSON.
+    """
+
+    shared: Mapping[str, Tensor]
+    own: Mapping[str, Tensor]
+    values: Mapping[str, object]
+    own_values: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class _Staging:
+    """Where the images of this rank's files lie, one buffer each; kept from save to save."""
+
+    buffers: list[Tensor] = field(default_factory=list)
+
+    def buffer(self, index: int, nbytes: int, device: torch.device) -> Tensor:
+        """A buffer of at least `nbytes`."""
+        while len(self.buffers) <= index:
+            self.buffers.append(allocate(max(nbytes, 1), device))
+        if self.buffers[index].numel() < nbytes:
+            self.buffers[index] = allocate(nbytes, device)
+        return self.buffers[index]
+
+
+class Saver:
+    """Saves snapshots as checkpoints under `folder`; at most one save is in flight.
+
+    All ranks call the same methods at the same steps. Saving behind the steps copies the snapshot into staging buffers
+    that have the form of the files, and leaves the rest to a thread with a process group of its own.
+
+    Args:
+        folder: RUN/checkpoints, on a file system that all ranks share.
+        runtime: this process.
+        config: asynchronous and max_failures are used here.
+        recipe, strategy: for the manifest.
+        clean: removes old checkpoints after a commit of a step; called on rank 0, perhaps in the thread.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        runtime: Runtime,
+        config: CheckpointConfig,
+        *,
+        recipe: str,
+        strategy: str,
+        clean: Callable[[int], None],
+    ) -> None:
+        self.folder, self.config = folder, config
+        self._runtime, self._side = runtime, runtime.with_own_group()
+        self._recipe, self._strategy, self._clean = recipe, strategy, clean
+        self._form = b""
+        self._layout = Layout((), {})
+        self._images: dict[str, Image] = {}
+        self._staging = _Staging()
+        self._in_flight: Future[Outcome] | None = None
+        self._failures = 0
+        self.behind: bool | None = None
+
+    def save(self, step: int, snapshot: Snapshot) -> list[Outcome]:
+        """Save `snapshot` of `step` finished steps; returns what has ended by now, this save or the one before.
+
+        A save that failed is an outcome, not an exception; see `check`.
+
+        Raises:
+            CheckpointError: a tensor that cannot be saved; an exception of another rank.
+        """
+        ended = self.settle(wait=True)
+        rank_values = self._agree(snapshot)
+        if self.behind is None:
+            self.behind = self._choose_behind()
+        files: Mapping[str, Contents] = {}
+        error = None
+        try:
+            fault("staging", self._runtime.rank, step)
+            value_of = partial(piece_of, {**snapshot.shared, **snapshot.own})
+            files = (self._stage_all if self.behind else self._stage_each)(value_of)
+        except Exception as failure:  # no memory, say: a vote against this save, not the end of this rank
+            error = describe(failure)
+        job = Job(
+            step=step,
+            recipe=self._recipe,
+            strategy=self._strategy,
+            layout=self._layout,
+            files=files,
+            error=error,
+            state={**snapshot.values, "ranks": rank_values},
+            threads=THREADS,
+            clean=partial(self._clean, step),
+        )
+        if not self.behind:
+            return [*ended, self._count(commit(self.folder, job, self._side))]
+        self._in_flight = Future()
+        # daemon: a run that fails does not wait for a peer that is gone
+        threading.Thread(target=self._work, args=(self._in_flight, job), name="distkit-save", daemon=True).start()
+        return ended
+
+    def _work(self, future: Future[Outcome], job: Job) -> None:
+        try:
+            future.set_result(commit(self.folder, job, self._side))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def settle(self, *, wait: bool) -> list[Outcome]:
+        """How the save in flight ended, if it has on every rank (`wait`: once it has); all ranks together."""
+        if self._in_flight is None:
+            return []
+        if wait:
+            self._in_flight.exception()
+        elif not all(self._runtime.gather(self._in_flight.done())):
+            return []
+        future, self._in_flight = self._in_flight, None
+        return [self._count(future.result())]
+
+    def _count(self, outcome: Outcome) -> Outcome:
+        self._failures = 0 if outcome.error is None else self._failures + 1
+        return outcome
+
+    def close(self, timeout_seconds: float = 10.0) -> None:
+        """The run failed: give a save in flight a moment to become a checkpoint, and leave it then."""
+        if self._in_flight is not None:
+            wait_for([self._in_flight], timeout=timeout_seconds)
+
+    def check(self, *, last: bool = False) -> None:
+        """End the run when too many saves in a row have failed, or, with `last`, when the newest one did.
+
+        Raises:
+            CheckpointError: on every rank alike.
+        """
+        if self._failures >= self.config.max_failures:
+            raise CheckpointError(f"{self._failures} saves in a row failed (--checkpoint.max-failures)")
+        if last and self._failures:
+            raise CheckpointError("the last checkpoint was not saved; the same command goes on from the one before")
+
+    def _agree(self, snapshot: Snapshot) -> list[Mapping[str, object]]:
+        """Plan anew when a tensor of some rank changed its form; every rank's own values, in their order."""
+        form = form_of(snapshot)
+        answers = self._runtime.gather((form == self._form, snapshot.own_values))
+        if not all(same for same, _ in answers):
+            plan = local_plan(snapshot.shared, snapshot.own, self._runtime.rank, self._runtime.world_size)
+            self._form, self._layout = form, global_layout(self._runtime.gather(plan))
+            self._images = {name: Image(held) for name, held in self._layout.files[self._runtime.rank].items()}
+        return [values for _, values in answers]
+
+    def _choose_behind(self) -> bool:
+        """Whether to stage everything: as configured, or where it fits on every rank."""
+        needed = sum(image.nbytes for image in self._images.values())
+        free = psutil.virtual_memory().available * STAGING_SHARE / self._runtime.topology.local_world_size
+        fits = all(self._runtime.gather(needed <= free))
+        return fits if self.config.asynchronous == "auto" else self.config.asynchronous == "on"
+
+    def _stage_all(self, value_of: Callable[[Piece], Tensor]) -> dict[str, Contents]:
+        """Copy all files into their buffers now; the thread waits for the device, the step does not."""
+        files: dict[str, tuple[Image, Tensor]] = {}
+        for index, (name, image) in enumerate(self._images.items()):
+            files[name] = image, self._staging.buffer(index, image.nbytes, self._runtime.device)
+            image.fill_(files[name][1], value_of)
+        copied = self._runtime.event()
+
+        def contents(image: Image, buffer: Tensor) -> memoryview:
+            copied()
+            return as_bytes(buffer, image.nbytes)
+
+        return {name: partial(contents, *file) for name, file in files.items()}
+
+    def _stage_each(self, value_of: Callable[[Piece], Tensor]) -> dict[str, Contents]:
+        """Copy a file when its turn to be written comes: as much memory as `THREADS` files."""
+        mine = threading.local()
+        largest = max((image.nbytes for image in self._images.values()), default=0)
+
+        def contents(image: Image) -> memoryview:
+            if not hasattr(mine, "buffer"):
+                mine.buffer = allocate(largest, self._runtime.device)
+            image.fill_(mine.buffer, value_of)
+            self._runtime.wait()
+            return as_bytes(mine.buffer, image.nbytes)
+
+        return {name: partial(contents, image) for name, image in self._images.items()}
+
+
+def form_of(snapshot: Snapshot) -> bytes:
+    """A digest of names, dtypes, shapes and kinds: equal forms have equal layouts."""
+    digest = hashlib.sha256()
+    for name, tensor in (*snapshot.shared.items(), *snapshot.own.items()):
+        placements = getattr(tensor, "placements", "")
+        digest.update(f"{name}\0{dtype_name(tensor)}\0{tuple(tensor.shape)}\0{placements}\n".encode())
+    return digest.digest()

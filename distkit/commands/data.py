@@ -1,0 +1,37 @@
+"""`distkit data`: pack images, and look at packed files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from distkit.commands.parser import Parser
+
+
+def command(args: Sequence[str]) -> str:
+    """Pack images, and look at packed files."""
+    parser = Parser("distkit data", description="Packed images: one memory-mapped file a split.", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="pack|show|verify")
+    pack = verbs.add_parser("pack", help="images into OUT/SPLIT.pack; stopped, it goes on where it was",
+                            allow_abbrev=False)  # fmt: skip
+    pack.add_argument("source", metavar="FOLDER", help="FOLDER/train/CLASS/* and FOLDER/test/CLASS/*, or FOLDER/CLASS/*"
+                      " as one split; or cifar10, cifar100, mnist, fashion_mnist")  # fmt: skip
+    pack.add_argument("out", metavar="OUT", type=Path, help="folder of the packed files")
+    pack.add_argument("--split", nargs="+", choices=["train", "test"], help="which splits (all)")
+    pack.add_argument("--root", type=Path, default=Path("data"), metavar="DIR",
+                      help="where a set by name is or is downloaded to (data)")  # fmt: skip
+    pack.add_argument("--form", choices=["auto", "raw", "encoded"], default="auto",
+                      help="pixels, or the files as they are (auto: pixels if all have one size up to 64)")  # fmt: skip
+    pack.add_argument("--workers", type=int, metavar="N", help="threads that read images (one a core)")
+    pack.add_argument("--check", action="store_true", help="decode every image that is stored as a file")
+    pack.add_argument("--overwrite", action="store_true", help="write again, also over something else")
+    for verb, text in (("show", "what a packed file holds"), ("verify", "compare a packed file with its checksums")):
+        verbs.add_parser(verb, help=text).add_argument("file", metavar="FILE", type=Path)
+    typed = parser.parse_args(args)
+
+    from distkit.data import pack as packing
+
+    if typed.verb == "pack":
+        return packing.pack(typed.source, typed.out, splits=typed.split, root=typed.root, form=typed.form,
+                            num_workers=typed.workers, check=typed.check, overwrite=typed.overwrite)  # fmt: skip
+    return packing.show(typed.file) if typed.verb == "show" else packing.verify(typed.file)

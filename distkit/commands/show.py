@@ -1,0 +1,45 @@
+"""`distkit show`: a run directory in a few lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from distkit.errors import ConfigError
+
+
+def command(args: Sequence[str]) -> str:
+    """A run directory in a few lines."""
+    if len(args) != 1:
+        raise ConfigError("distkit show takes one run directory", fix="distkit show runs/RECIPE/RUN")
+    folder = Path(args[0])
+    status = read_json(folder / "status.json")
+    if status is None:
+        raise ConfigError(f"{folder} is no run directory", expected="a folder with status.json",
+                          fix="distkit show runs/RECIPE/RUN")  # fmt: skip
+    lines = [f"{folder}: {status['state']} at step {status['step']}"]
+    if status.get("reason"):
+        lines.append(f"  reason: {status['reason']}")
+    for name, value in (read_json(folder / "summary.json") or {}).items():
+        if isinstance(value, dict):
+            value = "  ".join(f"{key} {number:g}" for key, number in value.items())
+        lines.append(f"  {name}: {value}")
+    return "\n".join(lines)
+
+
+def read_json(path: Path) -> dict[str, object] | None:
+    """A JSON object, or None when the file does not exist.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read", expected="a JSON object", got=error) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} cannot be read", expected="a JSON object", got=type(value).__name__)
+    return value

@@ -1,0 +1,55 @@
+"""Saving and resuming."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from distkit.config.check import require, require_number
+
+Saving = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run saves its state, how, and what it keeps."""
+
+    enabled: bool = True
+    """Save at all; without it a killed run starts again from nothing."""
+    save_every: int | None = 500
+    """Steps between two saves, >= 1; None: only at the end (and where keep_best says so)."""
+    asynchronous: Saving = "auto"
+    """Copy the state at the step and write it behind the next ones (`--checkpoint.async` for short). auto: on where
+    the copy fits into half of the free memory."""
+    keep_last: int | None = 3
+    """Newest checkpoints to keep, >= 1; None: all."""
+    keep_best: int | None = 1
+    """Also keep this many with the best evaluations, and save whenever one is the best so far, >= 1; None: off."""
+    keep_every: int | None = None
+    """Also keep each checkpoint whose step is a multiple of this, >= 1; None: off."""
+    max_failures: int = 3
+    """Saves in a row that may fail (a full disk) before the run ends, >= 1."""
+
+    def __post_init__(self) -> None:
+        for name, example in (("save_every", "500"), ("keep_last", "3"), ("keep_best", "1"), ("keep_every", "5000"),
+                              ("max_failures", "3")):  # fmt: skip
+            require_number(f"checkpoint.{name}", getattr(self, name), least=1, example=example)
+        ok = self.asynchronous in get_args(Saving)
+        require(ok, "checkpoint.asynchronous", "auto, on or off", self.asynchronous, "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeConfig:
+    """Where a run begins."""
+
+    source: str = "auto"
+    """auto: where this --run-dir left off, if it holds a run. never: refuse a directory that holds a run. Or a
+    checkpoint, or the directory of another run, to begin from (`--resume DIR` for short)."""
+    weights_only: bool = False
+    """Take the model's weights alone, as far as names and shapes fit, and start at step 0 (fine-tuning)."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "resume.source", "auto, never or a directory", repr(self.source), "auto")
+        if self.weights_only:
+            ok = self.source not in ("auto", "never")
+            require(ok, "resume.source", "a directory, with --resume.weights-only", self.source, "runs/RECIPE/RUN")

@@ -1,0 +1,80 @@
+"""When a run is saved, and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from distkit.checkpoint import retention
+from distkit.checkpoint.commit import Outcome
+from distkit.checkpoint.format import step_name
+from distkit.checkpoint.read import read_state
+from distkit.checkpoint.retention import Retention, choose_removed, list_checkpoints, score_of
+from distkit.checkpoint.saver import Saver
+from distkit.config import CheckpointConfig
+from distkit.engine.run import Best, Run
+from distkit.engine.state import snapshot
+from distkit.runtime.faults import fault
+
+
+def build_saver(run: Run, source: int | None) -> Saver:
+    """What saves `run`; `source` is the step of the checkpoint in its own directory that it came from."""
+    folder, config = run.directory.checkpoints, run.config.checkpoint
+    clean = partial(remove_old, folder, config, run.best, source)
+    return Saver(folder, run.runtime, config, recipe=run.recipe, strategy=run.strategy.name, clean=clean)
+
+
+def remove_old(folder: Path, config: CheckpointConfig, best: Best, source: int | None, step: int) -> None:
+    """Remove what the configuration does not keep; never the one just made, nor the one the run came from."""
+    steps = list_checkpoints(folder)
+    scores = {}
+    for other in steps if config.keep_best is not None else ():
+        score = score_of(read_state(folder / step_name(other)), best.metric, best.mode)
+        if score is not None:
+            scores[other] = score
+    keep = Retention(config.keep_last, config.keep_best, config.keep_every)
+    for old in choose_removed(steps, scores, keep, {step} | ({source} if source is not None else set())):
+        fault("in_retention", 0, step)
+        retention.remove(folder, old)
+
+
+def save_due(run: Run, due: Callable[[int | None, int, int], bool]) -> bool:
+    """True at every `save_every`-th step, at the last one, and right after the best evaluation so far."""
+    if run.saver is None:
+        return False
+    config, step, best = run.config.checkpoint, run.progress.step, run.trackers.best
+    is_best = config.keep_best is not None and best is not None and best["step"] == step
+    return is_best or due(config.save_every, step, run.num_steps)
+
+
+def save(run: Run) -> None:
+    """Save this step boundary, in the step's time or behind the next steps.
+
+    Raises:
+        CheckpointError: too many saves in a row have failed; on all ranks alike.
+    """
+    if run.saver is not None:
+        with run.clock.excluded():
+            tell(run, run.saver.save(run.progress.step, snapshot(run)))
+
+
+def settle(run: Run, *, wait: bool = False) -> None:
+    """Tell how a save behind the steps has ended, if it has; with `wait`, when it has."""
+    if run.saver is not None:
+        tell(run, run.saver.settle(wait=wait))
+
+
+def tell(run: Run, outcomes: list[Outcome]) -> None:
+    """A checkpoint line for each outcome; ends the run when there were too many failures."""
+    for outcome in outcomes:
+        if outcome.error is None:
+            line = {"bytes": outcome.nbytes, "seconds": outcome.seconds}
+            run.tell({"event": "checkpoint", "step": outcome.step, **line})
+        else:
+            run.tell({"event": "checkpoint", "step": outcome.step,
+                      "error": f"not saved, the one before stays: {outcome.error}"})  # fmt: skip
+        if outcome.warning is not None:
+            run.tell({"event": "note", "step": outcome.step, "message": f"old checkpoints stay: {outcome.warning}"})
+    if outcomes and run.saver is not None:
+        run.saver.check()

@@ -1,0 +1,235 @@
+"""Everything a run needs to go on exactly where it was (C3): one dictionary of named parts, taken and given back.
+
+Tensors: model/NAME, optimizer/PARAMETER/KEY, ema/NAME, scaler/NAME, and of each rank rng/RANK/NAME and meter/RANK/NAME.
+Values: progress, trackers, clock, plateau, observers, and the form of the optimizer's state. Data and learning rate
+have none: both are functions of the step. An iterable data set alone has a place, each rank its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from distkit.checkpoint.plan import dtype_name
+from distkit.checkpoint.read import load_tensors
+from distkit.checkpoint.restore import Found, differences, shorten
+from distkit.checkpoint.saver import Snapshot
+from distkit.config import to_json
+from distkit.engine.meter import Meter
+from distkit.engine.run import Run
+from distkit.errors import CheckpointError, ConfigError
+from distkit.optim import (
+    allocate_optimizer_state,
+    compare_optimizers,
+    install_optimizer_state,
+    optimizer_structure,
+    optimizer_tensors,
+)
+from distkit.runtime.rng import capture_rng, restore_rng
+
+#: Fields that decide which samples a step reads: with another value it would be another run.
+FIXED = ("seed", "global_batch_size")
+
+
+class Part(Protocol):
+    """A stateful part without tensors."""
+
+    def state_dict(self) -> dict[str, object]:
+        """Its state, ready for JSON."""
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take it back."""
+
+
+def parts(run: Run) -> dict[str, Part]:
+    """The stateful parts without tensors, by name."""
+    found = {"progress": run.progress, "trackers": run.trackers, "clock": run.clock}
+    if run.plateau is not None:
+        found["plateau"] = run.plateau
+    return cast(dict[str, Part], found)
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def live_tensors(run: Run) -> dict[str, Tensor]:
+    """The tensors that exist from the start and are restored in place: model, ema, scaler."""
+    tensors = _prefixed("model", run.model_tensors())
+    if run.ema is not None:
+        tensors |= _prefixed("ema", run.ema.state_dict())
+    return tensors | _prefixed("scaler", run.strategy.scaler_tensors())
+
+
+def snapshot(run: Run) -> Snapshot:
+    """The state at this step boundary; its tensors are the live ones, to be copied before the next step.
+
+    Buffers that differ between data parallel ranks become rank 0's first.
+    """
+    strategy, rank = run.strategy, run.runtime.rank
+    strategy.synchronize_buffers_(run.ema.averaged_buffers if run.ema is not None else ())
+    optimizer = optimizer_tensors(strategy.optimizer, strategy.module)
+    observers: dict[str, str] = {}
+    for observer in run.observers:
+        observers |= observer.state_dict()
+    values = {name: part.state_dict() for name, part in parts(run).items()}
+    return Snapshot(
+        shared=live_tensors(run) | _prefixed("optimizer", optimizer),
+        own=_prefixed(f"rng/{rank:05d}", capture_rng(run.runtime.device))
+        | _prefixed(f"meter/{rank:05d}", run.meter.state_tensors()),
+        values={
+            "version": 1,
+            "recipe": run.recipe,
+            "step": run.progress.step,
+            "num_samples": run.num_samples,
+            "config": to_json(run.config),
+            "parts": values
+            | {"observers": observers, "optimizer": optimizer_structure(strategy.optimizer, strategy.module)},
+        },
+        own_values={} if run.data_state is None else {"data": run.data_state.state_dict()},
+    )
+
+
+def check_fits(run: Run, found: Found) -> None:
+    """Refuse a checkpoint that is not of this run, before anything of the run is changed.
+
+    Raises:
+        ConfigError: listing what is missing, unexpected and mismatched, and what to type.
+    """
+    where = f"checkpoint {found.directory}"
+    if run.takes_weights_only:
+        if not _matching_weights(run, found):
+            raise ConfigError(f"{where} has no weight with the name, shape and dtype of one here",
+                              expected=shorten(run.model_tensors()), fix="--resume auto")  # fmt: skip
+        return
+    if found.state.get("recipe") != run.recipe:
+        raise ConfigError(f"{where} belongs to another recipe", expected=run.recipe, got=found.state.get("recipe"),
+                          fix="another --run-dir, or --resume.weights-only")  # fmt: skip
+    saved = cast(dict[str, object], found.state.get("config", {}))
+    now: dict[str, object] = {name: getattr(run.config, name) for name in FIXED} | {"num_samples": run.num_samples}
+    for name, value in now.items():
+        before = found.state.get(name) if name == "num_samples" else saved.get(name)
+        if before != value:
+            raise ConfigError(f"{where} was trained on another sample stream", expected=f"{name} {before}",
+                              got=f"{name} {value}",
+                              fix=f"--{name.replace('_', '-')} {before}, or another --run-dir")  # fmt: skip
+    lines = differences(found.manifest, live_tensors(run), ("model/", "ema/", "scaler/"))
+    structure = cast(dict[str, object], found.parts().get("optimizer", {}))
+    lines += compare_optimizers(structure, run.strategy.optimizer, run.strategy.module)
+    if lines:
+        raise ConfigError("\n  ".join([f"{where} does not fit this run", *lines]),
+                          fix="the configuration it was saved with, or --resume DIR --resume.weights-only")  # fmt: skip
+
+
+def restore(run: Run) -> None:
+    """Bring back everything but the random generators from `run.restored_from`, if there is one."""
+    found = run.restored_from
+    if found is None:
+        return
+    if run.takes_weights_only:
+        load_tensors(found.directory, found.manifest, _matching_weights(run, found))
+        if run.ema is not None:
+            run.ema.restart_()
+        return
+    optimizer, module = run.strategy.optimizer, run.strategy.module
+    structure = cast(dict[str, object], found.parts()["optimizer"])
+    forms = {
+        name.removeprefix("optimizer/"): (cast(torch.dtype, getattr(torch, entry.dtype)), entry.shape)
+        for name, entry in found.manifest.tensors.items()
+        if name.startswith("optimizer/")
+    }
+    state = allocate_optimizer_state(optimizer, module, structure, forms)
+    load_tensors(found.directory, found.manifest, live_tensors(run) | _prefixed("optimizer", state))
+    install_optimizer_state(optimizer, module, structure, state)
+    run.meter.load_state_tensors(_meter_tensors(run, found))
+    for name, part in parts(run).items():
+        if name in found.parts():
+            part.load_state_dict(cast(dict[str, object], found.parts()[name]))
+    for observer in run.observers:
+        observer.load_state_dict(cast(dict[str, str], found.parts()["observers"]))
+    if run.data_state is not None:
+        ranks = cast(list[dict[str, dict[str, object]]], found.state["ranks"])
+        # a rank that was not there takes the first one's, and is told that the world size may not change
+        run.data_state.load_state_dict(ranks[run.runtime.rank if run.runtime.rank < len(ranks) else 0]["data"])
+
+
+def restore_generators(run: Run) -> None:
+    """Bring back this rank's random generators: last, because opening data and observers may draw numbers.
+
+    A rank or a kind of device that was not there keeps the seed of its number; `resume_notes` says so.
+    """
+    found, device = run.restored_from, run.runtime.device
+    if found is None or run.takes_weights_only:
+        return
+    saved = _own_tensors(found, f"rng/{run.runtime.rank:05d}/")
+    if not saved or saved.keys() != capture_rng(device).keys():
+        return
+    try:
+        restore_rng(saved, device)
+    except ValueError as error:
+        raise CheckpointError(f"{found.directory}: the random generators do not fit here: {error}") from error
+
+
+def resume_notes(run: Run) -> list[str]:
+    """What a person should know about this resume: what changed, and what that costs."""
+    found = run.restored_from
+    if found is None:
+        return []
+    if run.takes_weights_only:
+        kept = sorted(run.model_tensors().keys() - {n.removeprefix("model/") for n in _matching_weights(run, found)})
+        return [f"started from the weights of {found.directory}" + (f"; not in it: {shorten(kept)}" if kept else "")]
+    notes = [f"resumed from {found.directory}"]
+    before, after = found.manifest.world_size, run.runtime.world_size
+    if before != after:
+        notes.append(
+            f"saved on {before} ranks, resumed on {after}: the samples are the same; the order of sums and each rank's "
+            "own random draws (dropout) are not, so losses agree to rounding and not to the bit"
+        )
+    kinds = {name.removeprefix("rng/00000/") for name in found.manifest.tensors if name.startswith("rng/00000/")}
+    if kinds != capture_rng(run.runtime.device).keys():
+        notes.append("saved on another kind of device: arithmetic and random draws (dropout) are not those of before")
+    changed = changes(cast(dict[str, object], found.state["config"]), to_json(run.config))
+    if changed:
+        notes.append(f"changed since: {shorten(changed)}")
+    return notes
+
+
+def changes(before: Mapping[str, object], after: Mapping[str, object], prefix: str = "") -> list[str]:
+    """`optim.lr 0.1 -> 0.2` for each field that differs; where a run lies and begins does not count."""
+    lines: list[str] = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if prefix + name in ("run_dir", "resume") or old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += changes(old, new, f"{prefix}{name}.")
+        else:
+            lines.append(f"{prefix}{name} {old} -> {new}")
+    return lines
+
+
+def _matching_weights(run: Run, found: Found) -> dict[str, Tensor]:
+    """The model's tensors that the checkpoint has with the same name, shape and dtype."""
+    saved = {name: (entry.dtype, entry.shape) for name, entry in found.manifest.tensors.items()}
+    live = _prefixed("model", run.model_tensors())
+    return {n: tensor for n, tensor in live.items() if saved.get(n) == (dtype_name(tensor), tuple(tensor.shape))}
+
+
+def _meter_tensors(run: Run, found: Found) -> dict[str, Tensor]:
+    """This rank's open sums; over another number of ranks, the first one takes them all."""
+    rank, before = run.runtime.rank, found.manifest.world_size
+    if before == run.runtime.world_size:
+        return _own_tensors(found, f"meter/{rank:05d}/")
+    merged = Meter.merge([_own_tensors(found, f"meter/{other:05d}/") for other in range(before)])
+    # the others keep the names, which must be the same on every rank
+    return merged if rank == 0 else {name: torch.zeros_like(tensor) for name, tensor in merged.items()}
+
+
+def _own_tensors(found: Found, prefix: str) -> dict[str, Tensor]:
+    entries = {name: entry for name, entry in found.manifest.tensors.items() if name.startswith(prefix)}
+    tensors = {name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in entries.items()}
+    load_tensors(found.directory, found.manifest, tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -1,0 +1,291 @@
+"""One run directory, one run: whoever trains in it holds its lease. No torch: commands ask for the holder, too.
+
+The lease is a POSIX record lock (fcntl(2), F_SETLK) on `lease.json`. The kernel drops it when the holder dies, in
+whatever way; forked data workers do not inherit it; NFS has it. What the file says only gives the holder a name.
+
+A POSIX lock is also dropped when its process closes *any* descriptor of the file. So the holder must never open
+`lease.json` again, not even to read or copy it; this module does not, and other processes may.
+
+Where the file system has no locks, the record in the file is the lease: see `_claim_by_record`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+
+from distkit.errors import ConfigError
+
+LEASE = "lease.json"
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+LOCKED = frozenset({errno.EAGAIN, errno.EACCES})
+RECORD_BYTES = 4096
+#: A holder that has just started has not written its name yet, and `holder` has the lock for an instant.
+PATIENCE_SECONDS = 1.0
+#: Without locks: how long after its record a process looks whether another one wrote at the same time.
+SETTLE_SECONDS = 0.5
+NAP_SECONDS = 0.01
+#: A process' start time is reckoned from the boot time, which follows corrections of the clock.
+CLOCK_SECONDS = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who wrote a lease: host, process, its start (seconds since 1970), SLURM job or None, since when (ISO 8601)."""
+
+    host: str
+    pid: int
+    started: float
+    job: str | None
+    since: str
+
+    def __str__(self) -> str:
+        job = "" if self.job is None else f", SLURM job {self.job}"
+        return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+    @property
+    def is_here(self) -> bool:
+        """True when it is, or was, a process of this host."""
+        return self.host == socket.gethostname()
+
+    def may_live(self) -> bool:
+        """True when this process runs on this host, and for every other host, which cannot be asked."""
+        if not self.is_here:
+            return True
+        try:
+            process = psutil.Process(self.pid)
+            zombie: bool = process.status() == psutil.STATUS_ZOMBIE
+            return not zombie and abs(process.create_time() - self.started) <= CLOCK_SECONDS
+        except psutil.NoSuchProcess:
+            return False
+
+    def how_to_stop(self) -> str:
+        """What to type to end it."""
+        if self.job is not None:
+            return f"scancel {self.job}"
+        return f"kill {self.pid}" if self.is_here else f"kill {self.pid} on {self.host}"
+
+
+class Lease:
+    """The right to write a run directory: from `acquire` until `release`, or the end of the process.
+
+    Attributes:
+        path: the lease file.
+        mine: this process, as the file names it.
+        taken_over_from: who had it before and died without releasing it; None when nobody did.
+    """
+
+    def __init__(self, path: Path, descriptor: int | None, mine: Holder, before: bytes) -> None:
+        self.path = path
+        self.mine = mine
+        #: An empty file was left by a process that had not become its holder yet.
+        self.taken_over_from = None if not before.strip() else str(_parse(before) or "an unknown process")
+        self._descriptor = descriptor
+
+    @classmethod
+    def acquire(cls, run_dir: Path) -> Lease:
+        """Take the lease of `run_dir`, a directory that exists. One process of a run calls it: rank 0.
+
+        Raises:
+            ConfigError: another run holds it, in this process or another; or its file cannot be written.
+        """
+        path = run_dir.resolve() / LEASE
+        with _guard:
+            other = _held_here(path)
+            if other is not None:
+                raise ConfigError(f"this process has a run in {run_dir} already", expected="one run in a directory",
+                                  got=other.mine, fix=f"--run-dir {run_dir}-2, or end that run first")  # fmt: skip
+            try:
+                lease = _take(run_dir, path)
+            except OSError as error:
+                raise ConfigError(f"cannot take the lease of {run_dir}", expected="a directory where you may write",
+                                  got=error, fix="--run-dir DIR") from error  # fmt: skip
+            _held[path] = lease
+        if lease.taken_over_from is not None:
+            logger.warning("took %s over from %s, which is gone", run_dir, lease.taken_over_from)
+        return lease
+
+    def release(self) -> None:
+        """Give the directory free. Without effect the second time, and in a forked child: the parent still holds it."""
+        with _guard:
+            if _held_here(self.path) is not self:
+                return
+            del _held[self.path]
+            try:
+                self._remove()
+            except OSError as error:
+                logger.warning("cannot remove %s: %s", self.path, error)
+            finally:
+                if self._descriptor is not None:
+                    os.close(self._descriptor)
+
+    def _remove(self) -> None:
+        if self._descriptor is None:
+            if _parse(_read(self.path)) == self.mine:
+                self.path.unlink(missing_ok=True)
+            return
+        # still locked: who waits for the lock finds an empty file, or that its name is another file's
+        os.ftruncate(self._descriptor, 0)
+        if _is_named(self.path, self._descriptor):
+            self.path.unlink(missing_ok=True)
+
+
+_held: dict[Path, Lease] = {}
+_guard = threading.Lock()
+
+
+def holder(run_dir: Path) -> str | None:
+    """Who holds the lease of `run_dir` now, in words; None when nobody does.
+
+    It asks for a shared lock, which a holder's lock refuses without the holder noticing, and gives it back at once.
+    Nothing is written. What cannot be known counts as held: an unreadable file, another host where no locks are.
+    """
+    path = run_dir.resolve() / LEASE
+    with _guard:
+        held = _held_here(path)
+        if held is not None:
+            return str(held.mine)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            return f"perhaps another process: {error}"
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            record = _parse(_read(descriptor))
+            if error.errno in LOCKED:
+                return str(record or "a process that has just started")
+            return str(record) if record is not None and record.may_live() else None
+        finally:
+            os.close(descriptor)
+    return None
+
+
+def _held_here(path: Path) -> Lease | None:
+    """The lease of `path` that this process holds; a forked child inherits the table and not the locks."""
+    lease = _held.get(path)
+    return lease if lease is not None and lease.mine.pid == os.getpid() else None
+
+
+def _take(run_dir: Path, path: Path) -> Lease:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        lease = None
+        try:
+            refused = _lock(descriptor)
+            # the one before may have removed the file between open and lock: then its name is another file's
+            if refused is None and _is_named(path, descriptor):
+                before, mine = _read(descriptor), _myself()
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, _to_json(mine), 0)
+                os.fsync(descriptor)
+                lease = Lease(path, descriptor, mine, before)
+                return lease
+        finally:
+            if lease is None:
+                os.close(descriptor)
+        if refused in NO_LOCKS:
+            return _claim_by_record(run_dir, path)
+        if refused in LOCKED:
+            record = _parse(_read(path))
+            if (record is not None and record.may_live()) or time.monotonic() >= deadline:
+                raise _refusal(run_dir, record)
+            time.sleep(NAP_SECONDS)
+
+
+def _lock(descriptor: int) -> int | None:
+    """Lock the whole file without waiting; the error number when another process has it, or where no locks are."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS | LOCKED:
+            return error.errno
+        raise
+    return None
+
+
+def _claim_by_record(run_dir: Path, path: Path) -> Lease:
+    """Without locks: write a record where no living process has one, and look again after SETTLE_SECONDS.
+
+    Of several that write at once the last one wins, and the others find its record. A process that stands still for
+    longer than that between looking and writing could become a second holder; only locks exclude it.
+    """
+    before = _read(path)
+    record = _parse(before)
+    if record is not None and record.may_live():
+        raise _refusal(run_dir, record, None if record.is_here else f"rm {path} if that run is dead")
+    mine = _myself()
+    partial = path.with_name(f".tmp-{LEASE}-{mine.host}-{mine.pid}")
+    try:
+        partial.write_bytes(_to_json(mine))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    time.sleep(SETTLE_SECONDS)
+    now = _parse(_read(path))
+    if now != mine:
+        raise _refusal(run_dir, now)
+    return Lease(path, None, mine, before)
+
+
+def _refusal(run_dir: Path, record: Holder | None, remedy: str | None = None) -> ConfigError:
+    ways = [f"--run-dir {run_dir}-2", record.how_to_stop() if record else None, remedy, "wait for its end"]
+    return ConfigError(f"--run-dir {run_dir} is in use by another run", expected="one run in a directory",
+                       got=record or "a process that has just started",
+                       fix=", or ".join(way for way in ways if way is not None))  # fmt: skip
+
+
+def _myself() -> Holder:
+    since = datetime.now().astimezone().isoformat(timespec="seconds")
+    started = psutil.Process().create_time()
+    return Holder(socket.gethostname(), os.getpid(), started, os.environ.get("SLURM_JOB_ID") or None, since)
+
+
+def _to_json(record: Holder) -> bytes:
+    return json.dumps(asdict(record), indent=2).encode() + b"\n"
+
+
+def _parse(content: bytes) -> Holder | None:
+    """The record in a lease file; None when it holds none."""
+    try:
+        value = json.loads(content)
+        host, pid, started, job, since = (value[name] for name in ("host", "pid", "started", "job", "since"))
+        record = Holder(str(host), int(pid), float(started), None if job is None else str(job), str(since))
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
+    return record if 0 < record.pid < 2**31 else None
+
+
+def _is_named(path: Path, descriptor: int) -> bool:
+    """True when `path` is the file that `descriptor` has open."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _read(file: Path | int) -> bytes:
+    """What stands in a lease: by its descriptor, or by its path where this process does not hold it."""
+    try:
+        if isinstance(file, int):
+            return os.pread(file, RECORD_BYTES, 0)
+        with open(file, "rb") as opened:
+            return opened.read(RECORD_BYTES)
+    except OSError:
+        return b""

@@ -1,0 +1,208 @@
+"""`distkit verify-resume`: prove here that a recipe's run, killed and resumed, is the run never killed (C3)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distkit.errors import ConfigError, TrainingError
+
+#: Fields of an event that tell time, and so differ between any two runs.
+TIMED = frozenset({"samples_per_second", "data_wait_seconds", "seconds", "mfu"})
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is compared.
+
+    Args:
+        recipe: the recipe's file.
+        flags: more flags for it; they win over those of the trial.
+        nproc: ranks on this machine, >= 1.
+        num_steps: length of both runs, >= 2.
+        kill_at: step after which every rank gets SIGKILL, in [1, num_steps).
+        folder: where both runs are written; must not hold any.
+    """
+
+    recipe: Path
+    flags: Sequence[str]
+    nproc: int
+    num_steps: int
+    kill_at: int
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not self.recipe.is_file():
+            raise ConfigError(f"there is no recipe {self.recipe}", expected="a Python file",
+                              fix="distkit verify-resume recipes/cifar10.py")  # fmt: skip
+        if self.nproc < 1:
+            raise ConfigError("--nproc is the number of ranks", expected="1 or more", got=self.nproc, fix="--nproc 2")
+        if not 1 <= self.kill_at < self.num_steps:
+            raise ConfigError(
+                "--kill-at is a step between the first and the last",
+                expected=f"1 to {self.num_steps - 1}",
+                got=self.kill_at,
+                fix=f"--kill-at {self.num_steps // 2}",
+            )
+        for name in ("straight", "resumed"):
+            if (self.folder / name).exists():
+                raise ConfigError(f"{self.folder / name} exists", expected="a new directory",
+                                  fix=f"--folder {self.folder}-2")  # fmt: skip
+
+    def save_every(self) -> int:
+        """Steps between saves, so that the kill lies between two."""
+        return max(1, self.kill_at * 2 // 3)
+
+    def argv(self, name: str) -> list[str]:
+        """The command line of one run."""
+        every = str(self.save_every())
+        mine = [
+            *("--num-steps", str(self.num_steps)),
+            *("--report-every", str(max(1, self.num_steps // 8))),
+            *("--checkpoint.save-every", every),
+            *("--checkpoint.keep-last", "None"),
+            # behind the steps, a short run may be killed before its first save has ended
+            *("--checkpoint.async", "off"),
+        ]
+        return [sys.executable, str(self.recipe), *mine, *self.flags, "--run-dir", str(self.folder / name)]
+
+
+def verify_resume(trial: Trial) -> list[str]:
+    """Run straight; run again with SIGKILL and resume; compare: lines that say what differs, [] if nothing does.
+
+    Raises:
+        TrainingError: a run failed by itself, the kill did not happen, or came before the first checkpoint.
+    """
+    run_ranks(trial, "straight", {})
+    codes = run_ranks(trial, "resumed", {"DISTKIT_FAULT": f"step:*:{trial.kill_at}:kill"}, survives=False)
+    if not any(code == -9 for code in codes):
+        raise TrainingError(f"no rank was killed at step {trial.kill_at}: exit codes {codes}; is the run shorter?")
+    if not any((trial.folder / "resumed" / "checkpoints").glob("step-*")):
+        raise TrainingError(f"nothing was saved before step {trial.kill_at}: there is nothing to resume from")
+    run_ranks(trial, "resumed", {})
+    straight, resumed = trial.folder / "straight", trial.folder / "resumed"
+    return [*compare_metrics(straight, resumed), *compare_checkpoints(straight, resumed)]
+
+
+def run_ranks(trial: Trial, name: str, env: Mapping[str, str], *, survives: bool = True) -> list[int]:
+    """Start the ranks of one run and wait for them; their exit codes. No process is left, whatever happens.
+
+    Raises:
+        TrainingError: a rank failed, though it should have survived; with the end of its output.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    logs = [trial.folder / f"{name}-rank{rank}.log" for rank in range(trial.nproc)]
+    port = free_port()
+    try:
+        for rank, log in enumerate(logs):
+            with open(log, "ab") as file:
+                settings = {**os.environ, **rank_environment(rank, trial.nproc, port), **env}
+                processes.append(subprocess.Popen(trial.argv(name), env=settings, stdout=file, stderr=file))
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() not in (None, 0) for process in processes):
+                wait_a_little(processes)
+                break
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    codes = [process.returncode for process in processes]
+    failed = next((rank for rank, code in enumerate(codes) if code != 0), None)
+    if survives and failed is not None:
+        lines = logs[failed].read_text(errors="replace").splitlines()[-6:]
+        raise TrainingError("\n".join([f"rank {failed} of the {name} run ended with {codes[failed]}:", *lines]))
+    return codes
+
+
+def wait_a_little(processes: Sequence[subprocess.Popen[bytes]], seconds: float = 20.0) -> None:
+    """One rank failed: the others find out by themselves, or are killed after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(POLL_SECONDS)
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun sets for one rank; nothing for a single process."""
+    if world_size == 1:
+        return {}
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def compare_metrics(straight: Path, resumed: Path) -> list[str]:
+    """The first train or eval line that differs, times aside."""
+    first, second = list(metric_lines(straight)), list(metric_lines(resumed))
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+            shown = ", ".join(f"{name} {one.get(name)!r} and {other.get(name)!r}" for name in names[:3])
+            return [f"step {one['step']}: the first metric line that differs ({one['event']}): {shown}"]
+    if len(first) != len(second):
+        return [f"{len(first)} metric lines in the straight run, {len(second)} in the resumed one"]
+    return []
+
+
+def metric_lines(run_dir: Path) -> Iterator[dict[str, object]]:
+    """Train and eval events without what tells time."""
+    for text in (run_dir / "metrics.jsonl").read_text().splitlines():
+        event = json.loads(text)
+        if event["event"] in ("train", "eval"):
+            yield {name: value for name, value in event.items() if name not in TIMED}
+
+
+def compare_checkpoints(straight: Path, resumed: Path) -> list[str]:
+    """The first step at which both runs saved and a tensor differs, with its first tensors."""
+    from distkit.checkpoint.format import step_name
+    from distkit.checkpoint.inspect import differing_tensors
+    from distkit.checkpoint.retention import list_checkpoints
+
+    folders = straight / "checkpoints", resumed / "checkpoints"
+    steps = [list_checkpoints(folder) for folder in folders]
+    if not steps[0] or steps[0] != steps[1]:
+        return [f"checkpoints of steps {steps[0]} in the straight run, {steps[1]} in the resumed one"]
+    for step in steps[0]:
+        lines = differing_tensors(folders[0] / step_name(step), folders[1] / step_name(step), limit=5)
+        if lines:
+            return [f"step {step}: the first checkpoint that differs", *lines]
+    return []
+
+
+def report(trial: Trial, keep: bool) -> str:
+    """Do the trial and say how it went.
+
+    Raises:
+        TrainingError: the runs differ (exit 1), naming the first step and tensor.
+    """
+    started = time.perf_counter()
+    lines = verify_resume(trial)
+    if lines:
+        raise TrainingError("\n  ".join(["the resumed run is not the straight one", *lines, f"kept: {trial.folder}"]))
+    if not keep:
+        shutil.rmtree(trial.folder)
+    return (
+        f"{trial.recipe}: killed at step {trial.kill_at} of {trial.num_steps} on {trial.nproc} "
+        f"{'rank' if trial.nproc == 1 else 'ranks'} and resumed: weights, optimizer, generators and metrics are those "
+        f"of the straight run, bit for bit ({time.perf_counter() - started:.0f} s)"
+    )

@@ -1,0 +1,92 @@
+"""Files: the bytes of the safetensors library, the right hash, nothing half."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distkit.checkpoint.commit import as_bytes
+from distkit.checkpoint.format import DTYPES
+from distkit.checkpoint.image import Image, allocate
+from distkit.checkpoint.plan import Piece, dtype_name
+from distkit.checkpoint.write import replace_file, write_file
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 2**20 - 1, 2**20, 2**20 + 4096, 9 * 2**20 + 17])
+def test_every_size_is_written_whole_and_hashed(size: int, tmp_path: Path) -> None:
+    data = os.urandom(size)
+    buffer = allocate(max(size, 1), CPU)
+    buffer[:size] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if size else buffer[:0]
+    calls = []
+    entry = write_file(tmp_path / "f", as_bytes(buffer, size), halfway=lambda: calls.append("half"),
+                       before_sync=lambda: calls.append("sync"))  # fmt: skip
+    assert (tmp_path / "f").read_bytes() == data
+    assert (entry.bytes, entry.sha256) == (size, hashlib.sha256(data).hexdigest())
+    assert calls == ["half", "sync"]
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o600
+
+
+def test_memory_that_is_not_aligned_is_written_all_the_same(tmp_path: Path) -> None:
+    data = os.urandom(3 * 2**20 + 5)
+    write_file(tmp_path / "f", memoryview(data)[5:])
+    assert (tmp_path / "f").read_bytes() == data[5:]
+
+
+def test_a_file_system_without_direct_writes(tmp_path: Path) -> None:
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        pytest.skip("no tmpfs")
+    path = shm / f"distkit-test-{os.getpid()}"
+    try:
+        data = os.urandom(2**21)
+        assert write_file(path, memoryview(data)).sha256 == hashlib.sha256(data).hexdigest()
+        assert path.read_bytes() == data
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_nothing_that_exists_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for name in ("old", "link"):
+        with pytest.raises(OSError, match=name) as caught:
+            write_file(tmp_path / name, memoryview(b"new"))
+        assert caught.value.errno in (errno.EEXIST, errno.ELOOP)
+    assert not (tmp_path / "target").exists()
+
+
+def test_replace_leaves_the_old_file_when_the_new_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_file(tmp_path / "f", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_file(tmp_path / "f", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert (tmp_path / "f").read_bytes() == b"old"
+
+
+def test_an_image_is_a_safetensors_file(tmp_path: Path) -> None:
+    tensors = {name: torch.randint(0, 2, (3, 5)).to(getattr(torch, name)) for name in DTYPES}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "rows": torch.randn(6, 4).t()}
+    pieces = [Piece(name, (0,) * t.ndim, tuple(t.shape), dtype_name(t)) for name, t in tensors.items()]
+    image = Image(pieces)
+    buffer = allocate(image.nbytes, CPU)
+    image.fill_(buffer, lambda piece: tensors[piece.name])
+    write_file(tmp_path / "a.safetensors", as_bytes(buffer, image.nbytes))
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name].view(torch.uint8) if tensor.ndim else loaded[name],
+                           tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor), name  # fmt: skip
