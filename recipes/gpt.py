@@ -213,8 +213,8 @@ PRESETS = {
         precision="bf16",
         eval_batch_size=32,
         report_every=100,
-        optim=OptimConfig(name="adamw", lr=4e-3, betas=(0.9, 0.99), weight_decay=0.1),
-        schedule=ScheduleConfig(name="warmup_stable_decay", warmup_steps=30, decay_ratio=0.5),
+        optim=OptimConfig(name="adamw", lr=4e-3, betas=(0.85, 0.98), weight_decay=0.1),
+        schedule=ScheduleConfig(name="warmup_stable_decay", warmup_steps=90, decay_ratio=0.7),
     ),
     "124m": Config(
         vocab_size=50_304,

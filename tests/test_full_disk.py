@@ -18,10 +18,17 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounting a small disk needs root"),
 ]
 # each checkpoint has about 40 KB: 5,056 bytes of torch's generator and 10 KB of python's and numpy's on each rank
-FLAGS = (
-    "--checkpoint.enabled --checkpoint.save-every 5 --checkpoint.keep-last None --checkpoint.keep-best None "
-    "--report-every 5"
-).split()  # noqa: SIM905  # as it is typed
+FLAGS = [
+    "--checkpoint.enabled",
+    "--checkpoint.save-every",
+    "5",
+    "--checkpoint.keep-last",
+    "None",
+    "--checkpoint.keep-best",
+    "None",
+    "--report-every",
+    "5",
+]  # as it is typed
 
 
 def on_disk(folder: Path, mount: str, argv: list[str], world_size: int = 2) -> list[tuple[int, str]]:

@@ -110,8 +110,8 @@ def test_ready_made_tokens_need_a_vocabulary_size(config) -> None:
 def test_bad_input_says_what_to_type(config, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--text FILE"):
         gpt.build_dataset(replace(config, text=tmp_path / "none.txt"), "train")
-    with pytest.raises(ConfigError, match="dim="):
-        replace(config, num_heads=5)
+    with pytest.raises(ConfigError, match="--dim 130"):
+        replace(config, num_heads=5, dim=128)
     with pytest.raises(ConfigError, match=r"--data\.source"):
         replace(config, data=DataConfig(source="synthetic"))
     with pytest.raises(ConfigError, match="--test-share"):

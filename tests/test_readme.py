@@ -47,7 +47,7 @@ def test_the_readme_shows_commands() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "recipes/" in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "recipes/" in c and not c.startswith("distkit")])
 def test_training_commands_run(command: str, tmp_path: Path) -> None:
     words = command.replace("recipes/", f"{ROOT}/recipes/").replace(".venv/bin/", "").split()
     if "ROOT" in words or "packed" in words:
@@ -76,10 +76,29 @@ def test_training_commands_run(command: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_packing_commands_run(tmp_path: Path) -> None:
     image_folder(tmp_path / "ROOT")
-    commands = [c.split() for c in COMMANDS if c.startswith("distkit ")]
+    commands = [c.split() for c in COMMANDS if c.startswith("distkit data ")]
     assert [words[2] for words in commands] == ["pack", "verify"]
     for words in commands:
         call([sys.executable, "-m", "distkit.commands", *words[1:]], tmp_path)
+
+
+@pytest.mark.slow
+def test_checkpoint_commands_run(tmp_path: Path) -> None:
+    train, *commands = [c for c in COMMANDS if "runs/mine" in c or "verify-resume" in c]
+    words = train.replace("recipes/", f"{ROOT}/recipes/").split()
+    short = ["--num-steps", "3", "--global-batch-size", "10", "--eval-batch-size", "500", "--data.source", "synthetic"]
+    for steps in ("3", "5"):  # the second time it goes on
+        call([*words, *short, "--num-steps", steps], tmp_path)
+    assert json.loads((tmp_path / "runs" / "mine" / "status.json").read_text())["attempt"] == 2
+    assert [command.split()[1:3] for command in commands] == [
+        ["checkpoint", "list"], ["checkpoint", "verify"], ["checkpoint", "export"],
+        ["verify-resume", "recipes/cifar10.py"],
+    ]  # fmt: skip
+    for command in commands:
+        words = command.replace("recipes/", f"{ROOT}/recipes/").split()
+        out = call([sys.executable, "-m", "distkit.commands", *words[1:]], tmp_path)
+        assert "bit for bit" in out or "verify-resume" not in command
+    assert (tmp_path / "mine.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -120,6 +139,17 @@ def test_figures_stand_in_the_result_files() -> None:
     assert f"{device:,.0f} images/s: {pil:.0f} x torchvision's PIL pipeline, {v2:.0f} x v2 transforms" in README
     assert f"{workers:.2f} x a plain DataLoader" in README
     assert f"| {data['permutation ms']:.2f} ms |" in README
+    saving = results("checkpoint")
+    for ranks in (1, 2):
+        names = ("save", "torch_save", "raw_write", "held", "copy", "restore", "raw_read", "dcp_save", "dcp_async_save")
+        milliseconds = {name: saving[f"{name}_ms_{ranks}"]["median"] for name in names}
+        held = saving[f"dcp_async_save_held_ms_{ranks}"]["median"]
+        row = (
+            f"| {ranks} | {milliseconds['save']:.0f} ms | {milliseconds['torch_save']:.0f} ms | "
+            f"{milliseconds['raw_write']:.0f} ms | {milliseconds['dcp_save']:.0f} ms | {milliseconds['held']:.0f} ms | "
+            f"{held:.0f} ms | {milliseconds['restore']:.0f} ms | {milliseconds['raw_read']:.0f} ms |"
+        )
+        assert row in README
     step = results("step_overhead")
     figures = [step[arm]["median"] for arm in ("engine - by hand", "by hand", "fabric", "accelerate")]
     added, hand, fabric, accelerate = (f"{figure:.1f}" for figure in figures)

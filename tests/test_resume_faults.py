@@ -18,11 +18,37 @@ from distkit.runtime.faults import POINTS
 TINY = Path(__file__).parent / "tiny.py"
 KILLED = -signal.SIGKILL
 # mid-epoch (12 steps each), with accumulation, dropout, BatchNorm, EMA, clipping and fp16 scaling
-FLAGS = (
-    "--microbatch-size 2 --dropout 0.2 --noise 0.1 --batch-norm --ema-decay 0.9 --precision fp16 --optim.name adamw "
-    "--optim.lr 0.01 --max-grad-norm 0.5 --eval-every 6 --report-every 3 --observe.console "
-    "--checkpoint.enabled --checkpoint.save-every 5 --checkpoint.keep-last 1 --checkpoint.keep-best None"
-).split()  # noqa: SIM905  # as it is typed
+FLAGS = [
+    "--microbatch-size",
+    "2",
+    "--dropout",
+    "0.2",
+    "--noise",
+    "0.1",
+    "--batch-norm",
+    "--ema-decay",
+    "0.9",
+    "--precision",
+    "fp16",
+    "--optim.name",
+    "adamw",
+    "--optim.lr",
+    "0.01",
+    "--max-grad-norm",
+    "0.5",
+    "--eval-every",
+    "6",
+    "--report-every",
+    "3",
+    "--observe.console",
+    "--checkpoint.enabled",
+    "--checkpoint.save-every",
+    "5",
+    "--checkpoint.keep-last",
+    "1",
+    "--checkpoint.keep-best",
+    "None",
+]  # as it is typed
 TIMED = {"samples_per_second", "data_wait_seconds", "seconds"}
 
 

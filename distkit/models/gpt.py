@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distkit.config.check import require, require_number
 from distkit.errors import ConfigError, nearest
 
 #: hidden [B, T, D], the head's weight [V, D], targets int64 [B, T] -> mean loss, number of tokens; both 0-dim.
@@ -54,15 +55,14 @@ class GPTConfig:
     def __post_init__(self) -> None:
         least = {"vocab_size": 1, "context_length": 1, "num_layers": 1, "num_heads": 1, "dim": 2, "mlp_dim": 1}
         for name, bound in least.items():
-            value = getattr(self, name)
-            _require(value is None or value >= bound, name, f"an integer >= {bound}", value, str(max(bound, 2)))
+            require_number(name, getattr(self, name), least=bound, example=str(bound))
         unit = 2 * self.num_heads
         near = max(1, round(self.dim / unit)) * unit
-        _require(self.dim % unit == 0, "dim", f"a multiple of {unit} for {self.num_heads} heads", self.dim, str(near))
-        close = f'"{nearest(self.activation, ACTIVATIONS) or "gelu"}"'
-        _require(self.activation in ACTIVATIONS, "activation", ", ".join(ACTIVATIONS), self.activation, close)
-        _require(0 <= self.dropout < 1, "dropout", "a number in [0, 1)", self.dropout, "0.1")
-        _require(1 < self.rotary_base < math.inf, "rotary_base", "a finite number > 1", self.rotary_base, "10000.0")
+        require(self.dim % unit == 0, "dim", f"a multiple of {unit} for {self.num_heads} heads", self.dim, str(near))
+        close = nearest(self.activation, ACTIVATIONS) or "gelu"
+        require(self.activation in ACTIVATIONS, "activation", ", ".join(ACTIVATIONS), self.activation, close)
+        require_number("dropout", self.dropout, least=0, below=1, example="0.1")
+        require_number("rotary_base", self.rotary_base, above=1, example="10000")
 
     @property
     def head_dim(self) -> int:
@@ -78,12 +78,6 @@ class GPTConfig:
         return 4 * self.dim if self.activation != "swiglu" else max(8, round(self.dim / 3) * 8)
 
 
-def _require(ok: bool, name: str, expected: str, got: object, example: str) -> None:
-    if not ok:
-        raise ConfigError(f"GPTConfig: {name} has a value it cannot take", expected=expected, got=got,
-                          fix=f"{name}={example}")  # fmt: skip
-
-
 class RMSNorm(nn.Module):
     """x / rms(x), without a gain: the matrix that follows can learn one.
 
@@ -92,7 +86,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return F.rms_norm(x, x.shape[-1:])
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 class Rotary(nn.Module):
@@ -265,7 +259,7 @@ class GPT(nn.Module):
         length = self.config.context_length
         if tokens.shape[1] > length:
             raise ConfigError("GPT: more tokens than the context holds", expected=f"at most {length}",
-                              got=tokens.shape[1], fix=f"context_length={tokens.shape[1]}")  # fmt: skip
+                              got=tokens.shape[1], fix=f"--context-length {tokens.shape[1]}")  # fmt: skip
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
             x = block(x)

@@ -205,13 +205,13 @@ def test_wrappers_see_the_tied_head() -> None:
 
 
 def test_bad_shapes_say_what_to_type() -> None:
-    wrong = [("dim", 30, "dim=32"), ("num_layers", 0, "num_layers"), ("activation", "relu", "relu2"),
-             ("dropout", 1.0, "dropout"), ("rotary_base", 1.0, "rotary_base"), ("mlp_dim", 0, "mlp_dim"),
-             ("vocab_size", 0, "vocab_size")]  # fmt: skip
+    wrong = [("dim", 30, "--dim 32"), ("num_layers", 0, "--num-layers 1"), ("activation", "relu", "relu2"),
+             ("dropout", 1.0, "dropout"), ("rotary_base", 1.0, "--rotary-base"), ("mlp_dim", 0, "--mlp-dim"),
+             ("vocab_size", 0, "--vocab-size")]  # fmt: skip
     for name, value, hint in wrong:
         with pytest.raises(ConfigError, match=hint):
             replace(SMALL, num_heads=4, **{name: value})
-    with pytest.raises(ConfigError, match="context_length=17"):
+    with pytest.raises(ConfigError, match="--context-length 17"):
         build()(tokens_of(length=17))
 
 
