@@ -108,11 +108,11 @@ class Arms:
         """The copy into staging alone."""
         saver = self.savers["on"]
         value_of = partial(piece_of, self.state)
-        self.runtime.gather(None)
-        begin = perf_counter()
-        for image, buffer in zip(saver._images.values(), saver._staging.buffers, strict=True):
-            image.fill_(buffer, value_of)
-        return perf_counter() - begin
+        with self.fresh():
+            begin = perf_counter()
+            for image, buffer in zip(saver._images.values(), saver._staging.buffers, strict=True):
+                image.fill_(buffer, value_of)
+            return perf_counter() - begin
 
     def torch_save(self) -> float:
         with self.fresh():

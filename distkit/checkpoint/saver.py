@@ -203,17 +203,21 @@ class Saver:
         return {name: partial(contents, *file) for name, file in files.items()}
 
     def _stage_each(self, value_of: Callable[[Piece], Tensor]) -> dict[str, Contents]:
-        """Copy a file when its turn to be written comes: as much memory as `THREADS` files."""
-        mine = threading.local()
+        """Copy a file when its turn to be written comes, into one of `THREADS` buffers that are kept."""
         largest = max((image.nbytes for image in self._images.values()), default=0)
+        free = iter(range(THREADS))
+        mine = threading.local()
 
         def contents(image: Image) -> memoryview:
             if not hasattr(mine, "buffer"):
-                mine.buffer = allocate(largest, self._runtime.device)
+                mine.buffer = self._staging.buffer(next(free), largest, self._runtime.device)
             image.fill_(mine.buffer, value_of)
             self._runtime.wait()
             return as_bytes(mine.buffer, image.nbytes)
 
+        # before the threads, which share them out
+        for index in range(THREADS):
+            self._staging.buffer(index, largest, self._runtime.device)
         return {name: partial(contents, image) for name, image in self._images.items()}
 
 

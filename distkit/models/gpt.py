@@ -89,31 +89,34 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-class Rotary(nn.Module):
-    """Rotary positions: channel pairs (i, i + head_dim / 2) turned by position x base^(-2 i / head_dim).
+def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position x base^(-2 i / head_dim), both float32 [length, head_dim / 2].
 
-    Every attention has its own tables, so that a block can be sharded, recomputed or cast by itself: tables handed
-    from outside would be rounded with the inputs. They are no part of the state.
-    Source: Su et al. 2021 (RoFormer), arXiv:2104.09864, equation 34, with the pairs laid out as halves.
+    Made anew in every block rather than kept: a table would be saved with the weights, rounded where a strategy casts
+    buffers or inputs, and left without values by a model that starts on the meta device.
     """
+    pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    positions = torch.arange(length, device=device, dtype=torch.float32)
+    angles = positions[:, None] * torch.exp(pairs * (-math.log(base) / head_dim))
+    return angles.cos(), angles.sin()
 
-    cos: Tensor
-    sin: Tensor
 
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        powers = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-        positions = torch.arange(config.context_length, dtype=torch.float64)
-        angles = torch.outer(positions, config.rotary_base**-powers)
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs (i, i + head_dim / 2) of row t by the angles of position t.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., T, head_dim] -> the same shape and dtype, row t turned as position t."""
-        cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned.to(x.dtype)
+    Source: Su et al. 2021 (RoFormer), arXiv:2104.09864, equation 34, with the pairs laid out as halves.
+
+    Args:
+        x: [..., T, head_dim] float.
+        cos: [T, head_dim / 2].
+        sin: [T, head_dim / 2].
+
+    Returns:
+        The shape and dtype of x.
+    """
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
@@ -136,19 +139,19 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.head_dim, self.dropout, self.rotary_base = config.head_dim, config.dropout, config.rotary_base
         self.query = nn.Linear(config.dim, config.dim, bias=False)
         self.key = nn.Linear(config.dim, config.dim, bias=False)
         self.value = nn.Linear(config.dim, config.dim, bias=False)
         self.query_norm = RMSNorm() if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm() if config.qk_norm else nn.Identity()
-        self.rotary = Rotary(config)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, dim] -> [B, T, dim]; row t depends on rows 0 to t."""
-        query = self.rotary(self.query_norm(self._by_head(self.query(x))))
-        key = self.rotary(self.key_norm(self._by_head(self.key(x))))
+        tables = rotary_tables(x.shape[1], self.head_dim, self.rotary_base, x.device)
+        query = rotate(self.query_norm(self._by_head(self.query(x))), *tables)
+        key = rotate(self.key_norm(self._by_head(self.key(x))), *tables)
         value = self._by_head(self.value(x))
         dropout = self.dropout if self.training else 0.0
         mixed = attend(query, key, value, dropout)

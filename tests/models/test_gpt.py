@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distkit.errors import ConfigError
 from distkit.losses import chunked_cross_entropy, token_cross_entropy
 from distkit.models import GPT, Block, GPTConfig, generate
-from distkit.models.gpt import ACTIVATIONS, Rotary
+from distkit.models.gpt import ACTIVATIONS, rotary_tables, rotate
 
 SMALL = GPTConfig(vocab_size=29, context_length=16, num_layers=2, num_heads=2, dim=16)
 
@@ -102,32 +102,32 @@ def test_a_row_depends_on_nothing_after_it() -> None:
 
 
 def test_rotary_keeps_lengths_and_sees_only_distances() -> None:
-    rotary = Rotary(GPTConfig(context_length=32, num_heads=1, dim=8))
+    tables = rotary_tables(32, 8, 10_000.0, torch.device("cpu"))
     query, key = torch.randn(2, 1, 8).expand(2, 32, 8).unbind(0)
-    turned_query, turned_key = rotary(query), rotary(key)
+    turned_query, turned_key = rotate(query, *tables), rotate(key, *tables)
     torch.testing.assert_close(turned_query.norm(dim=1), query.norm(dim=1))
     scores = turned_query @ turned_key.T
     for distance in (0, 1, 7):
         diagonal = scores.diagonal(-distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
     assert (scores[8, 8] - scores[8, 1]).abs() > 1e-3
-    torch.testing.assert_close(rotary(query)[0], query[0])
-    assert rotary(query.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(turned_query[0], query[0])
+    assert rotate(query.bfloat16(), *tables).dtype == torch.bfloat16
 
 
 def test_rotary_is_the_rotation_of_the_paper() -> None:
-    config = GPTConfig(context_length=6, num_heads=1, dim=4, rotary_base=100.0)
     x = torch.randn(6, 4)
     turned = torch.view_as_complex(torch.stack((x[:, :2], x[:, 2:]), dim=-1).contiguous())
     angles = torch.outer(torch.arange(6.0), torch.tensor([1.0, 0.1]))
     turned = turned * torch.polar(torch.ones(6, 2), angles)
-    torch.testing.assert_close(Rotary(config)(x), torch.cat((turned.real, turned.imag), dim=1))
+    tables = rotary_tables(6, 4, 100.0, torch.device("cpu"))
+    torch.testing.assert_close(rotate(x, *tables), torch.cat((turned.real, turned.imag), dim=1))
 
 
 def test_the_state_is_the_parameters_and_the_head_has_no_name_of_its_own() -> None:
     model = build()
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
-    assert [name for name in model.state_dict() if "head" in name or "rotary" in name] == []
+    assert not list(model.buffers())
     assert sum(isinstance(module, Block) for module in model.modules()) == 2
     again = build(seed=5)
     again.load_state_dict(model.state_dict())
