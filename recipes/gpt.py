@@ -214,7 +214,7 @@ PRESETS = {
         eval_batch_size=32,
         report_every=100,
         optim=OptimConfig(name="adamw", lr=4e-3, betas=(0.85, 0.98), weight_decay=0.1),
-        schedule=ScheduleConfig(name="warmup_stable_decay", warmup_steps=90, decay_ratio=0.7),
+        schedule=ScheduleConfig(name="one_cycle", warmup_ratio=0.06, anneal="linear"),
     ),
     "124m": Config(
         vocab_size=50_304,

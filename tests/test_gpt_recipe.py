@@ -18,7 +18,7 @@ from distkit.optim import default_param_groups
 
 LINE = "To be, or not to be: that is the question.\n"
 SMALL = ["--context-length", "16", "--num-layers", "1", "--dim", "32", "--global-batch-size", "8", "--eval-batch-size",
-         "32", "--num-threads", "1", "--timeout-seconds", "60", "--schedule.warmup-steps", "5"]  # fmt: skip
+         "32", "--num-threads", "1", "--timeout-seconds", "60"]  # fmt: skip
 
 
 def load_recipe() -> ModuleType:
@@ -182,6 +182,13 @@ def test_a_run_learns_a_line_by_heart(config) -> None:
     assert summary["last"]["loss"] < 0.6
     events = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [event["samples"] for event in events if event["event"] == "eval"] == [(len(LINE) * 10 - 1) // 16]
+
+
+def test_debug_mode_finds_nothing_wrong(config) -> None:
+    argv = [*SMALL, "--text", "text.txt", "--debug"]
+    (ended,) = run_recipe_cli(argv, config.text.parent, recipe=ROOT / "recipes" / "gpt.py")
+    assert ended.returncode == 0, ended.stderr
+    assert "3 steps" in ended.stdout
 
 
 @pytest.mark.distributed

@@ -1,0 +1,189 @@
+"""Real ranks save and other ranks load: sharded tensors of any layout, failures that all ranks hear of."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from torch import Tensor
+
+from distkit.checkpoint.format import step_name
+from distkit.checkpoint.read import iterate, load_tensors
+from distkit.checkpoint.saver import Saver, Snapshot
+from distkit.checkpoint.verify import read_manifest, verify
+from distkit.config import CheckpointConfig, TrainConfig
+from distkit.errors import CheckpointError
+from distkit.runtime import read_topology
+from distkit.runtime.process import Runtime, start
+
+CONFIG = TrainConfig(num_steps=1, device="cpu", num_threads=1, timeout_seconds=60)
+
+
+def whole() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model/even": torch.randn(8, 6, generator=generator),
+        "model/uneven": torch.randn(7, 5, generator=generator),
+        "model/fewer rows than ranks": torch.randn(2, 9, generator=generator),
+        "model/columns": torch.randn(3, 10, generator=generator).bfloat16(),
+        "model/scalar": torch.tensor(3.0),
+    }
+
+
+def runtime_here() -> Runtime:
+    return start(CONFIG, read_topology(os.environ))
+
+
+def saver_in(folder: Path, runtime: Runtime, **options: object) -> Saver:
+    config = CheckpointConfig(**options)  # type: ignore[arg-type]
+    return Saver(folder, runtime, config, recipe="r", strategy="fsdp", clean=lambda step: None)
+
+
+def sharded(layout: str, world_size: int) -> dict[str, Tensor]:
+    """`whole` as DTensors over all ranks; the scalar stays plain."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+
+    hybrid = layout == "hybrid"
+    mesh = init_device_mesh("cpu", (2, world_size // 2) if hybrid else (world_size,))
+    tensors = {}
+    for name, tensor in whole().items():
+        dim = 1 if "columns" in name else 0
+        placements: list[Placement] = [Replicate(), Shard(dim)] if hybrid else [Shard(dim)]
+        if layout == "replicate":
+            placements = [Replicate()]
+        tensors[name] = distribute_tensor(tensor, mesh, placements) if tensor.ndim else tensor
+    return tensors
+
+
+def save_sharded(folder: str, layout: str) -> None:
+    runtime = runtime_here()
+    own = {f"rng/{runtime.rank:05d}/torch": torch.full((3,), runtime.rank)}
+    saver = saver_in(Path(folder), runtime, asynchronous="on")
+    saver.save(5, Snapshot(shared=sharded(layout, runtime.world_size), own=own, values={"parts": {}}))
+    assert [outcome.error for outcome in saver.settle(wait=True)] == [None]
+    runtime.close()
+
+
+def load_sharded(folder: str, layout: str) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    runtime = runtime_here()
+    directory = Path(folder) / step_name(5)
+    targets = {name: torch.zeros_like(tensor) for name, tensor in sharded(layout, runtime.world_size).items()}
+    load_tensors(directory, read_manifest(directory), targets)
+    full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in targets.items()}
+    runtime.close()
+    return all(torch.equal(full[name], tensor) for name, tensor in whole().items())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("saved", "ranks", "loaded", "others"), [
+    ("rows", 4, "rows", 2), ("hybrid", 4, "rows", 3), ("rows", 3, "hybrid", 4), ("replicate", 2, "rows", 2),
+])  # fmt: skip
+def test_sharded_state_is_written_once_and_read_anywhere(
+    saved: str, ranks: int, loaded: str, others: int, tmp_path: Path
+) -> None:
+    run_ranks(save_sharded, ranks, str(tmp_path), saved)
+    directory = tmp_path / step_name(5)
+    manifest = verify(directory)
+    values = dict(iterate(directory, manifest))
+    assert all(torch.equal(values[name], tensor) for name, tensor in whole().items())
+    assert [values[f"rng/{rank:05d}/torch"].tolist() for rank in range(ranks)] == [[rank] * 3 for rank in range(ranks)]
+    written = sum(path.stat().st_size for path in directory.glob("shard-*"))
+    needed = sum(tensor.nbytes for tensor in values.values())
+    assert written < needed + 1_200 * ranks  # headers; replicas are not written again
+    assert run_ranks(load_sharded, others, str(tmp_path), loaded) == [True] * others
+
+
+def outcomes_of(folder: str, how: str, break_rank: int) -> list[tuple[int, str | None]]:
+    """Three saves, of which the second fails on one rank; what this rank is told."""
+    runtime = runtime_here()
+    saver = saver_in(Path(folder), runtime, asynchronous=how)
+    own = {f"rng/{runtime.rank:05d}/torch": torch.zeros(3)}  # so that each rank has a file to write
+    snapshot = Snapshot(shared={"model/w": torch.arange(10.0)}, own=own, values={"parts": {}})
+    told = []
+    for step in (1, 2, 3):
+        os.environ["DISTKIT_FAULT"] = f"half_shard:{break_rank}:2:enospc"
+        told += saver.save(step, snapshot)
+        saver.check()
+    told += saver.settle(wait=True)
+    saver.check(last=True)
+    runtime.close()
+    return [(outcome.step, outcome.error) for outcome in told]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("how", ["on", "off"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_hears_the_same(how: str, rank: int, tmp_path: Path) -> None:
+    first, second = run_ranks(outcomes_of, 2, str(tmp_path), how, rank)
+    assert first == second
+    assert [step for step, _ in first] == [1, 2, 3]
+    assert [error is None for _, error in first] == [True, False, True]
+    assert f"rank {rank}: No space left on device" in str(first[1][1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [step_name(1), step_name(3)]
+
+
+def test_the_state_is_that_of_the_boundary_and_not_of_later_steps(tmp_path: Path) -> None:
+    runtime = runtime_here()
+    saver = saver_in(tmp_path, runtime, asynchronous="on")
+    weights = torch.zeros(1_000_000)
+    for step in (1, 2, 3):
+        weights.fill_(step)
+        saver.save(step, Snapshot(shared={"model/w": weights}, own={}, values={"parts": {}}))
+        weights.fill_(-1)
+    saver.settle(wait=True)
+    for step in (1, 2, 3):
+        directory = tmp_path / step_name(step)
+        ((_, saved),) = iterate(directory, verify(directory))
+        assert torch.equal(saved, torch.full((1_000_000,), float(step)))
+
+
+def test_at_most_one_save_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distkit.runtime import faults
+
+    monkeypatch.setenv(faults.VARIABLE, "before_vote:0:1:slow")
+    faults.check_faults()
+    saver = saver_in(tmp_path, runtime_here(), asynchronous="on")
+    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={"parts": {}})
+    begin = time.monotonic()
+    assert saver.save(1, snapshot) == []
+    assert time.monotonic() - begin < 1
+    assert saver.settle(wait=False) == []
+    assert [outcome.step for outcome in saver.save(2, snapshot)] == [1]
+    assert time.monotonic() - begin > 1.9
+    assert [outcome.step for outcome in saver.settle(wait=True)] == [2]
+    monkeypatch.delenv(faults.VARIABLE)
+    faults.check_faults()
+
+
+def test_a_tensor_that_changes_its_form_is_planned_anew(tmp_path: Path) -> None:
+    saver = saver_in(tmp_path, runtime_here(), asynchronous="off")
+    for step, size in ((1, 3), (2, 5)):
+        state = {"model/w": torch.ones(size), **({"optimizer/w/m": torch.ones(size)} if step == 2 else {})}
+        assert saver.save(step, Snapshot(shared=state, own={}, values={"parts": {}}))[0].error is None
+        assert {n: e.shape for n, e in verify(tmp_path / step_name(step)).tensors.items()} == dict.fromkeys(
+            state, (size,)
+        )
+
+
+def test_failures_in_a_row_end_the_run_and_others_do_not(tmp_path: Path) -> None:
+    saver = saver_in(tmp_path / "missing", runtime_here(), asynchronous="off", max_failures=2)
+    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={"parts": {}})
+    assert "No such file" in str(saver.save(1, snapshot)[0].error)
+    saver.check()
+    (tmp_path / "missing").mkdir()
+    assert saver.save(2, snapshot)[0].error is None
+    saver.check(last=True)
+    (tmp_path / "missing").rename(tmp_path / "gone")
+    for step in (3, 4):
+        saver.save(step, snapshot)
+        with pytest.raises(CheckpointError, match="in a row" if step == 4 else "last checkpoint"):
+            saver.check(last=True)
+    assert not dist.is_initialized()
