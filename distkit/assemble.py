@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distkit.config import BatchSplit, TrainConfig, split_batch, to_json
+from distkit.config import BatchSplit, CheckpointConfig, TrainConfig, split_batch, to_json
 from distkit.data import Dataset, as_dataset
 from distkit.data.iterable import IterableData, IterableSource
 from distkit.data.loader import EvaluationLoader
@@ -228,5 +228,14 @@ def describe(
         "global_batch": f"{split.global_batch_size} = {split.microbatch_size} x {ranks} x {split.accum_steps} "
         + ("microbatch" if split.accum_steps == 1 else "microbatches"),
         "length": f"{num_steps:,} steps of {train.num_samples / split.global_batch_size:,.1f} an epoch",
+        "checkpoints": saves(config.checkpoint) if config.checkpoint.enabled else "none",
         "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name}",
     }
+
+
+def saves(config: CheckpointConfig) -> str:
+    """When a run saves, and what stays."""
+    when = "at the end" if config.save_every is None else f"every {config.save_every:,} steps and at the end"
+    kept = "all stay" if config.keep_last is None else f"the last {config.keep_last} stay"
+    best = "" if config.keep_best is None else f", and the best {config.keep_best}"
+    return f"{when}; {kept}{best}" + ("" if config.keep_every is None else f", and every {config.keep_every:,}th step")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from distkit.checkpoint.digest import state_digest
+from distkit.checkpoint.retention import list_checkpoints
 from distkit.checkpoint.weights import save_weights
 from distkit.engine.evaluate import evaluate
 from distkit.engine.run import Run
@@ -67,6 +69,8 @@ def opened(run: Run) -> Iterator[None]:
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         directory.write_status("failed", progress.step, reason)
+        if run.config.run_dir is None and directory.writes and list_checkpoints(directory.checkpoints):
+            print(f"distkit: the same command with --run-dir {directory.path} goes on with this run", file=sys.stderr)
         run.loader.close()
         if run.saver is not None:
             run.saver.close()

@@ -183,7 +183,9 @@ class MLP(nn.Module):
         if self.gate is not None:
             hidden = F.silu(self.gate(x)) * hidden
         elif self.activation == "relu2":
-            hidden = F.relu(hidden).square()
+            hidden = F.relu(hidden)
+            # not square(), which autocast computes in float32
+            hidden = hidden * hidden
         else:
             hidden = F.gelu(hidden, approximate="tanh")
         out: Tensor = self.down(hidden)

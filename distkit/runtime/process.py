@@ -68,6 +68,7 @@ class Runtime:
     def event(self) -> Callable[[], None]:
         """Mark what is queued on the device now; the function that is returned waits for it, in any thread."""
         if self.device.type != "cuda":
+            self.wait()
             return lambda: None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
@@ -77,6 +78,8 @@ class Runtime:
         """Wait for what is queued on the device; never between two reports of a step."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def gather(self, value: T) -> list[T]:
         """Every rank's `value` (any picklable object), in the order of ranks, on every rank."""
