@@ -51,7 +51,7 @@ def config(tmp_path: Path):
 def test_tiny_keeps_to_its_budget() -> None:
     tiny = gpt.PRESETS["tiny"]
     model = gpt.GPT(tiny.model_config(65), gpt.chunked_cross_entropy)
-    assert sum(p.numel() for p in model.parameters()) == 794_752 <= 850_000
+    assert sum(p.numel() for p in model.parameters()) == 598_144 <= 850_000
     assert tiny.num_steps * tiny.global_batch_size * tiny.context_length == 1_536_000
 
 
@@ -210,4 +210,4 @@ def test_tiny_is_on_its_way_after_a_tenth_of_its_steps(tmp_path: Path) -> None:
     ended = run_recipe_cli(argv, tmp_path, recipe=ROOT / "recipes" / "gpt.py")
     assert ended[0].returncode == 0, ended[0].stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["last"]["loss"] < 2.4
+    assert summary["last"]["loss"] < 2.55

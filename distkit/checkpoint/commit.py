@@ -49,7 +49,8 @@ class Job:
         recipe, strategy: for the manifest.
         layout: what every rank writes.
         files: what this rank writes, by name.
-        state: what rank 0 writes as state.json.
+        state: what rank 0 writes as state.json, with what each rank alone knows under "ranks".
+        own_state: what this rank alone knows.
         threads: files that this rank writes at once.
         clean: removes old checkpoints after the commit; called on rank 0.
         error: why this rank has nothing to write, if it could not even copy its state.
@@ -61,6 +62,7 @@ class Job:
     layout: Layout
     files: Mapping[str, Contents]
     state: Mapping[str, object]
+    own_state: Mapping[str, object]
     threads: int
     clean: Callable[[], None]
     error: str | None = None
@@ -101,12 +103,15 @@ def commit(folder: Path, job: Job, runtime: Runtime) -> Outcome:
     start = time.perf_counter()
     point = partial(fault, rank=runtime.rank, step=job.step)
     target = folder / f".tmp-{step_name(job.step)}"
-    error = _agree(runtime, job.step, _attempt(partial(_make, target)) if runtime.is_main_process else None)
+    made = _attempt(partial(_make, target)) if runtime.is_main_process else None
+    answers = runtime.gather((job.step, made, job.own_state))
+    error = _first_difference([(step, error) for step, error, _ in answers])
     if error is not None:
         return Outcome(job.step, error)
     vote = Vote(job.step, {})
+    state = {**job.state, "ranks": [own for _, _, own in answers]}
     try:
-        vote = Vote(job.step, _write_files(target, job, runtime))
+        vote = Vote(job.step, _write_files(target, job, state, runtime))
         point("before_vote")
     except Exception as failure:
         vote = Vote(job.step, {}, describe(failure))
@@ -146,9 +151,12 @@ def _attempt(action: Callable[[], object]) -> str | None:
 
 def _agree(runtime: Runtime, step: int, error: str | None) -> str | None:
     """The first rank's error, on every rank; also when they do not save the same step."""
-    answers = runtime.gather((step, error))
-    if any(other != step for other, _ in answers):
-        return f"the ranks are not at the same step: {[other for other, _ in answers]}"
+    return _first_difference(runtime.gather((step, error)))
+
+
+def _first_difference(answers: list[tuple[int, str | None]]) -> str | None:
+    if len({step for step, _ in answers}) > 1:
+        return f"the ranks are not at the same step: {[step for step, _ in answers]}"
     return _first_error([error for _, error in answers])
 
 
@@ -161,7 +169,7 @@ def _make(target: Path) -> None:
     target.mkdir(mode=0o700)
 
 
-def _write_files(target: Path, job: Job, runtime: Runtime) -> dict[str, FileEntry]:
+def _write_files(target: Path, job: Job, state: Mapping[str, object], runtime: Runtime) -> dict[str, FileEntry]:
     """This rank's files, several at once; all threads have ended when it returns or raises."""
     if job.error is not None:
         raise CheckpointError(job.error)
@@ -176,7 +184,7 @@ def _write_files(target: Path, job: Job, runtime: Runtime) -> dict[str, FileEntr
         for done in [pool.submit(write, name, contents) for name, contents in job.files.items()]:
             done.result()
     if runtime.is_main_process:
-        text = json.dumps(job.state, indent=1).encode() + b"\n"
+        text = json.dumps(state, indent=1).encode() + b"\n"
         entries[STATE] = write_file(target / STATE, memoryview(text))
     sync_folder(target)
     return entries

@@ -105,7 +105,7 @@ class Saver:
             CheckpointError: a tensor that cannot be saved; an exception of another rank.
         """
         ended = self.settle(wait=True)
-        rank_values = self._agree(snapshot)
+        self._plan(snapshot)
         if self.behind is None:
             self.behind = self._choose_behind()
         files: Mapping[str, Contents] = {}
@@ -123,7 +123,8 @@ class Saver:
             layout=self._layout,
             files=files,
             error=error,
-            state={**snapshot.values, "ranks": rank_values},
+            state=snapshot.values,
+            own_state=snapshot.own_values,
             threads=THREADS,
             clean=partial(self._clean, step),
         )
@@ -146,7 +147,7 @@ class Saver:
             return []
         if wait:
             self._in_flight.exception()
-        elif not all(self._runtime.gather(self._in_flight.done())):
+        elif self._runtime.any(not self._in_flight.done()):
             return []
         future, self._in_flight = self._in_flight, None
         return [self._count(future.result())]
@@ -171,21 +172,19 @@ class Saver:
         if last and self._failures:
             raise CheckpointError("the last checkpoint was not saved; the same command goes on from the one before")
 
-    def _agree(self, snapshot: Snapshot) -> list[Mapping[str, object]]:
-        """Plan anew when a tensor of some rank changed its form; every rank's own values, in their order."""
+    def _plan(self, snapshot: Snapshot) -> None:
+        """Lay out the files anew when a tensor of some rank changed its form."""
         form = form_of(snapshot)
-        answers = self._runtime.gather((form == self._form, snapshot.own_values))
-        if not all(same for same, _ in answers):
+        if self._runtime.any(form != self._form):
             plan = local_plan(snapshot.shared, snapshot.own, self._runtime.rank, self._runtime.world_size)
             self._form, self._layout = form, global_layout(self._runtime.gather(plan))
             self._images = {name: Image(held) for name, held in self._layout.files[self._runtime.rank].items()}
-        return [values for _, values in answers]
 
     def _choose_behind(self) -> bool:
         """Whether to stage everything: as configured, or where it fits on every rank."""
         needed = sum(image.nbytes for image in self._images.values())
         free = psutil.virtual_memory().available * STAGING_SHARE / self._runtime.topology.local_world_size
-        fits = all(self._runtime.gather(needed <= free))
+        fits = not self._runtime.any(needed > free)
         return fits if self.config.asynchronous == "auto" else self.config.asynchronous == "on"
 
     def _stage_all(self, value_of: Callable[[Piece], Tensor]) -> dict[str, Contents]:
