@@ -180,12 +180,15 @@ def _write_files(target: Path, job: Job, state: Mapping[str, object], runtime: R
         entries[name] = write_file(target / name, contents(), halfway=lambda: point("half_shard"),
                                    before_sync=lambda: point("before_fsync"))  # fmt: skip
 
-    with ThreadPoolExecutor(job.threads, thread_name_prefix="distkit-write") as pool:
-        for done in [pool.submit(write, name, contents) for name, contents in job.files.items()]:
-            done.result()
-    if runtime.is_main_process:
+    def write_state() -> None:
         text = json.dumps(state, indent=1).encode() + b"\n"
         entries[STATE] = write_file(target / STATE, memoryview(text))
+
+    with ThreadPoolExecutor(job.threads, thread_name_prefix="distkit-write") as pool:
+        tasks = [pool.submit(write_state)] if runtime.is_main_process else []
+        tasks += [pool.submit(write, name, contents) for name, contents in job.files.items()]
+        for task in tasks:
+            task.result()
     sync_folder(target)
     return entries
 

@@ -10,6 +10,7 @@ from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import psutil
 import torch
@@ -23,8 +24,8 @@ from distkit.errors import CheckpointError
 from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
 
-#: Threads that write and hash files on one rank.
-THREADS = 2
+#: Most files that one rank writes at once, each with a thread that hashes it.
+THREADS = 3
 #: Share of the free memory of this machine that staging may take.
 STAGING_SHARE = 0.5
 
@@ -93,7 +94,11 @@ class Saver:
         self._images: dict[str, Image] = {}
         self._staging = _Staging()
         self._in_flight: Future[Outcome] | None = None
+        self._jobs: SimpleQueue[tuple[Future[Outcome], Job]] = SimpleQueue()
+        self._thread: threading.Thread | None = None
         self._failures = 0
+        # one more than its cores, because of the waits of fsync
+        self._threads = min(THREADS, 1 + runtime.cores())
         self.behind: bool | None = None
 
     def save(self, step: int, snapshot: Snapshot) -> list[Outcome]:
@@ -105,17 +110,14 @@ class Saver:
             CheckpointError: a tensor that cannot be saved; an exception of another rank.
         """
         ended = self.settle(wait=True)
-        self._plan(snapshot)
-        if self.behind is None:
-            self.behind = self._choose_behind()
-        files: Mapping[str, Contents] = {}
-        error = None
-        try:
-            fault("staging", self._runtime.rank, step)
-            value_of = partial(piece_of, {**snapshot.shared, **snapshot.own})
-            files = (self._stage_all if self.behind else self._stage_each)(value_of)
-        except Exception as failure:  # no memory, say: a vote against this save, not the end of this rank
-            error = describe(failure)
+        form = form_of(snapshot)
+        # asked while the copy is made: a new form is rare, and then the copy is made again
+        is_new = self._runtime.ask(form != self._form)
+        staged = self._stage(snapshot, step) if form == self._form else None
+        if is_new():
+            self._plan(snapshot, form)
+            staged = None
+        files, error = self._stage(snapshot, step) if staged is None else staged
         job = Job(
             step=step,
             recipe=self._recipe,
@@ -125,21 +127,26 @@ class Saver:
             error=error,
             state=snapshot.values,
             own_state=snapshot.own_values,
-            threads=THREADS,
+            threads=self._threads,
             clean=partial(self._clean, step),
         )
         if not self.behind:
             return [*ended, self._count(commit(self.folder, job, self._side))]
         self._in_flight = Future()
-        # daemon: a run that fails does not wait for a peer that is gone
-        threading.Thread(target=self._work, args=(self._in_flight, job), name="distkit-save", daemon=True).start()
+        if self._thread is None:
+            # daemon: a run that fails does not wait for a peer that is gone
+            self._thread = threading.Thread(target=self._work, name="distkit-save", daemon=True)
+            self._thread.start()
+        self._jobs.put((self._in_flight, job))
         return ended
 
-    def _work(self, future: Future[Outcome], job: Job) -> None:
-        try:
-            future.set_result(commit(self.folder, job, self._side))
-        except BaseException as error:
-            future.set_exception(error)
+    def _work(self) -> None:
+        while True:
+            future, job = self._jobs.get()
+            try:
+                future.set_result(commit(self.folder, job, self._side))
+            except BaseException as error:
+                future.set_exception(error)
 
     def settle(self, *, wait: bool) -> list[Outcome]:
         """How the save in flight ended, if it has on every rank (`wait`: once it has); all ranks together."""
@@ -147,7 +154,7 @@ class Saver:
             return []
         if wait:
             self._in_flight.exception()
-        elif self._runtime.any(not self._in_flight.done()):
+        elif self._runtime.ask(not self._in_flight.done())():
             return []
         future, self._in_flight = self._in_flight, None
         return [self._count(future.result())]
@@ -172,19 +179,28 @@ class Saver:
         if last and self._failures:
             raise CheckpointError("the last checkpoint was not saved; the same command goes on from the one before")
 
-    def _plan(self, snapshot: Snapshot) -> None:
-        """Lay out the files anew when a tensor of some rank changed its form."""
-        form = form_of(snapshot)
-        if self._runtime.any(form != self._form):
-            plan = local_plan(snapshot.shared, snapshot.own, self._runtime.rank, self._runtime.world_size)
-            self._form, self._layout = form, global_layout(self._runtime.gather(plan))
-            self._images = {name: Image(held) for name, held in self._layout.files[self._runtime.rank].items()}
+    def _plan(self, snapshot: Snapshot, form: bytes) -> None:
+        """Lay out the files over all ranks."""
+        plan = local_plan(snapshot.shared, snapshot.own, self._runtime.rank, self._runtime.world_size)
+        self._form, self._layout = form, global_layout(self._runtime.gather(plan))
+        self._images = {name: Image(held) for name, held in self._layout.files[self._runtime.rank].items()}
+        if self.behind is None:
+            self.behind = self._choose_behind()
+
+    def _stage(self, snapshot: Snapshot, step: int) -> tuple[Mapping[str, Contents], str | None]:
+        """This rank's files, to be called for their bytes, or why there are none: a vote against this save."""
+        value_of = partial(piece_of, {**snapshot.shared, **snapshot.own})
+        try:
+            fault("staging", self._runtime.rank, step)
+            return (self._stage_all if self.behind else self._stage_each)(value_of), None
+        except Exception as failure:  # no memory, say
+            return {}, describe(failure)
 
     def _choose_behind(self) -> bool:
         """Whether to stage everything: as configured, or where it fits on every rank."""
         needed = sum(image.nbytes for image in self._images.values())
         free = psutil.virtual_memory().available * STAGING_SHARE / self._runtime.topology.local_world_size
-        fits = not self._runtime.any(needed > free)
+        fits = not self._runtime.ask(needed > free)()
         return fits if self.config.asynchronous == "auto" else self.config.asynchronous == "on"
 
     def _stage_all(self, value_of: Callable[[Piece], Tensor]) -> dict[str, Contents]:
@@ -202,9 +218,9 @@ class Saver:
         return {name: partial(contents, *file) for name, file in files.items()}
 
     def _stage_each(self, value_of: Callable[[Piece], Tensor]) -> dict[str, Contents]:
-        """Copy a file when its turn to be written comes, into one of `THREADS` buffers that are kept."""
+        """Copy a file when its turn to be written comes, into one of a few buffers that are kept."""
         largest = max((image.nbytes for image in self._images.values()), default=0)
-        free = iter(range(THREADS))
+        free = iter(range(self._threads))
         mine = threading.local()
 
         def contents(image: Image) -> memoryview:
@@ -215,7 +231,7 @@ class Saver:
             return as_bytes(mine.buffer, image.nbytes)
 
         # before the threads, which share them out
-        for index in range(THREADS):
+        for index in range(self._threads):
             self._staging.buffer(index, largest, self._runtime.device)
         return {name: partial(contents, image) for name, image in self._images.items()}
 

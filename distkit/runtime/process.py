@@ -89,13 +89,23 @@ class Runtime:
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values  # type: ignore[return-value]  # all_gather_object fills every place
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank when `flag` is on one of them: the cheapest question, some 0.2 ms."""
+    def ask(self, flag: bool) -> Callable[[], bool]:
+        """Ask all ranks; the function that is returned waits for the answer, True when one of them has `flag`."""
         if self.cpu_group is None:
-            return flag
+            return lambda: flag
         answer = torch.tensor(int(flag), dtype=torch.int32)
-        dist.all_reduce(answer, dist.ReduceOp.MAX, group=self.cpu_group)
-        return bool(answer.item())
+        work = dist.all_reduce(answer, dist.ReduceOp.MAX, group=self.cpu_group, async_op=True)
+
+        def wait() -> bool:
+            assert work is not None  # a rank that is asked belongs to the group
+            work.wait()
+            return bool(answer.item())
+
+        return wait
+
+    def cores(self) -> int:
+        """This rank's share of the machine's cores, at least 1."""
+        return available_cores(self.topology.local_world_size)
 
     def broadcast(self, value: T) -> T:
         """Rank 0's `value` on every rank."""
@@ -190,9 +200,14 @@ def choose_num_threads(num_threads: int | None, local_world_size: int) -> int:
     """
     chosen = num_threads or int(os.environ.get("OMP_NUM_THREADS") or 1)
     if num_threads is None and chosen <= 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        chosen = max(1, cores // local_world_size)
+        chosen = available_cores(local_world_size)
     return chosen
+
+
+def available_cores(local_world_size: int) -> int:
+    """The cores this process may use, divided over the ranks of the machine; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_world_size)
 
 
 def set_determinism(on: bool) -> None:
