@@ -36,6 +36,8 @@ from distkit.errors import CheckpointError
 from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
 
+#: What lies after the votes; the other ranks pass these points, too, so that a test can kill them there.
+LATE_POINTS = ("before_manifest", "after_manifest", "before_rename", "after_rename", "in_retention")
 #: Gives the bytes of a file that this rank writes; called when its turn comes.
 Contents = Callable[[], memoryview]
 
@@ -75,7 +77,7 @@ class Outcome:
     Attributes:
         error: None, or why it failed, with the rank.
         nbytes, seconds: what all ranks wrote, and how long that took.
-        warning: what went wrong after the checkpoint was made, while old ones were removed.
+        warning: what went wrong after the checkpoint stood: its parent was not synced, old ones were not removed.
     """
 
     step: int
@@ -118,19 +120,30 @@ def commit(folder: Path, job: Job, runtime: Runtime) -> Outcome:
     votes = runtime.gather(vote)
     error = _first_error([other.error for other in votes])
     nbytes = sum(entry.bytes for other in votes for entry in other.files.values())
+    warning = None
     if error is None:
-        points = ("before_manifest", "after_manifest", "before_rename", "after_rename")
-        mine = _attempt(partial(_publish, folder, target, job, votes, point) if runtime.is_main_process
-                        else lambda: [point(name) for name in points])  # fmt: skip
-        error = _agree(runtime, job.step, mine)
+        # rank 0 alone decides from here on; a later error, of cleaning up, does not unmake what stands
+        if runtime.is_main_process:
+            error, warning = _decide(folder, target, job, votes, point)
+        else:
+            _attempt(lambda: [point(name) for name in LATE_POINTS])
+        error, warning = runtime.broadcast((error, warning))
     if error is not None:
         if runtime.is_main_process:
             shutil.rmtree(target, ignore_errors=True)
         return Outcome(job.step, error)
-    # the checkpoint stands; what cleaning up meets does not unmake it
-    warning = _agree(runtime, job.step, _attempt(job.clean if runtime.is_main_process else
-                                                 lambda: point("in_retention")))  # fmt: skip
     return Outcome(job.step, None, nbytes, time.perf_counter() - start, warning)
+
+
+def _decide(
+    folder: Path, target: Path, job: Job, votes: list[Vote], point: Callable[[str], None]
+) -> tuple[str | None, str | None]:
+    """Make the checkpoint and clean up: the error before it stood, and the first one after."""
+    error = _attempt(partial(_publish, folder, target, job, votes, point))
+    if error is not None:
+        return f"rank 0: {error}", None
+    later = [_attempt(step) for step in (partial(sync_folder, folder), partial(point, "after_rename"), job.clean)]
+    return None, next((warning for warning in later if warning is not None), None)
 
 
 def describe(error: BaseException) -> str:
@@ -149,12 +162,8 @@ def _attempt(action: Callable[[], object]) -> str | None:
     return None
 
 
-def _agree(runtime: Runtime, step: int, error: str | None) -> str | None:
-    """The first rank's error, on every rank; also when they do not save the same step."""
-    return _first_difference(runtime.gather((step, error)))
-
-
 def _first_difference(answers: list[tuple[int, str | None]]) -> str | None:
+    """The first rank's error; also when they do not save the same step."""
     if len({step for step, _ in answers}) > 1:
         return f"the ranks are not at the same step: {[step for step, _ in answers]}"
     return _first_error([error for _, error in answers])
@@ -223,8 +232,6 @@ def _publish(folder: Path, target: Path, job: Job, votes: list[Vote], point: Cal
         retention.remove(folder, job.step)  # one that did not verify, or the run would have gone on from it
     point("before_rename")
     os.rename(target, final)
-    sync_folder(folder)
-    point("after_rename")
 
 
 def as_bytes(buffer: Tensor, nbytes: int) -> memoryview:

@@ -138,8 +138,8 @@ class IterableSource:
             raise _not_json("keys that are not strings, or tuples")
         return kept
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on where the same rank's `state_dict` was taken.
+    def check_state_dict(self, state: Mapping[str, object]) -> None:
+        """Refuse a state that does not fit, and change nothing.
 
         Raises:
             ConfigError: it was taken with another world size, batch split, rank or number of workers.
@@ -152,6 +152,14 @@ class IterableSource:
                     got=f"{name} {now}",
                     fix=f"start it with {name} {state.get(name)}; only map-style and token sets can change it",
                 )
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on where the same rank's `state_dict` was taken.
+
+        Raises:
+            ConfigError: as `check_state_dict`.
+        """
+        self.check_state_dict(state)
         self.close()
         self._restored = state["loader"]
         self._next = cast(int, state["next"])

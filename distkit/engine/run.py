@@ -45,6 +45,9 @@ class DataState(Protocol):
     def state_dict(self) -> dict[str, object]:
         """The place, ready for JSON."""
 
+    def check_state_dict(self, state: Mapping[str, object]) -> None:
+        """Raise ConfigError when it does not fit; change nothing."""
+
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on there."""
 

@@ -116,6 +116,13 @@ def check_fits(run: Run, found: Found) -> None:
             raise ConfigError(f"{where} was trained on another sample stream", expected=f"{name} {before}",
                               got=f"{name} {value}",
                               fix=f"--{name.replace('_', '-')} {before}, or another --run-dir")  # fmt: skip
+    place = _data_place(run, found)
+    if (place is None) != (run.data_state is None):
+        kinds = ("data with numbers", "an iterable data set")
+        raise ConfigError(f"{where} was trained on another kind of data", expected=kinds[place is not None],
+                          got=kinds[run.data_state is not None], fix="another --run-dir")  # fmt: skip
+    if place is not None and run.data_state is not None:
+        run.data_state.check_state_dict(place)
     lines = differences(found.manifest, live_tensors(run), ("model/", "ema/", "scaler/"))
     structure = cast(dict[str, object], found.parts().get("optimizer", {}))
     lines += compare_optimizers(structure, run.strategy.optimizer, run.strategy.module)
@@ -150,10 +157,15 @@ def restore(run: Run) -> None:
             part.load_state_dict(cast(dict[str, object], found.parts()[name]))
     for observer in run.observers:
         observer.load_state_dict(cast(dict[str, str], found.parts()["observers"]))
-    if run.data_state is not None:
-        ranks = cast(list[dict[str, dict[str, object]]], found.state["ranks"])
-        # a rank that was not there takes the first one's, and is told that the world size may not change
-        run.data_state.load_state_dict(ranks[run.runtime.rank if run.runtime.rank < len(ranks) else 0]["data"])
+    place = _data_place(run, found)
+    if run.data_state is not None and place is not None:
+        run.data_state.load_state_dict(place)
+
+
+def _data_place(run: Run, found: Found) -> Mapping[str, object] | None:
+    """This rank's place in an iterable data set; a rank that was not there gets the first one's, and is refused."""
+    ranks = cast(list[dict[str, Mapping[str, object]]], found.state["ranks"])
+    return ranks[run.runtime.rank if run.runtime.rank < len(ranks) else 0].get("data")
 
 
 def restore_generators(run: Run) -> None:

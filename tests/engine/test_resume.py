@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from distkit.checkpoint.retention import list_checkpoints
 from harness import run_ranks
 from tiny import BASE, TinyConfig, build_run
 
 from distkit.checkpoint.format import step_name
+from distkit.checkpoint.restore import Found
+from distkit.checkpoint.retention import list_checkpoints
 from distkit.config import CheckpointConfig, OptimConfig, ResumeConfig, ScheduleConfig
 from distkit.engine.fit import fit
 from distkit.engine.run import Run
@@ -308,3 +309,23 @@ def test_keeps_the_last_the_best_and_milestones(tmp_path: Path) -> None:
     steps = list_checkpoints(run.directory.checkpoints)
     assert run.trackers.best is not None
     assert steps == sorted({18, 20, 6, 12, int(run.trackers.best["step"])} | {18})
+
+
+def test_another_kind_of_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(tmp_path, FULL, 9)
+
+    class Place:
+        def state_dict(self) -> dict[str, object]:
+            return {}
+
+    import distkit.assemble as assembly
+
+    check = assembly.check_fits
+
+    def with_a_place(run: Run, found: Found) -> None:
+        run.data_state = Place()  # type: ignore[assignment]
+        check(run, found)
+
+    monkeypatch.setattr(assembly, "check_fits", with_a_place)
+    with pytest.raises(ConfigError, match="another kind of data"):
+        build_run(tmp_path, FULL)
