@@ -19,10 +19,10 @@ from distkit.data.iterable import IterableData, IterableSource
 from distkit.data.loader import EvaluationLoader
 from distkit.data.placement import Placed, Reading, Training, open_training, place, summary_of
 from distkit.ema import Ema
-from distkit.engine.origin import find_origin, settle_origin
+from distkit.engine.origin import check_not_completed, find_origin, settle_origin
 from distkit.engine.run import Best, Run
 from distkit.engine.run_dir import RunDirectory, check_usable
-from distkit.engine.state import check_fits
+from distkit.engine.state import check_fits, read_strictly
 from distkit.errors import ConfigError, DataError
 from distkit.observers import build_observers
 from distkit.optim import build_optimizer, default_param_groups, skips_on_device
@@ -107,8 +107,11 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         facts=describe(config, runtime, strategy, split, num_steps, train, test),
     )
     with runtime.together("comparing the checkpoint with the run"):
-        if origin.found is not None:
-            check_fits(run, origin.found)
+        if origin.found is not None and not run.finished:
+            with read_strictly(origin.found):
+                check_fits(run, origin.found)
+        elif not run.finished:
+            check_not_completed(directory)
     if config.debug.enabled or run.finished:
         return run
     run.observers = build_observers(config.observe, directory.path, runtime.is_main_process)
@@ -129,10 +132,14 @@ def open_directory(recipe: str, config: TrainConfig, runtime: Runtime) -> RunDir
     path = runtime.broadcast(path)
     writes = runtime.is_main_process and not config.debug.enabled
     directory = RunDirectory(path, writes=writes, fresh=config.run_dir is None)
-    with runtime.together("choosing the run directory"):
-        if writes:
-            check_usable(path, resumes=config.resume.source != "never")
-            directory.claim()
+    try:
+        with runtime.together("choosing the run directory"):
+            if writes:
+                check_usable(path, resumes=config.resume.source != "never")
+                directory.claim()
+    except BaseException:
+        directory.release()  # another rank's error
+        raise
     return directory
 
 

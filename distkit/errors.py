@@ -11,9 +11,14 @@ from typing import ClassVar
 
 
 class DistkitError(Exception):
-    """Root of the hierarchy: a failure of the run itself."""
+    """Root of the hierarchy: a failure of the run itself.
+
+    Attributes:
+        on_all_ranks: every rank raises it alike, so that rank 0 alone prints it.
+    """
 
     exit_code: ClassVar[int] = 1
+    on_all_ranks: bool = False
 
 
 class ConfigError(DistkitError):

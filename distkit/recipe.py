@@ -89,12 +89,20 @@ def launch(recipe: Recipe[C], argv: Sequence[str]) -> int:
         if debugger:
             post_mortem()
         return complain(error, topology)
-    except Exception:
+    except Exception as error:
+        if (gone := without_peer(error)) is not None:
+            return complain(gone, topology)
         traceback.print_exc()
         if debugger:
             post_mortem()
         return 1
     return 0
+
+
+def without_peer(error: Exception) -> DistkitError | None:
+    """One line for a collective whose other end is gone; None for any other error, or when nothing was started."""
+    process = sys.modules.get("distkit.runtime.process")
+    return None if process is None else process.lost_peer(error)
 
 
 def recipe_summary(recipe: Recipe[C]) -> str:
@@ -109,7 +117,7 @@ def complain(error: DistkitError, topology: Topology) -> int:
     if isinstance(error, ConfigError) and not topology.is_main_process:
         # every rank finds the same one; leaving first would let the launcher end rank 0 before it has spoken
         time.sleep(3)
-    elif message:
+    elif message and (topology.is_main_process or not error.on_all_ranks):
         rank = f" (rank {topology.rank})" if topology.world_size > 1 and not isinstance(error, ConfigError) else ""
         print(f"distkit: error{rank}: {message}", file=sys.stderr, flush=True)
     return error.exit_code
@@ -171,7 +179,8 @@ def run_recipe(recipe: Recipe[C], config: C, topology: Topology) -> dict[str, ob
             debug(run, expected)
         elif run.finished:
             if runtime.is_main_process:
-                print(f"{run.directory.path} is finished: {run.num_steps:,} steps are done (more: --num-steps N)")
+                done = run.directory.completed_steps()
+                print(f"{run.directory.path} is finished: {done:,} steps are done (more: --num-steps N)")
         else:
             summary = fit(run)
     finally:

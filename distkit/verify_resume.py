@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -62,16 +63,15 @@ class Trial:
         """Steps between saves, so that the kill lies between two."""
         return max(1, self.kill_at * 2 // 3)
 
-    def argv(self, name: str) -> list[str]:
-        """The command line of one run."""
+    def argv(self, name: str, saving: str) -> list[str]:
+        """The command line of one run; `saving` behind the steps (`on`) or in their time (`off`)."""
         every = str(self.save_every())
         mine = [
             *("--num-steps", str(self.num_steps)),
             *("--report-every", str(max(1, self.num_steps // 8))),
             *("--checkpoint.save-every", every),
             *("--checkpoint.keep-last", "None"),
-            # behind the steps, a short run may be killed before its first save has ended
-            *("--checkpoint.async", "off"),
+            *("--checkpoint.async", saving),
         ]
         return [sys.executable, str(self.recipe), *mine, *self.flags, "--run-dir", str(self.folder / name)]
 
@@ -82,18 +82,21 @@ def verify_resume(trial: Trial) -> list[str]:
     Raises:
         TrainingError: a run failed by itself, the kill did not happen, or came before the first checkpoint.
     """
-    run_ranks(trial, "straight", {})
+    # saving behind the steps must give the same; but a short run may be killed before such a save has ended
+    run_ranks(trial, "straight", {}, saving="on")
     codes = run_ranks(trial, "resumed", {"DISTKIT_FAULT": f"step:*:{trial.kill_at}:kill"}, survives=False)
     if not any(code == -9 for code in codes):
         raise TrainingError(f"no rank was killed at step {trial.kill_at}: exit codes {codes}; is the run shorter?")
     if not any((trial.folder / "resumed" / "checkpoints").glob("step-*")):
         raise TrainingError(f"nothing was saved before step {trial.kill_at}: there is nothing to resume from")
-    run_ranks(trial, "resumed", {})
+    run_ranks(trial, "resumed", {}, saving="on")
     straight, resumed = trial.folder / "straight", trial.folder / "resumed"
     return [*compare_metrics(straight, resumed), *compare_checkpoints(straight, resumed)]
 
 
-def run_ranks(trial: Trial, name: str, env: Mapping[str, str], *, survives: bool = True) -> list[int]:
+def run_ranks(
+    trial: Trial, name: str, env: Mapping[str, str], *, survives: bool = True, saving: str = "off"
+) -> list[int]:
     """Start the ranks of one run and wait for them; their exit codes. No process is left, whatever happens.
 
     Raises:
@@ -107,7 +110,7 @@ def run_ranks(trial: Trial, name: str, env: Mapping[str, str], *, survives: bool
         for rank, log in enumerate(logs):
             with open(log, "ab") as file:
                 settings = {**os.environ, **rank_environment(rank, trial.nproc, port), **env}
-                processes.append(subprocess.Popen(trial.argv(name), env=settings, stdout=file, stderr=file))
+                processes.append(subprocess.Popen(trial.argv(name, saving), env=settings, stdout=file, stderr=file))
         while any(process.poll() is None for process in processes):
             if any(process.poll() not in (None, 0) for process in processes):
                 wait_a_little(processes)
@@ -189,6 +192,11 @@ def compare_checkpoints(straight: Path, resumed: Path) -> list[str]:
     return []
 
 
+def interrupt(_number: int, _frame: object) -> None:
+    """SIGTERM ends the ranks as Ctrl-C does: through the blocks that wait for them."""
+    raise KeyboardInterrupt
+
+
 def report(trial: Trial, keep: bool) -> str:
     """Do the trial and say how it went.
 
@@ -196,7 +204,13 @@ def report(trial: Trial, keep: bool) -> str:
         TrainingError: the runs differ (exit 1), naming the first step and tensor.
     """
     started = time.perf_counter()
-    lines = verify_resume(trial)
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        lines = verify_resume(trial)
+    except TrainingError as error:
+        raise TrainingError(f"{error}\n  kept: {trial.folder}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if lines:
         raise TrainingError("\n  ".join(["the resumed run is not the straight one", *lines, f"kept: {trial.folder}"]))
     if not keep:

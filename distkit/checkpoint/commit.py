@@ -228,8 +228,8 @@ def _publish(folder: Path, target: Path, job: Job, votes: list[Vote], point: Cal
     replace_file(target / MANIFEST, dump_manifest(manifest))
     point("after_manifest")
     final = folder / step_name(job.step)
-    if final.exists():
-        retention.remove(folder, job.step)  # one that did not verify, or the run would have gone on from it
+    if os.path.lexists(final):  # it did not verify, or the run would have gone on from it
+        retention.put_aside(folder, job.step)
     point("before_rename")
     os.rename(target, final)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from distkit.checkpoint.commit import describe
 from distkit.checkpoint.format import MANIFEST, Manifest, step_name, step_of
 from distkit.checkpoint.plan import dtype_name
 from distkit.checkpoint.read import read_state
-from distkit.checkpoint.retention import list_checkpoints
+from distkit.checkpoint.retention import list_checkpoints, put_aside
 from distkit.checkpoint.verify import read_manifest, verify
 from distkit.errors import CheckpointError, ConfigError
 from distkit.runtime.process import Runtime
@@ -55,7 +53,7 @@ def open_verified(directory: Path, runtime: Runtime) -> Found:
         error = str(failure) if isinstance(failure, CheckpointError) else f"{directory}: {describe(failure)}"
     first = next((answer for answer in runtime.gather(error) if answer is not None), None)
     if first is not None:
-        raise CheckpointError(first)
+        raise told(first)
     assert found is not None  # some rank has an error otherwise
     return found
 
@@ -78,21 +76,22 @@ def newest_verified(folder: Path, runtime: Runtime, warn: Callable[[str], None])
         return found
     if not steps:
         return None
-    raise CheckpointError(
+    raise told(
         f"none of the {len(steps)} checkpoints in {folder} verifies; the oldest: {last}\n"
         f"  to start anew, leave them where they are and type --run-dir OTHER"
     )
 
 
+def told(message: str) -> CheckpointError:
+    """An error that every rank raises alike."""
+    error = CheckpointError(message)
+    error.on_all_ranks = True
+    return error
+
+
 def set_aside(folder: Path, step: int) -> list[str]:
-    """Rename checkpoints newer than `step`, which did not verify, so that they count no more; their new names."""
-    moved = []
-    for newer in (other for other in list_checkpoints(folder) if other > step):
-        names = (f"damaged-{number}-{step_name(newer)}" for number in itertools.count(1))
-        name = next(name for name in names if not (folder / name).exists())
-        os.rename(folder / step_name(newer), folder / name)
-        moved.append(name)
-    return moved
+    """Put aside what is newer than `step`, and did not verify; the new names."""
+    return [put_aside(folder, newer) for newer in list_checkpoints(folder) if newer > step]
 
 
 def resolve_source(source: str) -> tuple[Path, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distkit.checkpoint.format import MANIFEST, step_name, step_of
+from distkit.checkpoint.format import step_name, step_of
 from distkit.checkpoint.write import sync_folder
 
 #: Directories of a save that has not become a checkpoint, and of a checkpoint that is being removed.
@@ -18,14 +19,16 @@ UNFINISHED = (".tmp-step-", ".trash-step-")
 
 
 def list_checkpoints(folder: Path) -> list[int]:
-    """Steps of the checkpoints in `folder` (RUN/checkpoints), ascending: those with a manifest. [] without a folder."""
+    """Steps of the checkpoints in `folder` (RUN/checkpoints), ascending, by their names; [] without a folder.
+
+    A save takes such a name only with its manifest, and a removal gives it up first: one without a manifest is damaged,
+    and for verification to name.
+    """
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    steps = ((step_of(name), name) for name in names)
-    # also where the manifest is a dead symlink: that is for verification to refuse, not for silence
-    return sorted(step for step, name in steps if step is not None and os.path.lexists(folder / name / MANIFEST))
+    return sorted(step for step in map(step_of, names) if step is not None)
 
 
 @dataclass(frozen=True)
@@ -122,3 +125,12 @@ def sweep(folder: Path) -> None:
     """
     for name in leftovers(folder):
         shutil.rmtree(folder / name)
+
+
+def put_aside(folder: Path, step: int) -> str:
+    """Rename what has the name of a checkpoint and is none, so that it counts no more and nothing is lost; its name."""
+    names = (f"damaged-{number}-{step_name(step)}" for number in itertools.count(1))
+    name = next(name for name in names if not os.path.lexists(folder / name))
+    os.rename(folder / step_name(step), folder / name)
+    sync_folder(folder)
+    return name

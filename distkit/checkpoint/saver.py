@@ -97,6 +97,7 @@ class Saver:
         self._jobs: SimpleQueue[tuple[Future[Outcome], Job]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._failures = 0
+        self._last_error: str | None = None
         # one more than its cores, because of the waits of fsync
         self._threads = min(THREADS, 1 + runtime.cores())
         self.behind: bool | None = None
@@ -161,6 +162,7 @@ class Saver:
 
     def _count(self, outcome: Outcome) -> Outcome:
         self._failures = 0 if outcome.error is None else self._failures + 1
+        self._last_error = outcome.error
         return outcome
 
     def close(self, timeout_seconds: float = 10.0) -> None:
@@ -174,10 +176,18 @@ class Saver:
         Raises:
             CheckpointError: on every rank alike.
         """
-        if self._failures >= self.config.max_failures:
-            raise CheckpointError(f"{self._failures} saves in a row failed (--checkpoint.max-failures)")
         if last and self._failures:
-            raise CheckpointError("the last checkpoint was not saved; the same command goes on from the one before")
+            error = CheckpointError(
+                f"the last checkpoint was not saved: {self._last_error}; the same command goes on from the one before"
+            )
+        elif self._failures >= self.config.max_failures:
+            error = CheckpointError(
+                f"{self._failures} saves in a row failed (--checkpoint.max-failures): {self._last_error}"
+            )
+        else:
+            return
+        error.on_all_ranks = True
+        raise error
 
     def _plan(self, snapshot: Snapshot, form: bytes) -> None:
         """Lay out the files over all ranks."""

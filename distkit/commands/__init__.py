@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -54,7 +55,10 @@ def run(argv: Sequence[str]) -> int:
         print(f"distkit: error: {error}", file=sys.stderr)
         return error.exit_code
     text, code = answer if isinstance(answer, Answer) else (answer, 0)
-    print(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ def command(args: Sequence[str]) -> str:
         nproc=typed.nproc,
         num_steps=typed.steps,
         kill_at=max(1, typed.steps * 2 // 3) if typed.kill_at is None else typed.kill_at,
-        folder=Path(tempfile.mkdtemp(prefix="distkit-verify-resume-")) if typed.folder is None else typed.folder,
+        folder=Path(tempfile.gettempdir()) / f"distkit-verify-resume-{os.getpid()}"
+        if typed.folder is None
+        else typed.folder,
     )
     return report(trial, keep=typed.folder is not None)

@@ -18,6 +18,7 @@ from distkit.engine.train_step import due, train_step
 from distkit.errors import NonFiniteError, TrainingError
 from distkit.observers import RunInfo
 from distkit.runtime.faults import fault
+from distkit.runtime.process import lost_peer
 
 Summary = dict[str, object]
 
@@ -33,7 +34,8 @@ def fit(run: Run) -> Summary:
         CheckpointError: more saves in a row failed than `--checkpoint.max-failures` allows.
     """
     config, progress, clock = run.config, run.progress, run.clock
-    restore(run)
+    if run.restored_from is not None:
+        restore(run, run.restored_from)
     with opened(run):
         restore_generators(run)
         clock.begin()
@@ -66,7 +68,8 @@ def opened(run: Run) -> Iterator[None]:
         run.loader.close()
         for observer in run.observers:
             observer.close("completed", "")
-    except BaseException as error:
+    except BaseException as failure:
+        error = lost_peer(failure) or failure
         reason = f"{type(error).__name__}: {error}"
         directory.write_status("failed", progress.step, reason)
         if run.config.run_dir is None and directory.writes and list_checkpoints(directory.checkpoints):
@@ -77,6 +80,8 @@ def opened(run: Run) -> Iterator[None]:
         for observer in run.observers:
             with suppress(TrainingError):  # what ended the run matters more
                 observer.close("failed", reason)
+        if error is not failure:
+            raise error from failure
         raise
     directory.write_status("completed", progress.step)
 
@@ -104,10 +109,12 @@ def report(run: Run) -> None:
     run.tell(event)
     settle(run)
     if not math.isfinite(means.loss):
-        raise NonFiniteError(
+        error = NonFiniteError(
             f"the loss became {means.loss} in the {run.config.report_every} steps before step {run.progress.step}; "
             "the same command with --debug names the module and the step"
         )
+        error.on_all_ranks = True
+        raise error
 
 
 def report_evaluation(run: Run) -> None:
@@ -135,8 +142,6 @@ def finish(run: Run) -> Summary:
         CheckpointError: the last checkpoint could not be saved.
     """
     settle(run, wait=True)
-    if run.saver is not None:
-        run.saver.check(last=True)
     run.strategy.synchronize_buffers_(run.ema.averaged_buffers if run.ema is not None else ())
     summary: Summary = {
         "recipe": run.recipe,
@@ -150,8 +155,13 @@ def finish(run: Run) -> Summary:
     }
     if run.directory.writes:
         metadata = {"recipe": run.recipe, "step": str(run.progress.step)}
-        save_weights(run.directory.path / "weights.safetensors", run.strategy.module.state_dict(), metadata)
-        if run.ema is not None:
-            save_weights(run.directory.path / "ema.safetensors", run.ema.state_dict(), metadata)
+        try:
+            save_weights(run.directory.path / "weights.safetensors", run.strategy.module.state_dict(), metadata)
+            if run.ema is not None:
+                save_weights(run.directory.path / "ema.safetensors", run.ema.state_dict(), metadata)
+        except OSError as error:
+            raise TrainingError(f"the final weights are not written: {error.strerror or error}") from error
     run.directory.write_summary(summary)
+    if run.saver is not None:
+        run.saver.check(last=True)
     return summary

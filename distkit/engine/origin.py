@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from distkit.checkpoint.restore import Found, newest_verified, open_verified, resolve_source, set_aside
 from distkit.config import TrainConfig
 from distkit.engine.run import Run
 from distkit.engine.run_dir import RunDirectory
 from distkit.engine.saving import build_saver
+from distkit.errors import ConfigError
 from distkit.runtime.process import Runtime
 
 
@@ -42,12 +44,48 @@ def find_origin(config: TrainConfig, runtime: Runtime, directory: RunDirectory) 
             print(f"distkit: warning: {message}", file=sys.stderr, flush=True)
 
     origin.found = newest_verified(directory.checkpoints, runtime, warn)
-    if origin.found is None and source != "auto":
+    if origin.found is not None:
+        with runtime.together("looking for the checkpoint"):
+            check_own_goes_first(source, directory, origin.found.manifest.step)
+        if source != "auto":
+            warn(f"--resume {source} is not used: {directory.path} has checkpoints of its own, and goes on from them")
+        return origin
+    if directory.holds_run() and directory.completed_steps() < 0:
+        warn(f"{directory.path} holds a run that has saved nothing: it begins again at step 0")
+    if source != "auto":
         with runtime.together("looking for the checkpoint"):
             path, single = resolve_source(source)
         origin.elsewhere = True
         origin.found = open_verified(path, runtime) if single else newest_verified(path, runtime, warn)
     return origin
+
+
+def check_own_goes_first(source: str, directory: RunDirectory, newest: int) -> None:
+    """Refuse to begin a run from an older checkpoint of its own: the newer ones would be in its way.
+
+    Raises:
+        ConfigError: saying how to branch off.
+    """
+    folder = directory.path.resolve()
+    if source != "auto" and Path(source).resolve().is_relative_to(folder):
+        raise ConfigError(f"--resume {source} lies in --run-dir {directory.path}, which goes on from step {newest}",
+                          expected="another directory for a run that branches off",
+                          fix=f"--run-dir {directory.path}-2 --resume {source}, or --resume auto")  # fmt: skip
+
+
+def check_not_completed(directory: RunDirectory) -> None:
+    """Refuse to begin a completed run again at step 0 for more steps: its metrics and weights would be lost.
+
+    Raises:
+        ConfigError: naming the directory.
+    """
+    done = directory.completed_steps()
+    if done >= 0:
+        raise ConfigError(
+            f"--run-dir {directory.path} holds a run of {done} steps and no checkpoint to go on from",
+            expected="a checkpoint, or another directory",
+            fix=f"--run-dir {directory.path}-2",
+        )
 
 
 def settle_origin(run: Run, origin: Origin) -> None:

@@ -64,7 +64,9 @@ class RunDirectory:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=not self.fresh)
-            self.claim()
+            if self.lease is None:
+                self.claim()
+                self._check_still_empty()
             self.attempt = self._last_attempt() + 1
             if saves:
                 self.checkpoints.mkdir(exist_ok=True)
@@ -75,6 +77,13 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"cannot write the run directory {self.path}", expected="a writable directory",
                               got=error, fix="--run-dir DIR") from error  # fmt: skip
+
+    def _check_still_empty(self) -> None:
+        """The directory did not exist when it was looked at: what another process has begun in it since is not ours."""
+        if self.holds_run():
+            self.release()
+            raise ConfigError(f"another run was started in {self.path} just now", expected="one run in a directory",
+                              fix="the same command again goes on with it")  # fmt: skip
 
     def holds_run(self) -> bool:
         """True when a run was started here."""

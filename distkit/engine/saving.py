@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from distkit.checkpoint.saver import Saver
 from distkit.config import CheckpointConfig
 from distkit.engine.run import Best, Run
 from distkit.engine.state import snapshot
+from distkit.errors import CheckpointError
 from distkit.runtime.faults import fault
 
 
@@ -30,9 +32,10 @@ def remove_old(folder: Path, config: CheckpointConfig, best: Best, source: int |
     steps = list_checkpoints(folder)
     scores = {}
     for other in steps if config.keep_best is not None else ():
-        score = score_of(read_state(folder / step_name(other)), best.metric, best.mode)
-        if score is not None:
-            scores[other] = score
+        with suppress(CheckpointError):  # one that cannot be read is not the best
+            score = score_of(read_state(folder / step_name(other)), best.metric, best.mode)
+            if score is not None:
+                scores[other] = score
     keep = Retention(config.keep_last, config.keep_best, config.keep_every)
     for old in choose_removed(steps, scores, keep, {step} | ({source} if source is not None else set())):
         fault("in_retention", 0, step)

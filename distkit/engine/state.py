@@ -7,7 +7,8 @@ have none: both are functions of the step. An iterable data set alone has a plac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol, cast
 
 import torch
@@ -105,6 +106,12 @@ def check_fits(run: Run, found: Found) -> None:
             raise ConfigError(f"{where} has no weight with the name, shape and dtype of one here",
                               expected=shorten(run.model_tensors()), fix="--resume auto")  # fmt: skip
         return
+    step = found.manifest.step
+    if found.state.get("step") != step or found.parts()["progress"] != {"step": step}:
+        raise CheckpointError(f"{found.directory}: state.json is not that of step {step}")
+    if step > run.num_steps:
+        raise ConfigError(f"{where} is further than this run goes", expected=f"at least {step} steps",
+                          got=f"{run.num_steps} steps", fix=f"--num-steps {step}, or another --run-dir")  # fmt: skip
     if found.state.get("recipe") != run.recipe:
         raise ConfigError(f"{where} belongs to another recipe", expected=run.recipe, got=found.state.get("recipe"),
                           fix="another --run-dir, or --resume.weights-only")  # fmt: skip
@@ -131,16 +138,27 @@ def check_fits(run: Run, found: Found) -> None:
                           fix="the configuration it was saved with, or --resume DIR --resume.weights-only")  # fmt: skip
 
 
-def restore(run: Run) -> None:
-    """Bring back everything but the random generators from `run.restored_from`, if there is one."""
-    found = run.restored_from
-    if found is None:
-        return
+@contextmanager
+def read_strictly(found: Found) -> Iterator[None]:
+    """What the saved state does not have, or has in another form, is damage: one line that names the checkpoint."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{found.directory}: malformed state: {type(error).__name__} {error}") from error
+
+
+def restore(run: Run, found: Found) -> None:
+    """Bring back everything but the random generators."""
     if run.takes_weights_only:
         load_tensors(found.directory, found.manifest, _matching_weights(run, found))
         if run.ema is not None:
             run.ema.restart_()
         return
+    with read_strictly(found):
+        _restore_all(run, found)
+
+
+def _restore_all(run: Run, found: Found) -> None:
     optimizer, module = run.strategy.optimizer, run.strategy.module
     structure = cast(dict[str, object], found.parts()["optimizer"])
     forms = {
@@ -192,13 +210,14 @@ def resume_notes(run: Run) -> list[str]:
         return []
     if run.takes_weights_only:
         kept = sorted(run.model_tensors().keys() - {n.removeprefix("model/") for n in _matching_weights(run, found)})
-        return [f"started from the weights of {found.directory}" + (f"; not in it: {shorten(kept)}" if kept else "")]
+        left = f"; not in it, or of another shape: {shorten(kept)}" if kept else ""
+        return [f"started from the weights of {found.directory}{left}"]
     notes = [f"resumed from {found.directory}"]
     before, after = found.manifest.world_size, run.runtime.world_size
     if before != after:
         notes.append(
-            f"saved on {before} ranks, resumed on {after}: the samples are the same; the order of sums and each rank's "
-            "own random draws (dropout) are not, so losses agree to rounding and not to the bit"
+            f"saved on {before} ranks, resumed on {after}: the samples are the same; the order of sums is not, so that "
+            "losses agree to rounding, and what a rank does by itself (dropout, BatchNorm's statistics) is another"
         )
     kinds = {name.removeprefix("rng/00000/") for name in found.manifest.tensors if name.startswith("rng/00000/")}
     if kinds != capture_rng(run.runtime.device).keys():

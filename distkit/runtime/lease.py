@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -115,7 +116,8 @@ class Lease:
                                   got=error, fix="--run-dir DIR") from error  # fmt: skip
             _held[path] = lease
         if lease.taken_over_from is not None:
-            logger.warning("took %s over from %s, which is gone", run_dir, lease.taken_over_from)
+            gone = f"took {run_dir} over from {lease.taken_over_from}, which is gone"
+            print(f"distkit: warning: {gone}", file=sys.stderr, flush=True)
         return lease
 
     def release(self) -> None:

@@ -161,6 +161,18 @@ class Runtime:
             dist.destroy_process_group()
 
 
+#: What gloo says when the process at the other end is gone.
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+
+
+def lost_peer(error: BaseException) -> RankFailedError | None:
+    """The error of a collective whose other end is gone, in one line; None for any other error."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or "gloo" not in text or not any(words in text for words in GONE):
+        return None
+    return RankFailedError("another rank is gone: it was killed, or failed and says why itself")
+
+
 class RankZeroSpeaks(DistkitError):
     """Another rank found the same configuration error and prints it; this one only takes its exit code."""
 

@@ -48,7 +48,8 @@ def test_it_verifies_and_says_what_it_is() -> None:
 
 def resume(folder: str, config: TinyConfig) -> tuple[str, int, int]:
     run = build_run(Path(folder), config)
-    restore(run)
+    assert run.restored_from is not None
+    restore(run, run.restored_from)
     found = state_digest(run.learned_tensors())
     step = run.progress.step
     fit(run)

@@ -150,7 +150,8 @@ def digest_when_restored(folder: str, config: TinyConfig) -> str:
     from distkit.engine.state import restore
 
     run = build_run(Path(folder), config)
-    restore(run)
+    assert run.restored_from is not None
+    restore(run, run.restored_from)
     digest = state_digest(run.learned_tensors())
     run.directory.release()
     run.runtime.close()
@@ -266,7 +267,8 @@ def test_weights_only_takes_what_fits_and_starts_at_step_0(tmp_path: Path) -> No
     second = build_run(tmp_path / "second", config)
     from distkit.engine.state import restore
 
-    restore(second)
+    assert second.restored_from is not None
+    restore(second, second.restored_from)
     assert second.progress.step == 0
     assert torch.equal(second.model_tensors()["0.weight"], first.model_tensors()["0.weight"])
     assert second.ema is not None
