@@ -68,7 +68,14 @@ class Recipe(Generic[C]):
 
     def main(self, argv: Sequence[str] | None = None) -> None:
         """Run the command line and exit: 0 done, 1 failed, 2 configuration, 75 stopped and resumable."""
-        sys.exit(launch(self, sys.argv[1:] if argv is None else argv))
+        code = launch(self, sys.argv[1:] if argv is None else argv)
+        distributed = sys.modules.get("torch.distributed")
+        if code and distributed is not None and distributed.is_initialized():
+            # taking down a group whose other ranks are gone may abort, and the exit code would be lost
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
 
 
 def launch(recipe: Recipe[C], argv: Sequence[str]) -> int:

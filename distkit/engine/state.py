@@ -171,7 +171,7 @@ def _restore_all(run: Run, found: Found) -> None:
     install_optimizer_state(optimizer, module, structure, state)
     run.meter.load_state_tensors(_meter_tensors(run, found))
     for name, part in parts(run).items():
-        if name in found.parts():
+        if name in found.parts() or name != "plateau":  # a schedule may have been changed for one with history
             part.load_state_dict(cast(dict[str, object], found.parts()[name]))
     for observer in run.observers:
         observer.load_state_dict(cast(dict[str, str], found.parts()["observers"]))

@@ -148,7 +148,9 @@ def test_list_as_json(run: Path) -> None:
     value = json.loads(list_run(run, as_json=True), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert value["folder"] == str(run / "checkpoints")
     assert value["unfinished"] == [".tmp-step-000000025"]
-    damaged, middle, newest = value["checkpoints"]
+    lost, damaged, middle, newest = value["checkpoints"]
+    assert lost["step"] == 5
+    assert f"missing file {MANIFEST}" in lost["damaged"]
     assert "is not JSON" in damaged.pop("damaged")
     assert damaged == {"step": 10, "path": str(at(run, 10)), "newest": False}
     assert (middle["world_size"], middle["evaluation"]) == (3, {"step": 15.0, "loss": 0.5, "top1": 0.5})
@@ -207,7 +209,8 @@ def test_verify(run: Path) -> None:
     assert check(run)[1]
     text, sound = check(run, every=True)
     assert not sound
-    damaged, verified = text.splitlines()  # step 5 is no checkpoint any more
+    lost, damaged, verified = text.splitlines()
+    assert lost == f"damaged: {at(run, 5)}: missing file {MANIFEST}"
     assert damaged.startswith(f"damaged: {at(run, 10)}: shard-00001-of-00002-000.safetensors does not have the sha256")
     assert verified.startswith(f"{at(run, 15)}: verified")
     text, sound = check(at(run, 5))

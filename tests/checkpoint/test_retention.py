@@ -13,7 +13,15 @@ from writing import default_state, write_checkpoint
 
 from distkit.checkpoint import retention
 from distkit.checkpoint.format import MANIFEST, step_name
-from distkit.checkpoint.retention import Retention, choose_removed, leftovers, list_checkpoints, score_of, sweep
+from distkit.checkpoint.retention import (
+    Retention,
+    choose_removed,
+    leftovers,
+    list_checkpoints,
+    put_aside,
+    score_of,
+    sweep,
+)
 
 counts = st.none() | st.integers(1, 6)
 cases = st.fixed_dictionaries(
@@ -96,7 +104,7 @@ def test_a_state_of_another_form_has_no_score(state: dict[str, object]) -> None:
     assert score_of(state, "loss", "min") is None
 
 
-def test_only_what_is_committed_is_listed(tmp_path: Path) -> None:
+def test_what_has_the_name_of_a_checkpoint_is_listed(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "nowhere") == []
     save(tmp_path, 1000, 20, 300)
     (tmp_path / step_name(7)).mkdir()
@@ -109,12 +117,18 @@ def test_only_what_is_committed_is_listed(tmp_path: Path) -> None:
         "damaged-1-step-000000011",
     ):
         shutil.copytree(tmp_path / step_name(20), tmp_path / odd)
-    assert list_checkpoints(tmp_path) == [20, 300, 1000]
-    assert list_checkpoints(tmp_path / step_name(8)) == []
-    # not silently passed over: verification refuses it aloud
+    # also without a manifest: it was lost, and verification says so aloud
     (tmp_path / step_name(20) / MANIFEST).unlink()
-    (tmp_path / step_name(20) / MANIFEST).symlink_to("nowhere")
-    assert list_checkpoints(tmp_path) == [20, 300, 1000]
+    assert list_checkpoints(tmp_path) == [7, 8, 20, 300, 1000]
+    assert list_checkpoints(tmp_path / step_name(8)) == []
+
+
+def test_what_is_put_aside_keeps_its_files_and_counts_no_more(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save(tmp_path, 20)
+        assert put_aside(tmp_path, 20) == f"damaged-{number}-{step_name(20)}"
+        assert (tmp_path / f"damaged-{number}-{step_name(20)}" / MANIFEST).exists()
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_removed_is_gone(tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -331,3 +334,83 @@ def test_another_kind_of_data_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(assembly, "check_fits", with_a_place)
     with pytest.raises(ConfigError, match="another kind of data"):
         build_run(tmp_path, FULL)
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stop_at(tmp_path, FULL, 17)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / step_name(14) / "MANIFEST.json").unlink()
+    run = build_run(tmp_path, FULL)
+    run.directory.release()
+    assert run.restored_from is not None
+    assert run.restored_from.manifest.step == 7
+    assert "missing file MANIFEST.json" in capsys.readouterr().err
+    assert (folder / "damaged-1-step-000000014").is_dir()
+
+
+def test_a_completed_run_without_checkpoints_is_not_begun_again(tmp_path: Path) -> None:
+    without = replace(FULL, checkpoint=CheckpointConfig(enabled=False))
+    train(tmp_path, without)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = build_run(tmp_path, without)
+    again.directory.release()
+    assert again.finished
+    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+        build_run(tmp_path, replace(without, num_steps=30))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_saved_nothing_begins_again_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stop_at(tmp_path, FULL, 3)
+    run = build_run(tmp_path, FULL)
+    run.directory.release()
+    assert run.restored_from is None
+    assert "has saved nothing: it begins again at step 0" in capsys.readouterr().err
+
+
+def test_a_run_is_not_rolled_back_to_its_own_older_checkpoint(tmp_path: Path) -> None:
+    stop_at(tmp_path, FULL, 17)
+    older = tmp_path / "run" / "checkpoints" / step_name(7)
+    with pytest.raises(ConfigError, match="goes on from step 14"):
+        build_run(tmp_path, replace(FULL, resume=ResumeConfig(source=str(older))))
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+    stop_at(tmp_path, FULL, 17)
+    with pytest.raises(ConfigError, match="further than this run goes"):
+        build_run(tmp_path, replace(FULL, num_steps=10))
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state.update(config=3),
+    lambda state: state["parts"].pop("optimizer"),
+    lambda state: state["parts"]["optimizer"].update(groups=3),
+    lambda state: state["parts"].pop("trackers"),
+    lambda state: state["parts"]["trackers"].pop("best"),
+    lambda state: state["parts"]["progress"].update(step=3),
+    lambda state: state.update(step=3),
+    lambda state: state.update(ranks=[]),
+])  # fmt: skip
+def test_a_malformed_state_is_named_in_one_line(change: Callable[[Any], object], tmp_path: Path) -> None:
+    from checkpoint.writing import rehash
+
+    stop_at(tmp_path, FULL, 9)
+    directory = tmp_path / "run" / "checkpoints" / step_name(7)
+    state = json.loads((directory / "state.json").read_text())
+    change(state)
+    (directory / "state.json").write_text(json.dumps(state))
+    rehash(directory, "state.json")
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        fit(build_run(tmp_path, FULL))
+    assert str(directory) in str(caught.value)
+    assert str(caught.value).count("\n") < 9
+
+
+def test_an_old_checkpoint_that_cannot_be_read_keeps_no_other(tmp_path: Path) -> None:
+    config = replace(FULL, checkpoint=CheckpointConfig(save_every=4, keep_last=1, keep_best=1))
+    stop_at(tmp_path, config, 9)
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / step_name(8), folder / step_name(4), dirs_exist_ok=True)
+    (folder / step_name(4) / "state.json").write_text("garbage")
+    train(tmp_path, config)
+    assert step_name(4) not in {path.name for path in folder.iterdir()}
