@@ -92,6 +92,7 @@ def test_only_the_writer_writes(tmp_path: Path) -> None:
 def test_attempts_are_counted_and_a_completed_run_is_known(tmp_path: Path) -> None:
     for attempt in (1, 2):
         directory = RunDirectory(tmp_path / "run", writes=True)
+        directory.claim()
         directory.create({}, {}, saves=True)
         assert directory.attempt == attempt
         assert directory.completed_steps() == -1
@@ -101,6 +102,17 @@ def test_attempts_are_counted_and_a_completed_run_is_known(tmp_path: Path) -> No
     assert directory.completed_steps() == 20
     (tmp_path / "run" / "status.json").write_text("{")
     assert directory.completed_steps() == -1
+
+
+def test_a_directory_that_another_run_began_meanwhile_is_not_taken(tmp_path: Path) -> None:
+    late = RunDirectory(tmp_path / "run", writes=True)
+    late.claim()  # it does not exist yet
+    first = RunDirectory(tmp_path / "run", writes=True)
+    first.create({}, {}, saves=False)
+    first.release()
+    with pytest.raises(ConfigError, match="started in .* just now"):
+        late.create({}, {}, saves=False)
+    assert not (tmp_path / "run" / "lease.json").exists()
 
 
 def test_what_a_killed_run_left_half_made_is_swept(tmp_path: Path) -> None:
