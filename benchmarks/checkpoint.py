@@ -217,7 +217,7 @@ def worker(folder: Path, count: int) -> None:
         },
         count,
     )
-    values |= rounds({"copy": arms.copy, "held": lambda: arms.save("on")[1]}, 2 * count)
+    values |= rounds({"copy": arms.copy, "held": lambda: arms.save("on")[1]}, 3 * count)
     directory = arms.prepare_reading()
     targets, buffer = {name: torch.empty_like(tensor) for name, tensor in arms.state.items()}, bytearray(BLOCK)
     values |= rounds({"restore": lambda: arms.restore(directory, targets),
@@ -282,7 +282,9 @@ def main() -> None:
         targets[f"saving is {ratio:.2f} x torch.save (>= 1.5) {where}"] = ratio >= 1.5
         ratio = seconds["raw_write"] / seconds["save"]
         targets[f"saving is {ratio:.2f} x a raw write with sha256 (>= 0.8) {where}"] = ratio >= 0.8
-        ratio = seconds["held"] / seconds["copy"]
+        # neighbours in time are compared: the speed of memory drifts by more than what is asked for
+        pairs = zip(values["held"], values["copy"], strict=True)
+        ratio = statistics.median(held[0] / copy[0] for held, copy in pairs)
         targets[f"a step is held up for {ratio:.3f} x the copy (<= 1.05) {where}"] = ratio <= 1.05
         ratio = seconds["restore"] / seconds["raw_read"]
         targets[f"restoring takes {ratio:.2f} x a raw read with sha256 (<= 1.3) {where}"] = ratio <= 1.3
