@@ -110,7 +110,7 @@ def test_a_directory_that_another_run_began_meanwhile_is_not_taken(tmp_path: Pat
     first = RunDirectory(tmp_path / "run", writes=True)
     first.create({}, {}, saves=False)
     first.release()
-    with pytest.raises(ConfigError, match="started in .* just now"):
+    with pytest.raises(ConfigError, match=r"started in .* just now"):
         late.create({}, {}, saves=False)
     assert not (tmp_path / "run" / "lease.json").exists()
 
