@@ -26,7 +26,7 @@ from harness import Median, conclude, interleave, median_of, parse_flags
 from torch import Tensor, nn
 
 from distkit.assemble import assemble
-from distkit.config import ObserveConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
+from distkit.config import CheckpointConfig, ObserveConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
 from distkit.data import SampleStream
 from distkit.engine.fit import opened, report
 from distkit.engine.run import Run
@@ -80,6 +80,7 @@ def config_for(run_dir: Path) -> TrainConfig:
         device="cpu",
         run_dir=run_dir,
         observe=ObserveConfig(console=False),
+        checkpoint=CheckpointConfig(enabled=False),  # no other arm saves anything
         optim=OptimConfig(name="sgd", lr=0.1, momentum=0.9),
         schedule=ScheduleConfig(name="cosine", warmup_steps=100),
     )
