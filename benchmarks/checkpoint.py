@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -44,6 +43,7 @@ from distkit.checkpoint.saver import Saver, Snapshot
 from distkit.config import CheckpointConfig, TrainConfig
 from distkit.runtime import read_topology
 from distkit.runtime.process import Runtime, start
+from distkit.verify_resume import free_port, rank_environment
 
 TENSORS, ROWS, COLUMNS = 40, 3_200, 1_000
 MEGABYTES = TENSORS * ROWS * COLUMNS * 4 / 1e6
@@ -236,17 +236,12 @@ def worker(folder: Path, count: int) -> None:
 
 def measure(world_size: int, count: int, parent: Path) -> dict[str, list[list[float]]]:
     """Start the ranks and wait for them."""
-    with tempfile.TemporaryDirectory(dir=parent) as folder, socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-        sock.close()
-        command = [sys.executable, __file__, "--worker", folder, "--rounds", str(count)]
-        ranks = []
-        for rank in range(world_size):
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-            env = {name: str(value) for name, value in names.items()} if world_size > 1 else {}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world_size > 1 else {}
-            ranks.append(subprocess.Popen(command, env={**os.environ, **env}))
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        command, port = [sys.executable, __file__, "--worker", folder, "--rounds", str(count)], free_port()
+        ranks = [
+            subprocess.Popen(command, env={**os.environ, **rank_environment(rank, world_size, port)})
+            for rank in range(world_size)
+        ]
         codes = [rank.wait() for rank in ranks]
         assert codes == [0] * world_size, codes
         values: dict[str, list[list[float]]] = json.loads((Path(folder) / "result.json").read_text())

@@ -67,10 +67,16 @@ def parse(config_type: type[C], presets: Mapping[str, C], argv: Sequence[str], p
     help_text = f"{summary}\n\n--preset {{{','.join(presets)}}}  where to start from (now: {preset})\n" + (
         "--config FILE  take back a run's config.json; other flags win over both"
     )
+    names_typed: set[str] = set()
     for source in ([] if file is None else config_flags(Path(file), names)), args:
         if source or source is args:
             config, names_typed = apply_flags(config_type, config, source, names, prog, help_text)
             typed |= names_typed
+    ignored = sorted(name for name in names_typed if name.startswith("checkpoint.") and name != "checkpoint.enabled")
+    if ignored and not config.checkpoint.enabled:
+        raise ConfigError(f"{flag(ignored[0])} means nothing where no checkpoint is saved",
+                          expected="--checkpoint.enabled", got="--checkpoint.no-enabled",
+                          fix="--checkpoint.enabled")  # fmt: skip
     return Parsed(config, preset, frozenset(typed))
 
 

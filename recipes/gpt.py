@@ -4,7 +4,7 @@
     accelerate launch recipes/gpt.py --preset 124m --tokens FILE      # every GPU of this machine
     python recipes/gpt.py --text FILE --debug                         # one process, every module watched
 
-tiny: 0.60 M parameters, 1.54 M characters, about 80 s on one CPU core. 124m: GPT-2 small, 524,288 tokens a step.
+tiny: 0.60 M parameters, 1.54 M characters, 1.67 nats. 124m: GPT-2 small, 524,288 tokens a step.
 The loss is in nats per token, over windows of --context-length from the end of the file (--test-share of it).
 """
 

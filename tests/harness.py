@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import runpy
-import socket
 import sys
 import tempfile
 import time
@@ -20,6 +19,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from distkit.verify_resume import free_port, rank_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "cifar10.py"
@@ -47,14 +48,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 @dataclasses.dataclass(frozen=True)
 class Ended:
     """How one command line ended."""
@@ -62,20 +55,6 @@ class Ended:
     returncode: int
     stdout: str
     stderr: str
-
-
-def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun sets for one rank; nothing for a single process."""
-    if world_size == 1:
-        return {}
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
 
 
 def run_ranks(
@@ -128,7 +107,7 @@ def _start_and_wait(
     processes: list[BaseProcess] = []
     try:
         for rank, (target, args) in enumerate(calls):
-            settings = {**rank_env(rank, world_size, port), **env}
+            settings = {**rank_environment(rank, world_size, port), **env}
             process = _context.Process(target=_enter, args=(settings, target, args))
             process.start()
             processes.append(process)

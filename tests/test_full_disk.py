@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import free_port, rank_env
+from harness import free_port, rank_environment
 
 TINY = Path(__file__).parent / "tiny.py"
 pytestmark = [
@@ -44,7 +44,7 @@ def on_disk(folder: Path, mount: str, argv: list[str], world_size: int = 2) -> l
         "print(json.dumps([[rank.returncode, error] for rank, error in zip(ranks, errors)]))\n"
     )
     port = free_port()
-    envs = [{**rank_env(rank, world_size, port), "OMP_NUM_THREADS": "1"} for rank in range(world_size)]
+    envs = [{**rank_environment(rank, world_size, port), "OMP_NUM_THREADS": "1"} for rank in range(world_size)]
     script = f'{mount} && shift && "$@"; code=$?; cp -r {disk} {out}; exit $code'
     command = [sys.executable, "-c", launch, json.dumps(envs), str(TINY), *argv, "--run-dir", str(disk / "run")]
     run = subprocess.run(["unshare", "--mount", "sh", "-c", script, "sh", "", *command], capture_output=True, text=True,

@@ -107,6 +107,14 @@ WRONG = {
     "resume from nothing": (["--resume", "nowhere"], "--resume runs/"),
     "weights of nothing": (["--resume.weights-only"], "--resume"),
     "no checkpoint kept": (["--checkpoint.keep-last", "0"], "--checkpoint.keep-last"),
+    "milestones where all stay": (
+        ["--checkpoint.keep-last", "None", "--checkpoint.keep-every", "5"],
+        "--checkpoint.keep-every None",
+    ),
+    "saving where nothing is saved": (
+        ["--checkpoint.no-enabled", "--checkpoint.save-every", "5"],
+        "--checkpoint.enabled",
+    ),
     "saving now and then": (["--checkpoint.async", "maybe"], "--checkpoint.async"),
     "run directory is a file": (["--run-dir", "file"], "--run-dir"),
     "debug with a run directory": (["--debug", "--run-dir", "d"], "--run-dir"),

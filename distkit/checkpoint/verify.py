@@ -314,6 +314,5 @@ def in_threads(work: Callable[[Iterable[T]], None], items: Sequence[T], threads:
             for ended in as_completed([pool.submit(work, waiting) for _ in range(threads)]):
                 ended.result()
         except BaseException:
-            for _ in waiting:  # the other threads find nothing left to do
-                pass
+            list(waiting)  # the other threads find nothing left to do
             raise

@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distkit.checkpoint.write import sync_folder
+
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write `tensors` to `path`; a reader sees the whole file or none (write, fsync, rename, fsync the folder).
@@ -34,8 +36,4 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)

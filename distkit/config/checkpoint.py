@@ -34,6 +34,9 @@ class CheckpointConfig:
         for name, example in (("save_every", "500"), ("keep_last", "3"), ("keep_best", "1"), ("keep_every", "5000"),
                               ("max_failures", "3")):  # fmt: skip
             require_number(f"checkpoint.{name}", getattr(self, name), least=1, example=example)
+        if self.keep_last is None:
+            need = "None, where --checkpoint.keep-last None keeps all"
+            require(self.keep_every is None, "checkpoint.keep_every", need, self.keep_every, "None")
         ok = self.asynchronous in get_args(Saving)
         require(ok, "checkpoint.asynchronous", "auto, on or off", self.asynchronous, "auto")
 

@@ -22,6 +22,7 @@ from PIL import Image
 from distkit.config import Split
 from distkit.data.cache import CacheWriter, Tensors, locked, read_cache
 from distkit.errors import DataError
+from distkit.runtime.process import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -191,10 +192,9 @@ def decode(paths: list[Path], image_size: int | None) -> NDArray[np.uint8]:
                 )
             images[i] = pixels.transpose(2, 0, 1)
 
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    pool = ThreadPoolExecutor(available_cores())
     try:
-        for _ in pool.map(work, range(0, len(paths), CHUNK)):
-            pass
+        list(pool.map(work, range(0, len(paths), CHUNK)))  # raises what a thread raised
     finally:
         pool.shutdown(cancel_futures=True)
     return images

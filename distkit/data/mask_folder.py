@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from distkit.config import Split
 from distkit.config.check import require
 from distkit.data.image_folder import SUFFIXES
 from distkit.errors import DataError
+from distkit.runtime.process import available_cores
 
 LAYOUT = "ROOT/SPLIT/images/NAME.png and ROOT/SPLIT/masks/NAME.png (or .tif, …)"
 #: The class id of pixels that count for nothing; give it to the loss as `ignore_index`.
@@ -61,10 +61,9 @@ def load_masks(root: Path, split: Split, values: Values) -> tuple[Tensor, Tensor
             images[i] = _decode_image(image, channels)
             masks[i] = table.ids(mask)
 
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    pool = ThreadPoolExecutor(available_cores())
     try:
-        for _ in pool.map(work, range(0, len(pairs), CHUNK)):
-            pass
+        list(pool.map(work, range(0, len(pairs), CHUNK)))  # raises what a thread raised
     finally:
         pool.shutdown(cancel_futures=True)
     return torch.from_numpy(images), torch.from_numpy(masks)

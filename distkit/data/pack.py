@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from distkit.data.pack_writer import write_pack
 from distkit.data.packed import PackedFile
 from distkit.data.packed_format import CHUNK_BYTES
 from distkit.errors import DataError, DistkitError, Stopped
+from distkit.runtime.process import available_cores
 
 #: Damaged chunks that `verify` names.
 NAMED = 10
@@ -57,8 +57,9 @@ def pack(
     """
     require_number("workers", num_workers, least=1, example="4")
     require_number("chunk_bytes", chunk_bytes, least=1, example=str(CHUNK_BYTES))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    request = Request(source, root, tuple(splits) if splits else None, form, check, num_workers or cores, chunk_bytes)
+    request = Request(
+        source, root, tuple(splits) if splits else None, form, check, num_workers or available_cores(), chunk_bytes
+    )
     lines: list[str] = []
     try:
         for plan in plans(request, out):

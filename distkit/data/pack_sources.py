@@ -217,8 +217,8 @@ def _file(listing: Listing, index: int, check: bool) -> bytes:
     if check:
         decode_image(io.BytesIO(data), str(path), f"rm {path}")
     else:
-        with explained(str(path), f"rm {path}"), Image.open(io.BytesIO(data)):
-            pass
+        with explained(str(path), f"rm {path}"):
+            Image.open(io.BytesIO(data)).close()
     return data
 
 

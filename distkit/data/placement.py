@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import psutil
@@ -16,6 +15,7 @@ from distkit.data.loader import Loader
 from distkit.data.stream import SampleStream
 from distkit.data.workers import WorkerFetcher
 from distkit.errors import ConfigError
+from distkit.runtime.process import available_cores
 
 #: Share of the free memory that a resident data set may take: activations and optimizer state need the rest.
 RESIDENT_SHARE = 0.3
@@ -55,7 +55,7 @@ class Reading:
 
     def num_workers(self) -> int:
         """Worker processes of this rank."""
-        return 0 if self.in_process else self.data.num_workers or default_num_workers(self.local_world_size)
+        return 0 if self.in_process else self.data.num_workers or available_cores(self.local_world_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +171,3 @@ def free_bytes(device: torch.device, local_world_size: int) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available) // local_world_size
-
-
-def default_num_workers(local_world_size: int) -> int:
-    """Cores of this machine over its ranks, at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_world_size)

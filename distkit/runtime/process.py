@@ -216,7 +216,7 @@ def choose_num_threads(num_threads: int | None, local_world_size: int) -> int:
     return chosen
 
 
-def available_cores(local_world_size: int) -> int:
+def available_cores(local_world_size: int = 1) -> int:
     """The cores this process may use, divided over the ranks of the machine; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local_world_size)

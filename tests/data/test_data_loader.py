@@ -20,9 +20,10 @@ from torch import Tensor
 from distkit.config import BatchSplit, DataConfig, Placement
 from distkit.data import Augmentation, Dataset, MapDataset, SampleStream, as_dataset, synthetic
 from distkit.data.loader import EvaluationLoader, Loader
-from distkit.data.placement import Reading, choose, default_num_workers, place
+from distkit.data.placement import Reading, choose, place
 from distkit.data.workers import KeyedSamples, Read, packed_small, sample_name, untouched_generators
 from distkit.errors import ConfigError, DataError, TrainingError
+from distkit.runtime.process import available_cores
 
 CPU = torch.device("cpu")
 AUGMENTATION = Augmentation(crop_padding=4, flip=True, cutout=8)
@@ -398,8 +399,8 @@ def test_placements_that_do_not_fit_are_refused(dataset: object, data: DataConfi
 
 
 def test_default_number_of_workers() -> None:
-    assert default_num_workers(10_000) == 1
-    assert default_num_workers(1) >= 1
+    assert available_cores(10_000) == 1
+    assert available_cores(1) >= 1
 
 
 @pytest.fixture(autouse=True)
