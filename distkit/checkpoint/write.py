@@ -19,7 +19,7 @@ SMALL_BYTES = 2**20
 
 
 def _nothing() -> None:
-    pass
+    """Nobody wants to be called."""
 
 
 def write_file(
