@@ -98,7 +98,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         if own_schedule is not None
         else build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch),
         plateau=build_plateau(config.schedule),
-        ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay),
+        ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay, strategy.model_tensors()),
         best=Best(*recipe.best),
         directory=directory,
         restored_from=origin.found,
@@ -221,10 +221,11 @@ def describe(
     """The resolved choices, as printed at the start and repeated in summary.json."""
     threads = f", {torch.get_num_threads()} threads each" if runtime.device.type == "cpu" else ""
     ranks = "1 rank" if runtime.world_size == 1 else f"{runtime.world_size} ranks"
-    parameters = sum(p.numel() for p in strategy.module.parameters())
+    laid_out = f"{ranks} ({strategy.describe()}{threads})"
+    parameters = strategy.num_parameters
     waits = config.precision == "fp16" and not skips_on_device(strategy.optimizer)
     return {
-        "device": f"{runtime.device.type}, {ranks} ({strategy.name}{threads}), started by {runtime.topology.launcher}",
+        "device": f"{runtime.device.type}, {laid_out}, started by {runtime.topology.launcher}",
         "precision": config.precision
         + (", compiled" if config.compile else "")
         + (f"; {config.optim.name} waits for the device once a step to skip bad updates" if waits else ""),

@@ -16,6 +16,7 @@ from typing import Generic, Literal, TypeVar
 from distkit.config import ScheduleConfig, TrainConfig
 from distkit.config import optim as optim_config
 from distkit.config import schedule as schedule_config
+from distkit.config import strategy as strategy_config
 from distkit.config.check import flag
 from distkit.errors import ConfigError, nearest
 
@@ -242,6 +243,10 @@ def drop_foreign_options(base: C, args: Sequence[str], typed: set[str]) -> C:
     copy = dataclasses.replace(base)
     object.__setattr__(copy, "optim", optim)
     object.__setattr__(copy, "schedule", schedule)
+    if "strategy" in typed and (name := value_of("--strategy")) in strategy_config.STRATEGIES:
+        for section, takers in strategy_config.TAKEN_BY.items():
+            if name not in takers:
+                object.__setattr__(copy, section, type(getattr(base, section))())
     return copy
 
 

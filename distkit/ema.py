@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from distkit.runtime.shards import local_part
 
 
 class Ema:
@@ -18,20 +20,23 @@ class Ema:
     Args:
         model: the module whose tensors are averaged; the same objects must stay in place.
         decay: in (0, 1).
+        tensors: the model's parameters and buffers by name, where the module has other ones (Strategy.model_tensors).
 
     Attributes:
         shadow: the averages by name.
         averaged_buffers: those of buffers, which differ between data parallel ranks until they are handed round.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    def __init__(self, model: nn.Module, decay: float, tensors: Mapping[str, Tensor] | None = None) -> None:
+        tensors = tensors or {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.decay = decay
         self._live = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()}
         self.shadow = {name: tensor.clone() for name, tensor in self._live.items()}
         buffers = dict(model.named_buffers())
         self.averaged_buffers = [tensor for name, tensor in self.shadow.items() if name in buffers]
-        self._live_list, self._shadow_list = list(self._live.values()), list(self.shadow.values())
+        # of tensors in shards this rank's part: every update goes element by element
+        self._live_list = [local_part(tensor) for tensor in self._live.values()]
+        self._shadow_list = [local_part(tensor) for tensor in self.shadow.values()]
 
     @torch.no_grad()
     def update_(self, step: int) -> None:

@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from distkit.cli import parse
-from distkit.config import Split, TrainConfig, split_batch
+from distkit.config import (
+    ActivationCheckpointingConfig,
+    DDPConfig,
+    FSDPConfig,
+    Split,
+    TrainConfig,
+    ZeroConfig,
+    split_batch,
+)
 from distkit.errors import ConfigError, DistkitError
 from distkit.runtime import Topology, merge_launcher_env, read_topology
 from distkit.runtime.faults import check_faults
@@ -158,7 +166,13 @@ def debug_config(config: C, topology: Topology) -> C:
     return replace(
         config,
         deterministic=True,
+        strategy="auto",
+        ddp=DDPConfig(),
+        fsdp=FSDPConfig(),
+        zero=ZeroConfig(),
+        activation_checkpointing=ActivationCheckpointingConfig(),
         compile=False,
+        compile_scope="auto",
         compile_backend="inductor",
         compile_mode="default",
         compile_fullgraph=False,

@@ -172,7 +172,7 @@ def test_two_ranks_say_it_once(tmp_path: Path, argv: list[str], says: str) -> No
     [
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["--precision", "fp32"], "ACCELERATE_MIXED_PRECISION=bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, [], "torchrun --nproc-per-node N"),
-        ({"ACCELERATE_USE_FSDP": "true"}, [], "FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "--strategy fsdp on 1 rank"),
         ({"WORLD_SIZE": "2"}, [], "RANK"),
         ({"WORLD_SIZE": "2", "RANK": "abc"}, [], "RANK"),
         ({"OMPI_COMM_WORLD_SIZE": "x"}, [], "OMPI_COMM_WORLD_SIZE"),

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from distkit.runtime.shards import whole
+
 
 class StateDigest:
     """`state_digest` of tensors that come one after the other, so that they need not be in memory together."""
@@ -17,7 +19,7 @@ class StateDigest:
         self._last: str | None = None
 
     def update(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor.
+        """Add one tensor; all ranks together where it lies in shards.
 
         Raises:
             ValueError: `name` does not come after the names before, in the order of Python's strings.
@@ -25,7 +27,7 @@ class StateDigest:
         if self._last is not None and name <= self._last:
             raise ValueError(f"{name} comes after {self._last}: names must ascend")
         self._last = name
-        tensor = tensor.detach().to("cpu").contiguous()
+        tensor = whole(tensor.detach()).to("cpu").contiguous()
         self._digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         # numpy has no bfloat16: view the same bytes as uint8
         self._digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -38,7 +40,8 @@ class StateDigest:
 def state_digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over the names, dtypes, shapes and bytes of `tensors`, in the order of their names.
 
-    Layout (strides, device) does not count: equal values give equal digests.
+    Layout (strides, device, shards) does not count: equal values give equal digests. Tensors in shards are gathered one
+    at a time, so all ranks call this together.
     """
     digest = StateDigest()
     for name in sorted(tensors):

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from distkit.checkpoint.format import DTYPES, Shard, TensorEntry, shard_name
 from distkit.errors import CheckpointError
+from distkit.runtime.flat_shard import FlatShard
 
 #: Replicated tensors of at least this many bytes a rank are cut into rows; smaller ones go whole to some rank.
 SPREAD_BYTES = 2**18
@@ -66,7 +67,7 @@ def local_plan(shared: Mapping[str, Tensor], own: Mapping[str, Tensor], rank: in
     """What this rank could write.
 
     Args:
-        shared: tensors of the run. Plain ones hold the same values on every rank, DTensors this rank's part.
+        shared: tensors of the run. Plain ones hold the same on every rank, DTensors and FlatShards this rank's part.
         own: tensors that only this rank has, under names that no other rank uses.
         rank, world_size: this process.
 
@@ -78,7 +79,7 @@ def local_plan(shared: Mapping[str, Tensor], own: Mapping[str, Tensor], rank: in
             raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which a checkpoint cannot hold")
         if not name.isprintable():
             raise CheckpointError(f"tensor name {name!a} holds a character that cannot be printed")
-    sharded = {name: tensor for name, tensor in shared.items() if isinstance(tensor, DTensor)}
+    sharded = {name: tensor for name, tensor in shared.items() if isinstance(tensor, DTensor | FlatShard)}
     items = list(create_default_local_save_plan(sharded, is_coordinator=rank == 0).items)
     for name, tensor in shared.items():
         if name not in sharded:
@@ -187,6 +188,8 @@ def _cut(piece: Piece, room: int) -> tuple[Piece | None, Piece]:
 def piece_of(tensors: Mapping[str, Tensor], piece: Piece) -> Tensor:
     """The values of `piece`, a view of this rank's tensor."""
     tensor = tensors[piece.name].detach()
+    if isinstance(tensor, FlatShard):
+        return tensor.part(piece.offsets, piece.shape)
     if isinstance(tensor, DTensor):
         return _part_of_local(tensor, piece)
     for dim, (start, length) in enumerate(zip(piece.offsets, piece.shape, strict=True)):

@@ -4,10 +4,18 @@ from distkit.config.checkpoint import CheckpointConfig, ResumeConfig
 from distkit.config.data import DataConfig, Placement
 from distkit.config.optim import OPTIMIZERS, OptimConfig
 from distkit.config.schedule import SCHEDULES, ScheduleConfig
+from distkit.config.strategy import (
+    ActivationCheckpointingConfig,
+    DDPConfig,
+    FSDPConfig,
+    StrategyName,
+    ZeroConfig,
+)
 from distkit.config.train import (
     BatchSplit,
     CompileBackend,
     CompileMode,
+    CompileScope,
     DebugConfig,
     Device,
     ObserveConfig,
@@ -21,13 +29,17 @@ from distkit.config.train import (
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
+    "ActivationCheckpointingConfig",
     "BatchSplit",
     "CheckpointConfig",
     "CompileBackend",
     "CompileMode",
+    "CompileScope",
+    "DDPConfig",
     "DataConfig",
     "DebugConfig",
     "Device",
+    "FSDPConfig",
     "ObserveConfig",
     "OptimConfig",
     "Placement",
@@ -35,7 +47,9 @@ __all__ = [
     "ResumeConfig",
     "ScheduleConfig",
     "Split",
+    "StrategyName",
     "TrainConfig",
+    "ZeroConfig",
     "split_batch",
     "to_json",
 ]

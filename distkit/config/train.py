@@ -13,11 +13,20 @@ from distkit.config.checkpoint import CheckpointConfig, ResumeConfig
 from distkit.config.data import DataConfig
 from distkit.config.optim import OptimConfig
 from distkit.config.schedule import ScheduleConfig
+from distkit.config.strategy import (
+    ActivationCheckpointingConfig,
+    DDPConfig,
+    FSDPConfig,
+    StrategyName,
+    ZeroConfig,
+    check_sections,
+)
 from distkit.errors import ConfigError
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Split = Literal["train", "test"]
+CompileScope = Literal["auto", "whole", "blocks"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 CompileBackend = Literal["inductor", "aot_eager", "eager", "cudagraphs"]
 
@@ -76,6 +85,8 @@ class TrainConfig:
     """Samples of one forward and backward on one rank; None: global batch / ranks (no accumulation)."""
     precision: Precision = "fp32"
     """fp32 (exact), tf32 (NVIDIA tensor cores for fp32), bf16 or fp16 autocast over fp32 weights."""
+    strategy: StrategyName = "auto"
+    """How the model is laid over the ranks; auto: single for one, ddp for several."""
     device: Device = "auto"
     """auto takes cuda, then mps, then cpu."""
     deterministic: bool = True
@@ -84,6 +95,8 @@ class TrainConfig:
     """Lay out convolution weights and images as NHWC, faster on most devices."""
     compile: bool = False
     """Run the model through torch.compile."""
+    compile_scope: CompileScope = "auto"
+    """whole: the model as one. blocks: each of its repeated blocks, which starts sooner. auto: blocks with fsdp."""
     compile_backend: CompileBackend = "inductor"
     """Backend of torch.compile."""
     compile_mode: CompileMode = "default"
@@ -108,6 +121,14 @@ class TrainConfig:
     """Samples of one evaluation batch on one rank, >= 1; None: the microbatch size."""
     timeout_seconds: float = 1800.0
     """A collective or a batch that takes longer ends the run, > 0."""
+    ddp: DDPConfig = field(default_factory=DDPConfig)
+    """Options of ddp."""
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    """Options of fsdp."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """Options of zero1, zero2 and zero3."""
+    activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
+    """What the backward computes again."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -143,6 +164,7 @@ class TrainConfig:
         if self.run_dir is not None:
             require(self.run_dir != Path(), "run_dir", "a directory of its own", repr(str(self.run_dir)), "runs/NAME")
         self._check_compile()
+        check_sections(self.strategy, {"ddp": self.ddp, "fsdp": self.fsdp, "zero": self.zero})
         for name in ("num_epochs", "max_grad_norm", "max_grad_value", "timeout_seconds"):
             require_number(name, getattr(self, name), above=0, example="1")
         require_number("ema_decay", self.ema_decay, above=0, below=1, example="0.999")
@@ -158,8 +180,8 @@ class TrainConfig:
 
     def _check_compile(self) -> None:
         """Options of torch.compile mean nothing without it."""
-        defaults = {"compile_backend": "inductor", "compile_mode": "default", "compile_fullgraph": False,
-                    "compile_dynamic": False}  # fmt: skip
+        defaults = {"compile_scope": "auto", "compile_backend": "inductor", "compile_mode": "default",
+                    "compile_fullgraph": False, "compile_dynamic": False}  # fmt: skip
         set_ = [flag(name) for name, default in defaults.items() if getattr(self, name) != default]
         if set_ and not self.compile:
             raise ConfigError(f"{', '.join(set_)} without --compile", expected="--compile too", fix="--compile")

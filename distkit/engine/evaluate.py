@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import closing, nullcontext
 
 import torch
@@ -30,7 +31,7 @@ def evaluate(run: Run, loader: EvaluationLoader) -> Means:
     modes = {module: module.training for module in strategy.module.modules()}
     strategy.module.eval()
     try:
-        with torch.no_grad(), run.ema.applied() if run.ema is not None else nullcontext():
+        with strategy.evaluating(), torch.no_grad(), run.ema.applied() if run.ema is not None else nullcontext():
             count_batches(run, loader, meter)
     finally:
         for module, mode in modes.items():
@@ -42,11 +43,25 @@ def evaluate(run: Run, loader: EvaluationLoader) -> Means:
 
 
 def count_batches(run: Run, loader: EvaluationLoader, meter: Meter) -> None:
-    """Add this rank's samples to `meter`, batch by batch."""
-    samples = rank_range(len(loader), run.runtime.rank, run.runtime.world_size)
-    batches = loader.open(samples, run.config.eval_batch_size or run.split.microbatch_size)
+    """Add this rank's samples to `meter`, batch by batch.
+
+    A forward may gather parameters from all ranks, so each rank does as many as the one with most samples: its last
+    batch once more, which is not counted, or where it has none the first sample of the set.
+    """
+    world_size = run.runtime.world_size
+    ranges = [rank_range(len(loader), rank, world_size) for rank in range(world_size)]
+    size, own = run.config.eval_batch_size or run.split.microbatch_size, ranges[run.runtime.rank]
+    left = math.ceil(max(map(len, ranges)) / size)
+    batches = loader.open(own or range(min(1, len(loader))), size)
+    counts = bool(own)
     with closing(batches):
-        while (batch := next(batches, None)) is not None:
+        batch = next(batches, None)
+        while batch is not None:
             with run.strategy.precision():
                 output = run.compute_loss(run.strategy.eval_model, batch)
-            meter.add(output, batch_size(batch))
+            if counts:
+                meter.add(output, batch_size(batch))
+            left -= 1
+            following = next(batches, None)
+            counts = counts and following is not None
+            batch = following if following is not None or left <= 0 else batch

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+
+from torch import Tensor
 
 from distkit.checkpoint.digest import state_digest
 from distkit.checkpoint.retention import list_checkpoints
@@ -153,15 +156,26 @@ def finish(run: Run) -> Summary:
         "state_digest": run.runtime.broadcast(state_digest(run.learned_tensors())),
         **run.facts,
     }
-    if run.directory.writes:
-        metadata = {"recipe": run.recipe, "step": str(run.progress.step)}
-        try:
-            save_weights(run.directory.path / "weights.safetensors", run.strategy.module.state_dict(), metadata)
-            if run.ema is not None:
-                save_weights(run.directory.path / "ema.safetensors", run.ema.state_dict(), metadata)
-        except OSError as error:
-            raise TrainingError(f"the final weights are not written: {error.strerror or error}") from error
+    save_final_weights(run)
     run.directory.write_summary(summary)
     if run.saver is not None:
         run.saver.check(last=True)
     return summary
+
+
+def save_final_weights(run: Run) -> None:
+    """Write weights.safetensors and ema.safetensors; gathered by all ranks, written by rank 0.
+
+    Raises:
+        TrainingError: the disk is full or failing.
+    """
+    files: dict[str, Callable[[], dict[str, Tensor]]] = {"weights.safetensors": run.strategy.whole_weights}
+    if run.ema is not None:
+        files["ema.safetensors"] = partial(run.strategy.gather, run.ema.state_dict())
+    for name, gathered in files.items():
+        tensors = gathered()
+        try:
+            if run.directory.writes:
+                save_weights(run.directory.path / name, tensors, {"recipe": run.recipe, "step": str(run.progress.step)})
+        except OSError as error:
+            raise TrainingError(f"the final weights are not written: {error.strerror or error}") from error

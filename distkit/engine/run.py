@@ -21,7 +21,6 @@ from distkit.engine.run_dir import RunDirectory
 from distkit.errors import TrainingError
 from distkit.losses import LossOutput
 from distkit.observers import Event, Observer
-from distkit.optim import named_optimizer_state
 from distkit.runtime.process import Runtime
 from distkit.schedules import Plateau, Schedule
 from distkit.strategies import Strategy
@@ -179,11 +178,8 @@ class Run:
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer of the model by its canonical name; tied ones once."""
-        module = self.strategy.module
-        return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return self.strategy.model_tensors()
 
-    def learned_tensors(self) -> dict[str, Tensor]:
+    def learned_tensors(self) -> Mapping[str, Tensor]:
         """Model and optimizer tensors, as `model/NAME` and `optimizer/NAME/KEY`: what `state_digest` covers."""
-        optimizer = named_optimizer_state(self.strategy.optimizer, self.strategy.module)
-        tensors = {f"model/{name}": tensor for name, tensor in self.model_tensors().items()}
-        return tensors | {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
+        return self.strategy.learned_tensors()

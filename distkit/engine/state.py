@@ -22,13 +22,6 @@ from distkit.config import to_json
 from distkit.engine.meter import Meter
 from distkit.engine.run import Run
 from distkit.errors import CheckpointError, ConfigError
-from distkit.optim import (
-    allocate_optimizer_state,
-    compare_optimizers,
-    install_optimizer_state,
-    optimizer_structure,
-    optimizer_tensors,
-)
 from distkit.runtime.rng import capture_rng, restore_rng
 
 #: Fields that decide which samples a step reads: with another value it would be another run.
@@ -57,6 +50,10 @@ def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
+def _without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+
+
 def live_tensors(run: Run) -> dict[str, Tensor]:
     """The tensors that exist from the start and are restored in place: model, ema, scaler."""
     tensors = _prefixed("model", run.model_tensors())
@@ -72,7 +69,7 @@ def snapshot(run: Run) -> Snapshot:
     """
     strategy, rank = run.strategy, run.runtime.rank
     strategy.synchronize_buffers_(run.ema.averaged_buffers if run.ema is not None else ())
-    optimizer = optimizer_tensors(strategy.optimizer, strategy.module)
+    optimizer = strategy.optimizer_tensors()
     observers: dict[str, str] = {}
     for observer in run.observers:
         observers |= observer.state_dict()
@@ -87,8 +84,7 @@ def snapshot(run: Run) -> Snapshot:
             "step": run.progress.step,
             "num_samples": run.num_samples,
             "config": to_json(run.config),
-            "parts": values
-            | {"observers": observers, "optimizer": optimizer_structure(strategy.optimizer, strategy.module)},
+            "parts": values | {"observers": observers, "optimizer": strategy.optimizer_structure()},
         },
         own_values={} if run.data_state is None else {"data": run.data_state.state_dict()},
     )
@@ -132,7 +128,7 @@ def check_fits(run: Run, found: Found) -> None:
         run.data_state.check_state_dict(place)
     lines = differences(found.manifest, live_tensors(run), ("model/", "ema/", "scaler/"))
     structure = cast(dict[str, object], found.parts().get("optimizer", {}))
-    lines += compare_optimizers(structure, run.strategy.optimizer, run.strategy.module)
+    lines += run.strategy.compare_optimizer(structure)
     if lines:
         raise ConfigError("\n  ".join([f"{where} does not fit this run", *lines]),
                           fix="the configuration it was saved with, or --resume DIR --resume.weights-only")  # fmt: skip
@@ -150,7 +146,9 @@ def read_strictly(found: Found) -> Iterator[None]:
 def restore(run: Run, found: Found) -> None:
     """Bring back everything but the random generators."""
     if run.takes_weights_only:
-        load_tensors(found.directory, found.manifest, _matching_weights(run, found))
+        weights = _prefixed("model", run.model_tensors())
+        load_tensors(found.directory, found.manifest, _matching(weights, found))
+        run.strategy.install_weights(_without_prefix("model", weights))
         if run.ema is not None:
             run.ema.restart_()
         return
@@ -159,16 +157,16 @@ def restore(run: Run, found: Found) -> None:
 
 
 def _restore_all(run: Run, found: Found) -> None:
-    optimizer, module = run.strategy.optimizer, run.strategy.module
+    strategy = run.strategy
     structure = cast(dict[str, object], found.parts()["optimizer"])
     forms = {
         name.removeprefix("optimizer/"): (cast(torch.dtype, getattr(torch, entry.dtype)), entry.shape)
         for name, entry in found.manifest.tensors.items()
         if name.startswith("optimizer/")
     }
-    state = allocate_optimizer_state(optimizer, module, structure, forms)
-    load_tensors(found.directory, found.manifest, live_tensors(run) | _prefixed("optimizer", state))
-    install_optimizer_state(optimizer, module, structure, state)
+    live, state = live_tensors(run), strategy.allocate_optimizer(structure, forms)
+    load_tensors(found.directory, found.manifest, live | _prefixed("optimizer", state))
+    strategy.install_state(structure, _without_prefix("model", live), state)
     run.meter.load_state_tensors(_meter_tensors(run, found))
     for name, part in parts(run).items():
         if name in found.parts() or name != "plateau":  # a schedule may have been changed for one with history
@@ -244,8 +242,11 @@ def changes(before: Mapping[str, object], after: Mapping[str, object], prefix: s
 
 def _matching_weights(run: Run, found: Found) -> dict[str, Tensor]:
     """The model's tensors that the checkpoint has with the same name, shape and dtype."""
+    return _matching(_prefixed("model", run.model_tensors()), found)
+
+
+def _matching(live: Mapping[str, Tensor], found: Found) -> dict[str, Tensor]:
     saved = {name: (entry.dtype, entry.shape) for name, entry in found.manifest.tensors.items()}
-    live = _prefixed("model", run.model_tensors())
     return {n: tensor for n, tensor in live.items() if saved.get(n) == (dtype_name(tensor), tuple(tensor.shape))}
 
 

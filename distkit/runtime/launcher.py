@@ -7,23 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TypeVar, cast, get_args
 
 from distkit.config import CompileBackend, CompileMode, Precision, TrainConfig
 from distkit.config.check import flag
+from distkit.config.strategy import TAKEN_BY
 from distkit.errors import ConfigError, nearest
+from distkit.runtime.launcher_strategy import asked_strategy, truthy
 
 C = TypeVar("C", bound=TrainConfig)
 Value = TypeVar("Value")
 
-#: Strategies that a later release brings; starting them as plain DDP would be a silent lie.
-UNSUPPORTED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "regional compilation",
-}
+#: What distkit does not have; starting it as plain DDP would be a silent lie.
+UNSUPPORTED = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 @dataclass(frozen=True)
@@ -35,23 +32,20 @@ class _Merge:
 
     def take(self, name: str, value: Value, variable: str, env: Mapping[str, str]) -> Value:
         """`value` from the environment, unless a flag was typed that differs."""
-        mine = getattr(self.config, name)
+        mine = reduce(getattr, name.split("."), cast(object, self.config))
         if name in self.typed and mine != value:
+            said = env.get(variable)
             raise ConfigError(
                 f"{flag(name)} contradicts what accelerate launch says",
-                expected=f"{flag(name)} {value} ({variable}={env[variable]})",
+                expected=f"{flag(name)} {value} ({variable}{'' if said is None else f'={said}'})",
                 got=f"{flag(name)} {mine}",
                 fix="change one of the two: the flag, or accelerate launch's option or config file",
             )
         return value
 
 
-def _truthy(env: Mapping[str, str], name: str) -> bool:
-    return env.get(name, "").strip().lower() in ("1", "true", "yes", "on")
-
-
 def merge_launcher_env(config: C, typed: Set[str], env: Mapping[str, str], world_size: int) -> C:
-    """Honour mixed precision, dynamo, gradient accumulation and CPU of `accelerate launch`.
+    """Honour strategy, mixed precision, dynamo, gradient accumulation and CPU of `accelerate launch`.
 
     Args:
         config: the parsed configuration.
@@ -63,15 +57,16 @@ def merge_launcher_env(config: C, typed: Set[str], env: Mapping[str, str], world
         ConfigError: a flag contradicts the launcher, or the launcher asks for something unsupported.
     """
     for variable, what in UNSUPPORTED.items():
-        if _truthy(env, variable):
+        if truthy(env, variable):
             raise ConfigError(
                 f"accelerate launch asks for {what}, which this version of distkit does not have",
-                expected="one process, or data parallel ranks",
+                expected="--strategy single, ddp, fsdp, zero1, zero2 or zero3",
                 got=f"{variable}={env[variable]}",
                 fix="accelerate launch without that option, or torchrun --nproc-per-node N RECIPE",
             )
+    config = _merge_strategy(config, typed, env, world_size)
     merge = _Merge(config, typed)
-    if _truthy(env, "ACCELERATE_USE_CPU"):
+    if truthy(env, "ACCELERATE_USE_CPU"):
         config = replace(config, device=merge.take("device", "cpu", "ACCELERATE_USE_CPU", env))
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no":
@@ -84,12 +79,34 @@ def merge_launcher_env(config: C, typed: Set[str], env: Mapping[str, str], world
     return _merge_accumulation(config, typed, env, world_size)
 
 
+def _merge_strategy(config: C, typed: Set[str], env: Mapping[str, str], world_size: int) -> C:
+    choices = asked_strategy(env, world_size)
+    if not choices:
+        return config
+    merge = _Merge(config, typed - {"strategy"} if config.strategy == "auto" else typed)
+    sections: dict[str, dict[str, object]] = {}
+    top: dict[str, object] = {}
+    for name, (value, variable) in choices.items():
+        section, dot, field = name.rpartition(".")
+        (sections.setdefault(section, {}) if dot else top)[field] = merge.take(name, value, variable, env)
+    strategy = str(top.get("strategy", config.strategy))
+    for section, takers in TAKEN_BY.items():
+        # a preset's options of another strategy mean nothing to the launcher's; typed ones are refused with it
+        if strategy not in takers and not any(name.startswith(f"{section}.") for name in typed):
+            top[section] = type(getattr(config, section))()
+    if top.get("max_grad_norm") is not None and "max_grad_value" not in typed:
+        top["max_grad_value"] = None
+    changed = {section: replace(getattr(config, section), **fields) for section, fields in sections.items()}
+    return replace(config, **{**top, **changed})
+
+
 def _merge_dynamo(config: C, merge: _Merge, env: Mapping[str, str]) -> C:
     variable = "ACCELERATE_DYNAMO_BACKEND"
     backend = env.get(variable, "NO").lower()
     if backend == "no":
         return config
     _known("dynamo_backend", backend, get_args(CompileBackend))
+    regional = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
     mode = env.get("ACCELERATE_DYNAMO_MODE", "default")
     _known("dynamo_mode", mode, get_args(CompileMode))
     return replace(
@@ -99,8 +116,11 @@ def _merge_dynamo(config: C, merge: _Merge, env: Mapping[str, str]) -> C:
         compile_mode=merge.take("compile_mode", cast(CompileMode, mode), "ACCELERATE_DYNAMO_MODE", env)
         if "ACCELERATE_DYNAMO_MODE" in env
         else config.compile_mode,
-        compile_fullgraph=_truthy(env, "ACCELERATE_DYNAMO_USE_FULLGRAPH") or config.compile_fullgraph,
-        compile_dynamic=_truthy(env, "ACCELERATE_DYNAMO_USE_DYNAMIC") or config.compile_dynamic,
+        compile_scope=merge.take("compile_scope", "blocks", regional, env)
+        if truthy(env, regional)
+        else config.compile_scope,
+        compile_fullgraph=truthy(env, "ACCELERATE_DYNAMO_USE_FULLGRAPH") or config.compile_fullgraph,
+        compile_dynamic=truthy(env, "ACCELERATE_DYNAMO_USE_DYNAMIC") or config.compile_dynamic,
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,14 @@ from torch.optim import Optimizer
 
 from distkit.config import TrainConfig
 from distkit.errors import ConfigError
+from distkit.optim import (
+    allocate_optimizer_state,
+    compare_optimizers,
+    install_optimizer_state,
+    named_optimizer_state,
+    optimizer_structure,
+    optimizer_tensors,
+)
 from distkit.runtime.process import Runtime
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,7 +32,7 @@ class Strategy(ABC):
     Attributes:
         module: the recipe's model; its parameters and buffers keep their canonical names.
         model: what the loss calls while training (wrapped, compiled).
-        eval_model: what the loss calls while evaluating; needs no other rank.
+        eval_model: what the loss calls while evaluating, inside `evaluating`, as often on every rank.
         optimizer: the raw torch optimizer.
         scaler: fp16's gradient scaler; passes everything through in the other precisions.
         skipped: updates that fp16 skipped, a 0-dim float32 tensor on the device.
@@ -149,10 +157,88 @@ class Strategy(ABC):
         assert growth_tracker is not None
         return {"scale": scale, "growth_tracker": growth_tracker, "skipped": self.skipped}
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation and everything that changes the weights for it."""
+        yield
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the model by its canonical name, tied ones once; all ranks together.
+
+        Plain tensors hold the same values on every rank, DTensors this rank's part.
+        """
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters of the model."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the optimizer's state, as `PARAMETER/KEY`; all ranks together."""
+        return optimizer_tensors(self.optimizer, self.module)
+
+    def optimizer_structure(self) -> dict[str, object]:
+        """Everything else of the optimizer's state, ready for JSON (distkit.optim.optimizer_structure)."""
+        return optimizer_structure(self.optimizer, self.module)
+
+    def learned_tensors(self) -> Mapping[str, Tensor]:
+        """Model and optimizer, as `model/NAME` and `optimizer/PARAMETER/KEY`, numbers as 0-dim tensors; all ranks.
+
+        The same names for every strategy; values may be DTensors.
+        """
+        tensors = {f"model/{name}": tensor for name, tensor in self.model_tensors().items()}
+        state = named_optimizer_state(self.optimizer, self.module)
+        return tensors | {f"optimizer/{name}": tensor for name, tensor in state.items()}
+
+    def compare_optimizer(self, structure: Mapping[str, object]) -> list[str]:
+        """Why a saved optimizer does not fit, in lines; [] if it does (distkit.optim.compare_optimizers)."""
+        return compare_optimizers(structure, self.optimizer, self.module)
+
+    def allocate_optimizer(
+        self, structure: Mapping[str, object], forms: Mapping[str, tuple[torch.dtype, Sequence[int]]]
+    ) -> dict[str, Tensor]:
+        """Tensors that take a saved optimizer's state, by name; nothing of this run changes yet.
+
+        Args:
+            structure: from `optimizer_structure`.
+            forms: dtype and shape of each saved tensor, under the names of `optimizer_tensors`.
+        """
+        return allocate_optimizer_state(self.optimizer, self.module, structure, forms)
+
+    def install_state(
+        self, structure: Mapping[str, object], model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+    ) -> None:
+        """Go on with a saved state, when all of it has been read; all ranks together.
+
+        Args:
+            structure: from `optimizer_structure`.
+            model: what `model_tensors` gave, filled in place.
+            optimizer: what `allocate_optimizer` gave, filled.
+        """
+        self.install_weights(model)
+        install_optimizer_state(self.optimizer, self.module, structure, optimizer)
+
+    def install_weights(self, model: Mapping[str, Tensor]) -> None:
+        """Start from weights alone: `model` is what `model_tensors` gave, filled in place; all ranks together."""
+        del model  # its tensors are the model's own
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The model's state dict in whole tensors on rank 0, {} elsewhere; all ranks together."""
+        return self.gather(self.module.state_dict())
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` (names in the same order everywhere) in whole on rank 0, {} elsewhere; all ranks together."""
+        return dict(tensors) if self.runtime.is_main_process else {}
+
     @property
     def needs_closure(self) -> bool:
         """True for optimizers that evaluate the loss several times a step."""
         return self.config.optim.name == "lbfgs"
+
+    def describe(self) -> str:
+        """The strategy in a few words, for people."""
+        return self.name
 
     def check(self) -> None:
         """Refuse what this strategy's device and optimizer cannot do together.

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from distkit.errors import ConfigError
 from distkit.strategies.base import Strategy
+from distkit.strategies.blocks import compile_, recompute_activations_
 
 
 class DataParallel(Strategy):
@@ -21,26 +23,31 @@ class DataParallel(Strategy):
         config, runtime = self.config, self.runtime
         layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.module = module.to(runtime.device).to(memory_format=layout)
+        if config.ddp.sync_batchnorm and runtime.world_size > 1:
+            self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)  # type: ignore[no-untyped-call]
+        recompute_activations_(self.module, config.activation_checkpointing)
+        if config.compile and config.compile_scope == "blocks":
+            compile_(self.module, config, "blocks")
         self._ddp = self._wrap(self.module) if runtime.world_size > 1 else None
         self.name = "ddp" if self._ddp is not None else "single"
         self.model = self._ddp if self._ddp is not None else self.module
         self.eval_model = self.module
-        if config.compile:
+        if config.compile and config.compile_scope != "blocks":
             # Module.compile works in place: parameter names stay as they are
-            self.model.compile(
-                backend=config.compile_backend,
-                # only inductor has modes
-                mode=config.compile_mode if config.compile_backend == "inductor" else None,
-                fullgraph=config.compile_fullgraph,
-                dynamic=config.compile_dynamic or None,
-            )
+            compile_(self.model, config, "whole")
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.module)
 
     def _wrap(self, module: nn.Module) -> DistributedDataParallel:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DDPCommunicationHookType, DistributedDataParallelKwargs
 
-        options = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        config = self.config.ddp
+        options = DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=config.bucket_mb or 25,
+            static_graph=config.static_graph,
+            comm_hook=DDPCommunicationHookType.BF16 if config.bf16_gradients else DDPCommunicationHookType.NO,
+        )
         # precision and compilation are the engine's: accelerate would cast every output back to fp32
         accelerator = Accelerator(
             cpu=self.runtime.device.type == "cpu",
@@ -57,6 +64,13 @@ class DataParallel(Strategy):
         """DDP looks at the flag in forward and in backward (DistributedDataParallel.no_sync)."""
         if self._ddp is not None:
             self._ddp.require_backward_grad_sync = on
+
+    def check(self) -> None:
+        """Refuse what the device cannot do."""
+        super().check()
+        if self.config.ddp.sync_batchnorm and self.runtime.device.type != "cuda":
+            raise ConfigError("--ddp.sync-batchnorm needs GPUs: torch.nn.SyncBatchNorm has no other kernel",
+                              got=f"device {self.runtime.device.type}", fix="--ddp.no-sync-batchnorm")  # fmt: skip
 
     def synchronize_buffers_(self, averages: Sequence[Tensor]) -> None:
         """Broadcast rank 0's: DDP does so with the buffers at each forward, so that its values alone ever matter."""

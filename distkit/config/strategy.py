@@ -1,0 +1,137 @@
+"""How a model is laid over ranks, and what is recomputed instead of kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from distkit.config.check import flag, require, require_number, require_unused
+from distkit.errors import ConfigError, nearest
+
+StrategyName = Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
+STRATEGIES: tuple[str, ...] = get_args(StrategyName)
+#: Section -> the strategies that read it. auto means single or ddp: what is said for ddp holds where there are ranks.
+TAKEN_BY: dict[str, frozenset[str]] = {
+    "ddp": frozenset({"auto", "ddp"}),
+    "fsdp": frozenset({"fsdp"}),
+    "zero": frozenset({"zero1", "zero2", "zero3"}),
+}
+Low = Literal["fp32", "bf16"]
+Offload = Literal["none", "optimizer", "parameters"]
+Recomputed = Literal["none", "full", "blocks", "every"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPConfig:
+    """ddp: every rank holds the whole model (torch.nn.parallel.DistributedDataParallel)."""
+
+    bucket_mb: int | None = None
+    """MiB of gradients that are exchanged together, >= 1; None: torch's 25."""
+    bf16_gradients: bool = False
+    """Exchange gradients in bf16: half the traffic, and sums rounded to 8 bits."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the microbatches of all ranks; GPUs only."""
+    static_graph: bool = False
+    """The same parameters get gradients in every step: DDP looks once instead of each time."""
+
+    def __post_init__(self) -> None:
+        require_number("ddp.bucket_mb", self.bucket_mb, least=1, example="25")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDPConfig:
+    """fsdp: parameters, gradients and optimizer state in shards (torch.distributed.fsdp.fully_shard)."""
+
+    wrap: tuple[str, ...] | None = None
+    """Module classes that are gathered one at a time; None: the model's repeated blocks."""
+    min_params: int | None = None
+    """Instead of classes: each module with at least this many parameters of its own, >= 1."""
+    reshard_after_forward: bool = True
+    """Drop gathered parameters between forward and backward; off: faster, and more memory."""
+    cpu_offload: bool = False
+    """Keep shards, gradients and optimizer state in CPU memory."""
+    replicas: int | None = None
+    """Copies of the sharded model (hybrid sharding), >= 2, a divisor of the ranks: the number of nodes, say."""
+    gather_precision: Low = "fp32"
+    """Precision in which parameters are gathered; bf16: half the traffic, and rounds what autocast would not."""
+    reduce_precision: Low = "fp32"
+    """Precision in which gradients are summed over ranks; bf16: half the traffic."""
+
+    def __post_init__(self) -> None:
+        require_number("fsdp.min_params", self.min_params, least=1, example="1000000")
+        require_number("fsdp.replicas", self.replicas, least=2, example="2")
+        for name in ("gather_precision", "reduce_precision"):
+            value = getattr(self, name)
+            require(value in get_args(Low), f"fsdp.{name}", "fp32 or bf16", value, "fp32")
+        if self.wrap is not None and self.min_params is not None:
+            raise ConfigError("--fsdp.wrap and --fsdp.min-params say twice what is gathered together",
+                              expected="one of the two", fix="--fsdp.min-params None")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroConfig:
+    """zero1, zero2, zero3: DeepSpeed."""
+
+    offload: Offload = "none"
+    """What lies in CPU memory: none, the optimizer's state, or (zero3) the parameters too."""
+    config: Path | None = None
+    """A DeepSpeed configuration (JSON) that wins over the generated one."""
+
+    def __post_init__(self) -> None:
+        require(self.offload in get_args(Offload), "zero.offload", ", ".join(get_args(Offload)), self.offload, "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationCheckpointingConfig:
+    """Activations that the backward computes again instead of keeping them (torch.utils.checkpoint)."""
+
+    mode: Recomputed = "none"
+    """none; full: those of each of the model's repeated blocks; every: of each n-th one; blocks: of module classes."""
+    every: int | None = None
+    """With mode every: each how-manieth block, >= 2."""
+    blocks: tuple[str, ...] | None = None
+    """With mode blocks: the classes."""
+
+    def __post_init__(self) -> None:
+        modes = get_args(Recomputed)
+        close = nearest(self.mode, modes) or "full"
+        require(self.mode in modes, "activation_checkpointing.mode", ", ".join(modes), self.mode, close)
+        require_number("activation_checkpointing.every", self.every, least=2, example="2")
+        prefix = "activation_checkpointing."
+        own: dict[str, object] = {f"{prefix}every": self.every, f"{prefix}blocks": self.blocks}
+        taken = {prefix + self.mode} & own.keys()
+        require_unused(f"--activation-checkpointing.mode {self.mode}", own, taken)
+        for name in taken:
+            example = "2" if name.endswith("every") else "Block"
+            require(bool(own[name]), name, f"a value, for mode {self.mode}", own[name], example)
+
+
+Section = DDPConfig | FSDPConfig | ZeroConfig
+
+
+def check_sections(strategy: str, sections: Mapping[str, Section]) -> None:
+    """Refuse an unknown strategy, and options of one that is not chosen.
+
+    Raises:
+        ConfigError: naming the options and what to type.
+    """
+    require(
+        strategy in STRATEGIES, "strategy", ", ".join(STRATEGIES), strategy, nearest(strategy, STRATEGIES) or "auto"
+    )
+    for name, section in sections.items():
+        changed = {f"{name}.{f.name}": getattr(section, f.name) for f in fields(section)
+                   if getattr(section, f.name) != f.default}  # fmt: skip
+        if changed and strategy not in TAKEN_BY[name]:
+            takes = sorted(TAKEN_BY[name] - {"auto"})
+            raise ConfigError(
+                f"--strategy {strategy} does not take {', '.join(flag(option) for option in changed)}",
+                expected=f"--strategy {' or '.join(takes)}",
+                got=", ".join(f"{flag(option)} {value}" for option, value in changed.items()),
+                fix=f"--strategy {takes[-1]}",
+            )
+    zero = sections.get("zero")
+    if isinstance(zero, ZeroConfig) and zero.offload == "parameters" and strategy != "zero3":
+        raise ConfigError(f"--zero.offload parameters with --strategy {strategy}", expected="--strategy zero3",
+                          got=strategy, fix="--zero.offload optimizer")  # fmt: skip

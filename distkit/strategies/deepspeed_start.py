@@ -1,0 +1,79 @@
+"""DeepSpeed's engine around a model and an optimizer, by way of Accelerate's plugin."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from distkit.strategies.deepspeed_config import Section
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def start_engine(module: nn.Module, optimizer: Optimizer, section: Section, device: torch.device) -> DeepSpeedEngine:
+    """Lay `module` and `optimizer` over the ranks as `section` says; all ranks together."""
+    settings = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        # with these Accelerate would turn DeepSpeed into DDP, or take a GPU that nobody asked for
+        "ACCELERATE_USE_CPU": None,
+        "ACCELERATE_USE_PARALLELISM_CONFIG": None,
+        # the names of what a launcher's file says, which Accelerate would hold against a whole configuration
+        "ACCELERATE_CONFIG_DS_FIELDS": None,
+        "ACCELERATE_TORCH_DEVICE": str(device),
+    }
+    # for good: DeepSpeed looks at it now and later
+    os.environ["DS_ACCELERATOR"] = device.type
+    with _environment(settings):
+        from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+        from accelerate.state import AcceleratorState
+
+        _quieten()
+        AcceleratorState._reset_state(reset_partial_state=True)  # a run before in this process
+        accelerator = Accelerator(
+            mixed_precision="no",
+            dynamo_backend="no",
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=section),
+            gradient_accumulation_steps=cast(int, section["gradient_accumulation_steps"]),
+            kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if device.type == "cuda" else "gloo")],
+        )
+        engine, _ = accelerator.prepare(module, optimizer)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return cast("DeepSpeedEngine", engine)
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str | None]) -> Iterator[None]:
+    """Inside, the process has these variables (None: not); afterwards its own again."""
+    before = {name: os.environ.get(name) for name in settings}
+    _set_variables(settings)
+    try:
+        yield
+    finally:
+        _set_variables(before)
+
+
+def _set_variables(settings: Mapping[str, str | None]) -> None:
+    for name, value in settings.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _quieten() -> None:
+    """DeepSpeed without its progress on stdout, and on the CPU with torch's collectives.
+
+    Its own ones for the CPU are compiled at the first start, and wait forever for a rank that is gone.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,237 @@
+"""fsdp: each rank holds a shard of every parameter, its gradient and its optimizer state (FSDP2).
+
+torch's `fully_shard` is called directly, with what Accelerate's launcher and configuration files say (they arrive in
+`config.fsdp`). Accelerate's own preparation is not used: with `cpu=True` it becomes DDP without a word, it wants the
+optimizer before the shards exist and swaps its parameters by address, puts embeddings and the final norm into units of
+their own from some version on, and replaces buffers by way of the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from distkit.config import FSDPConfig
+from distkit.errors import ConfigError
+from distkit.runtime.process import Runtime
+from distkit.runtime.shards import local_part, whole
+from distkit.strategies.base import Strategy
+from distkit.strategies.blocks import compile_, modules_of_class, recompute_activations_, repeated_blocks
+
+#: One flattens all parameters into a vector, one takes sparse gradients, and one keeps means of whole rows and columns.
+NOT_IN_SHARDS = frozenset({"lbfgs", "sparse_adam", "adafactor"})
+
+
+class FullySharded(Strategy):
+    """Parameters are gathered a unit at a time, and gradients leave the backward summed and in shards.
+
+    Parameters and optimizer state are DTensors over `mesh`; buffers are plain, each rank its own.
+    """
+
+    name = "fsdp"
+    mesh: DeviceMesh
+
+    def prepare(self, module: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> None:
+        """Choose what is recomputed and compiled, then shard from the inside out, then build the optimizer."""
+        config = self.config
+        check_same_everywhere(module, self.runtime)
+        self._check_module(module)
+        recompute_activations_(module, config.activation_checkpointing)
+        if config.compile:
+            compile_(module, config, "blocks")
+        self.mesh = build_mesh(self.runtime, config.fsdp.replicas)
+        shard_(module, self.mesh, config.fsdp)
+        assert isinstance(module, FSDPModule)
+        self.module = self.model = self.eval_model = module
+        self._units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+        self._exchanges = True
+        # FSDP swaps what a module calls its parameter: between forward and backward a unit has the gathered ones
+        self._named = dict(module.named_parameters())
+        self._parameters = [p for p in self._named.values() if p.requires_grad]
+        self.optimizer = build_optimizer(module)
+
+    def describe(self) -> str:
+        """Number and classes of the units, and over what they are cut."""
+        inner = [type(unit).__mro__[2].__name__ for unit in self._units if unit is not self.module]
+        replicas = self.config.fsdp.replicas
+        cut = f"{self.runtime.world_size // (replicas or 1)} shards" + (f" x {replicas} replicas" if replicas else "")
+        return f"fsdp: {cut}, {len(inner)} units {', '.join(sorted(set(inner)))}".rstrip() + " and the rest"
+
+    def exchange_gradients(self, on: bool) -> None:
+        """Without an exchange the backward adds up whole gradients (FSDPModule.set_requires_gradient_sync)."""
+        if on != self._exchanges:
+            self._exchanges = on
+            self.model.set_requires_gradient_sync(on)  # type: ignore[operator]  # model is an FSDPModule
+
+    def synchronize_buffers_(self, averages: Sequence[Tensor]) -> None:
+        """Broadcast rank 0's, as ddp does."""
+        for buffer in [*self.module.buffers(), *averages]:
+            dist.broadcast(buffer, src=0)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Afterwards nothing is gathered: a forward without a backward leaves a unit with the weights it had."""
+        try:
+            yield
+        finally:
+            for unit in self._units:
+                unit.reshard()
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's shards of the gradients, plain tensors."""
+        with torch.no_grad():
+            return [local_part(p.grad) for p in self._parameters if p.grad is not None]
+
+    @torch.no_grad()
+    def scale_gradients_(self, factor: Tensor) -> None:
+        """Multiply every gradient by `factor`, a 0-dim tensor on the device."""
+        gradients = self.gradients()
+        if gradients:
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device, non_blocking=True))
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """sqrt of the squares of all shards, summed over the ranks that share a copy of the model."""
+        norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32) if gradients else [torch.zeros(())]
+        total = torch.stack(list(norms)).square().sum().to(self.runtime.device)
+        dist.all_reduce(total, group=self.mesh.get_group(-1))
+        return total.sqrt()
+
+    def clip_with_norm_(self, max_norm: float, norm: Tensor) -> None:
+        """Scale gradients by min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does."""
+        self.scale_gradients_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Every parameter (a DTensor) and buffer by its name."""
+        return {**self._named, **dict(self.module.named_buffers())}
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In whole on rank 0's CPU, one at a time on the device."""
+        found = {}
+        for name, tensor in tensors.items():
+            gathered = whole(tensor.detach())
+            if self.runtime.is_main_process:
+                found[name] = gathered.cpu()
+        return found
+
+    def check(self) -> None:
+        """Refuse what cannot be sharded."""
+        super().check()
+        config, world_size = self.config, self.runtime.world_size
+        if config.optim.name in NOT_IN_SHARDS:
+            raise ConfigError(f"--optim.name {config.optim.name} cannot update shards of parameters",
+                              expected="--strategy ddp, or another optimizer", got="--strategy fsdp",
+                              fix="--strategy auto")  # fmt: skip
+        if config.compile and config.compile_scope == "whole":
+            raise ConfigError("--compile-scope whole with --strategy fsdp", got="whole",
+                              expected="blocks: parameters are gathered between them",
+                              fix="--compile-scope blocks")  # fmt: skip
+        replicas = config.fsdp.replicas or 1
+        if world_size % replicas or world_size == replicas:
+            near = [n for n in range(2, world_size) if world_size % n == 0]
+            raise ConfigError(f"--fsdp.replicas {replicas} on {world_size} ranks leaves nothing to shard over",
+                              expected=f"a divisor of {world_size}, smaller than it", got=replicas,
+                              fix=f"--fsdp.replicas {near[0] if near else None}")  # fmt: skip
+        if config.fsdp.gather_precision == "bf16" and config.precision != "bf16":
+            raise ConfigError("--fsdp.gather-precision bf16 gives the model weights that it computes with in bf16",
+                              expected="--precision bf16 too", got=f"--precision {config.precision}",
+                              fix="--precision bf16, or --fsdp.gather-precision fp32")  # fmt: skip
+        if config.fsdp.cpu_offload and config.precision == "fp16":
+            raise ConfigError("--fsdp.cpu-offload with --precision fp16: the scaler looks at gradients on the device",
+                              expected="bf16 or fp32", got="fp16", fix="--precision bf16")  # fmt: skip
+
+    def _check_module(self, module: nn.Module) -> None:
+        norms = [name for name, part in module.named_modules() if isinstance(part, _BatchNorm)]
+        if norms and self.config.fsdp.gather_precision == "bf16":
+            raise ConfigError(f"--fsdp.gather-precision bf16: {norms[0]} is a BatchNorm, which takes fp32 weights only",
+                              expected="a model without BatchNorm", fix="--fsdp.gather-precision fp32")  # fmt: skip
+        sparse = [name for name, part in module.named_modules() if getattr(part, "sparse", False)]
+        if sparse:
+            raise ConfigError(f"--strategy fsdp sums dense gradients, and those of {sparse[0]} are sparse",
+                              expected="sparse=False", fix="--strategy ddp")  # fmt: skip
+
+
+def build_mesh(runtime: Runtime, replicas: int | None) -> DeviceMesh:
+    """All ranks as one axis, or as [replicas, shards]: ranks of one copy are neighbours, on one node where they fit."""
+    kind, world_size = runtime.device.type, runtime.world_size
+    if replicas is None:
+        return init_device_mesh(kind, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_(module: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
+    """fully_shard on each unit, from the inside out, and on what is left as the root."""
+    low, reduce = config.gather_precision == "bf16", config.reduce_precision
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if low else None,
+        # said beside param_dtype: left out, torch before 2.15 would sum in that
+        reduce_dtype=torch.bfloat16 if reduce == "bf16" else torch.float32 if low else None,
+        # autocast casts where it should, and nothing else
+        cast_forward_inputs=False,
+    )
+    pinned = mesh.device_type != "cpu"
+    offload = CPUOffloadPolicy(pin_memory=pinned) if config.cpu_offload else OffloadPolicy()
+    for unit in [*units(module, config)[::-1], module]:
+        # the root is needed again as soon as its forward has ended
+        reshard = config.reshard_after_forward if unit is not module else None
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
+
+
+def units(module: nn.Module, config: FSDPConfig) -> list[nn.Module]:
+    """What is gathered at a time besides the root, from the outside in."""
+    if config.wrap is not None:
+        found = modules_of_class(module, config.wrap, "--fsdp.wrap")
+    elif config.min_params is not None:
+        found = large_modules(module, config.min_params)
+    else:
+        found = repeated_blocks(module)
+    # containers have no forward of their own to gather before
+    containers = nn.ModuleList | nn.ModuleDict
+    return [unit for unit in found if unit is not module and not isinstance(unit, containers) and _has(unit)]
+
+
+def _has(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def large_modules(module: nn.Module, min_params: int) -> list[nn.Module]:
+    """Modules with at least `min_params` parameters that no such module inside them has, from the outside in."""
+    own: dict[nn.Module, int] = {}
+
+    def visit(part: nn.Module) -> int:
+        left = sum(p.numel() for p in part.parameters(recurse=False)) + sum(map(visit, part.children()))
+        own[part] = left
+        # a container cannot be a unit: what it holds counts for its parent
+        return 0 if left >= min_params and not isinstance(part, nn.ModuleList | nn.ModuleDict) else left
+
+    visit(module)
+    return [part for part in module.modules() if own[part] >= min_params]
+
+
+def check_same_everywhere(module: nn.Module, runtime: Runtime) -> None:
+    """Each rank shards its own copy of the model: they must be the same.
+
+    Raises:
+        ConfigError: on every rank, naming the first tensor that differs.
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    # as text: a NaN is not equal to itself
+    sums = {name: str(_sum(tensor.detach())) for name, tensor in tensors.items()}
+    first, *others = runtime.gather(sums)
+    for name in first:
+        if any(other.get(name) != first[name] for other in others):
+            raise ConfigError(f"build_model gave other values for {name} on some rank than on rank 0",
+                              expected="the same model on every rank: it is called under the same seed",
+                              fix="draw weights from torch's global generator only")  # fmt: skip
+
+
+def _sum(tensor: Tensor) -> float:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.sum(dtype=torch.float64).item()
