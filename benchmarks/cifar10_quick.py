@@ -11,28 +11,18 @@ Target on 2 CPU cores: at least 72 % test accuracy in at most 150 s of training.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from harness import add_flags, conclude
+from harness import add_flags, conclude, launch
 
-ROOT = Path(__file__).resolve().parent.parent
 TARGET_ACCURACY, TARGET_SECONDS = 0.72, 150.0
 
 
 def train(root: Path, folder: Path) -> dict[str, float | str]:
     """Run the command; accuracy, seconds and digest from its summary.json."""
-    accelerate = shutil.which("accelerate", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert accelerate is not None, "accelerate is not installed"
-    command = [accelerate, "launch", str(ROOT / "recipes" / "cifar10.py"), "--preset", "quick",
-               "--data.source", "folder", "--data.root", str(root), "--run-dir", str(folder)]  # fmt: skip
-    subprocess.run(command, check=True, cwd=folder.parent)
-    summary = json.loads((folder / "summary.json").read_text())
+    argv = ["--preset", "quick", "--data.source", "folder", "--data.root", str(root)]
+    summary = launch("cifar10", argv, folder)
     return {
         "test_accuracy": summary["last"]["top1"],
         "train_seconds": summary["train_seconds"],

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import random
+import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
 
 
+def launch(recipe: str, argv: Sequence[str], run_dir: Path) -> dict[str, Any]:
+    """summary.json of `accelerate launch recipes/RECIPE.py ARGV`, as a user starts it.
+
+    Raises:
+        CalledProcessError: the run failed.
+    """
+    root = Path(__file__).resolve().parent.parent
+    accelerate = shutil.which("accelerate", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert accelerate is not None, "accelerate is not installed"
+    command = [accelerate, "launch", str(root / "recipes" / f"{recipe}.py"), *argv, "--run-dir", str(run_dir)]
+    subprocess.run(command, check=True, cwd=run_dir.parent)
+    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return summary
+
+
 def conclude(
     flags: argparse.Namespace, name: str, results: Mapping[str, Median | float | str], targets: Mapping[str, bool]
 ) -> None:
@@ -83,8 +102,6 @@ def conclude(
 
 def machine() -> str:
     """Processor or GPU, and the number of cores, in words."""
-    import os
-
     import torch
 
     if torch.cuda.is_available():
