@@ -19,6 +19,7 @@ from distkit.data.iterable import IterableData, IterableSource
 from distkit.data.loader import EvaluationLoader
 from distkit.data.placement import Placed, Reading, Training, open_training, place, summary_of
 from distkit.ema import Ema
+from distkit.engine.flops import describe_peak, outline_utilization
 from distkit.engine.origin import check_not_completed, find_origin, settle_origin
 from distkit.engine.run import Best, Run
 from distkit.engine.run_dir import RunDirectory, check_usable
@@ -70,6 +71,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
             recipe.init_model_(config, model, train_set)
     # pretrained models come in evaluation mode; a layer that shall stay in it overrides `train`
     model.train()
+    utilization = outline_utilization(config, runtime, model)
     strategy.prepare(model, optimizer_builder(recipe, config))
     reading = Reading(
         data=config.data,
@@ -104,7 +106,8 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         restored_from=origin.found,
         restored_elsewhere=origin.elsewhere,
         data_state=train.loader if isinstance(train.loader, IterableSource) else None,
-        facts=describe(config, runtime, strategy, split, num_steps, train, test),
+        utilization=utilization,
+        facts=describe(config, runtime, strategy, split, num_steps, train, test) | describe_peak(config, runtime),
     )
     with runtime.together("comparing the checkpoint with the run"):
         if origin.found is not None and not run.finished:

@@ -1,4 +1,4 @@
-"""Runs of one recipe under several configurations, in one set of ranks."""
+"""Runs under several configurations, one after the other in one set of ranks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import tiny
 import tiny_gpt
+import torch
 from harness import run_ranks
 from torch import Tensor
 
@@ -17,13 +20,22 @@ from distkit.assemble import assemble
 from distkit.checkpoint.digest import state_digest
 from distkit.config import TrainConfig
 from distkit.engine.fit import fit
+from distkit.engine.run import Run
 from distkit.engine.state import restore
 from distkit.runtime import read_topology
-from distkit.runtime.process import start
+from distkit.runtime.process import Runtime, start
 from distkit.runtime.shards import whole
 
-RECIPES = {"mlp": tiny.RECIPE, "gpt": tiny_gpt.RECIPE}
-BASES: dict[str, TrainConfig] = {"mlp": tiny.BASE, "gpt": tiny_gpt.BASE}
+#: A machine that tests something else beside this may stop for a minute.
+BASES: dict[str, TrainConfig] = {
+    name: replace(recipe.BASE, timeout_seconds=240) for name, recipe in (("mlp", tiny), ("gpt", tiny_gpt))
+}
+ZERO = ("zero1", "zero2", "zero3")
+#: Accelerate's DeepSpeed path imports transformers.
+MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
+needs_deepspeed = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+#: Every strategy for several ranks, as parameters of a test.
+STRATEGIES = ["ddp", "fsdp", *(pytest.param(name, marks=needs_deepspeed) for name in ZERO)]
 
 
 @dataclass
@@ -39,13 +51,20 @@ class Ended:
     """The digest before the first step of this process."""
 
 
-def train_all(recipe: str, folder: str, configs: Mapping[str, TrainConfig]) -> dict[str, Ended]:
+def build(folder: Path | str, config: TrainConfig, runtime: Runtime | None = None) -> Run:
+    """A run of this process in `folder`, of the recipe whose configuration it is."""
+    recipe = tiny_gpt.RECIPE if isinstance(config, tiny_gpt.GPTTrainConfig) else tiny.RECIPE
+    runtime = runtime or start(config, read_topology(os.environ))
+    return assemble(recipe, replace(config, run_dir=Path(folder)), runtime)  # type: ignore[arg-type, type-var]
+
+
+def train_all(folder: str, configs: Mapping[str, TrainConfig]) -> dict[str, Ended]:
     """On every rank: one run after the other, each in FOLDER/NAME; a run that is there goes on."""
     runtime = start(next(iter(configs.values())), read_topology(os.environ))
     found = {}
     for name, config in configs.items():
-        config = replace(config, run_dir=Path(folder) / name)
-        run = assemble(RECIPES[recipe], config, runtime)
+        torch._dynamo.reset()  # what a run before has compiled
+        run = build(Path(folder) / name, config, runtime)
         if run.restored_from is not None:
             restore(run, run.restored_from)
         restored = state_digest(run.learned_tensors())
@@ -61,10 +80,10 @@ def train_all(recipe: str, folder: str, configs: Mapping[str, TrainConfig]) -> d
 
 
 def on_ranks(
-    world_size: int, recipe: str, folder: Path, configs: Mapping[str, TrainConfig], timeout: float = 200
+    world_size: int, folder: Path, configs: Mapping[str, TrainConfig], timeout: float = 280
 ) -> dict[str, Ended]:
     """`train_all` on real ranks: rank 0's, after every rank was found to have ended with the same digests."""
-    ranks = run_ranks(train_all, world_size, recipe, str(folder), dict(configs), timeout=timeout)
+    ranks = run_ranks(train_all, world_size, str(folder), dict(configs), timeout=timeout)
     for name in configs:
         assert len({rank[name].digest for rank in ranks}) == 1, name
     first: dict[str, Ended] = ranks[0]

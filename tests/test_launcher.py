@@ -10,7 +10,6 @@ from distkit.errors import ConfigError
 from distkit.runtime import merge_launcher_env
 
 PLAIN = TrainConfig(num_steps=10)
-#: What accelerate launch writes when nothing was chosen.
 #: What accelerate launch 1.15 writes for `use_fsdp: true` and nothing else.
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -34,7 +33,9 @@ REPLICAS = {
     "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4",
     "PARALLELISM_CONFIG_TP_SIZE": "1",
 }
+INDUCTOR = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
 DDP = TrainConfig(num_steps=10, strategy="ddp")
+#: What accelerate launch writes when nothing was chosen.
 NOTHING_CHOSEN = {
     "ACCELERATE_USE_CPU": "False",
     "ACCELERATE_MIXED_PRECISION": "no",
@@ -107,7 +108,18 @@ def test_accumulation_sets_the_microbatch() -> None:
             ("--microbatch-size 64", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4"),
         ),
         (PLAIN, "", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, ("128", "3")),
-        (PLAIN, "", {"ACCELERATE_USE_MEGATRON_LM": "true"}, ("Megatron",)),
+        (PLAIN, "", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "two"}, ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=two",)),
+        (
+            TrainConfig(num_steps=1, microbatch_size=8),
+            "microbatch_size",
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
+            ("--microbatch-size 8", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=1"),
+        ),
+        (PLAIN, "", {"ACCELERATE_USE_MEGATRON_LM": "true"}, ("Megatron", "ACCELERATE_USE_MEGATRON_LM=true")),
+        (PLAIN, "", {"ACCELERATE_USE_SAGEMAKER": "true"}, ("ACCELERATE_USE_SAGEMAKER=true",)),
+        (PLAIN, "", {"ACCELERATE_CPU_AFFINITY": "1"}, ("ACCELERATE_CPU_AFFINITY=1", "numactl")),
+        (PLAIN, "", {"ACCELERATE_DEBUG_MODE": "true"}, ("ACCELERATE_DEBUG_MODE=true", "--debug")),
+        (PLAIN, "", {"ACCELERATE_USE_CPU": "perhaps"}, ("ACCELERATE_USE_CPU=perhaps", "true or false")),
         (DDP, "strategy", FSDP, ("--strategy ddp", "ACCELERATE_USE_FSDP=true")),
         (TrainConfig(num_steps=1, ddp=DDPConfig(bucket_mb=5)), "ddp.bucket_mb", FSDP, ("--ddp.bucket-mb 5", "fsdp")),
         (
@@ -123,10 +135,30 @@ def test_accumulation_sets_the_microbatch() -> None:
         (PLAIN, "", FSDP | {"FSDP_AUTO_WRAP_POLICY": "MINE"}, ("FSDP_AUTO_WRAP_POLICY=MINE",)),
         (PLAIN, "", FSDP | REPLICAS | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, ("PARALLELISM_CONFIG_TP_SIZE=2",)),
         (PLAIN, "", FSDP | REPLICAS | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "3"}, ("2 x 3", "8 ranks")),
+        (PLAIN, "", FSDP | REPLICAS | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "x"}, ("DP_SHARD_SIZE=x",)),
         (PLAIN, "", REPLICAS, ("without FSDP",)),
+        (PLAIN, "", FSDP | ZERO, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")),
+        (PLAIN, "", FSDP | {"FSDP_VERSION": "3"}, ("FSDP_VERSION=3",)),
+        (PLAIN, "", FSDP | {"FSDP_OFFLOAD_PARAMS": "maybe"}, ("FSDP_OFFLOAD_PARAMS=maybe",)),
+        (PLAIN, "", FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "later"}, ("FSDP_RESHARD_AFTER_FORWARD=later",)),
+        (PLAIN, "", FSDP | {"FSDP_BACKWARD_PREFETCH": "NO_PREFETCH"}, ("FSDP_BACKWARD_PREFETCH=NO_PREFETCH",)),
+        (
+            PLAIN,
+            "",
+            FSDP | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "1e6"},
+            ("FSDP_MIN_NUM_PARAMS=1e6",),
+        ),
         (PLAIN, "", ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, ("ZeRO stage 0",)),
         (PLAIN, "", ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, ("OFFLOAD_OPTIMIZER_DEVICE",)),
         (PLAIN, "", ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, ("/nowhere.json",)),
+        (PLAIN, "", ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "some"}, ("ACCELERATE_GRADIENT_CLIPPING=some",)),
+        (PLAIN, "", ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, ("OFFLOAD_PARAM_DEVICE", "stage 2")),
+        (
+            PLAIN,
+            "",
+            ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            ("OFFLOAD_PARAM_DEVICE", "offload_optimizer_device: cpu"),
+        ),
         (
             TrainConfig(num_steps=1, max_grad_norm=1.0),
             "max_grad_norm",
@@ -135,6 +167,25 @@ def test_accumulation_sets_the_microbatch() -> None:
         ),
         (PLAIN, "", {"ACCELERATE_MIXED_PRECISION": "fp8"}, ("fp8",)),
         (PLAIN, "", {"ACCELERATE_DYNAMO_BACKEND": "TENSORRT"}, ("dynamo_backend",)),
+        (PLAIN, "", INDUCTOR | {"ACCELERATE_DYNAMO_MODE": "max-autotune-no-cudagraphs"}, ("dynamo_mode",)),
+        (
+            TrainConfig(num_steps=1, compile=True, compile_mode="reduce-overhead"),
+            "compile_mode",
+            INDUCTOR | {"ACCELERATE_DYNAMO_MODE": "max-autotune"},
+            ("--compile-mode reduce-overhead", "ACCELERATE_DYNAMO_MODE=max-autotune"),
+        ),
+        (
+            TrainConfig(num_steps=1, compile=True),
+            "compile_fullgraph",
+            INDUCTOR | {"ACCELERATE_DYNAMO_USE_FULLGRAPH": "True"},
+            ("--compile-fullgraph False", "ACCELERATE_DYNAMO_USE_FULLGRAPH=True"),
+        ),
+        (
+            TrainConfig(num_steps=1, compile=True, compile_scope="whole"),
+            "compile_scope",
+            INDUCTOR | {"ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True"},
+            ("--compile-scope whole", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=True"),
+        ),
     ],
 )
 def test_contradictions_name_both(config: TrainConfig, typed: str, env: dict[str, str], names: tuple[str, ...]) -> None:
@@ -186,22 +237,75 @@ def test_fsdp_wins_over_a_preset_and_leaves_its_other_options() -> None:
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_deepspeed_is_honoured(stage: str, tmp_path: Path) -> None:
+def test_deepspeed_is_honoured(stage: str) -> None:
+    parameters = "cpu" if stage == "3" else "none"
     env = ZERO | {
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage,
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": parameters,
         "ACCELERATE_GRADIENT_CLIPPING": "0.5",
     }
     config = merge_launcher_env(PLAIN, frozenset(), env, 8)
     assert (config.strategy, config.max_grad_norm) == (f"zero{stage}", 0.5)
     assert config.zero == ZeroConfig(offload="parameters" if stage == "3" else "optimizer")
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": int(stage)}}))
-    config = merge_launcher_env(PLAIN, frozenset(), ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}, 8)
-    assert (config.strategy, config.zero.config) == (f"zero{stage}", file)
+
+
+@pytest.mark.parametrize("nothing", ["auto", "0", "none"])
+def test_deepspeed_without_clipping_leaves_it_to_the_run(nothing: str) -> None:
+    clips = TrainConfig(num_steps=10, max_grad_norm=1.0)
+    assert (
+        merge_launcher_env(clips, frozenset(), ZERO | {"ACCELERATE_GRADIENT_CLIPPING": nothing}, 8).max_grad_norm == 1
+    )
+
+
+def deepspeed_file(folder: Path, **said: object) -> dict[str, str]:
+    """The environment of a launcher with a DeepSpeed configuration."""
+    (folder / "ds.json").write_text(json.dumps(said))
+    return ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "ds.json")}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_deepspeed_file_decides_like_the_lines_of_a_config(stage: int, tmp_path: Path) -> None:
+    env = deepspeed_file(tmp_path, zero_optimization={"stage": stage})
+    config = merge_launcher_env(PLAIN, frozenset(), env, 8)
+    assert (config.strategy, config.zero) == (f"zero{stage}", ZeroConfig(config=tmp_path / "ds.json"))
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    full = deepspeed_file(tmp_path, zero_optimization=zero, gradient_clipping=0.5, fp16={"enabled": True})
+    config = merge_launcher_env(PLAIN, frozenset(), full, 8)
+    assert (config.max_grad_norm, config.precision, config.zero.offload) == (0.5, "fp16", "optimizer")
+    with pytest.raises(ConfigError, match="--precision fp32"):
+        merge_launcher_env(PLAIN, frozenset({"precision"}), full, 8)
+    other = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2" if stage == 1 else "1"}
+    with pytest.raises(ConfigError, match=r"ZERO_STAGE=[12] and .*ds.json contradict"):
+        merge_launcher_env(PLAIN, frozenset(), full | other, 8)
+    auto = deepspeed_file(tmp_path, zero_optimization=zero, gradient_clipping="auto", bf16={"enabled": "auto"})
+    config = merge_launcher_env(PLAIN, frozenset(), auto, 8)
+    assert (config.max_grad_norm, config.precision) == (None, "fp32")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"zero_optimization": []}', '{"zero_optimization": {"stage": 0}}'])
+def test_a_deepspeed_file_that_says_no_stage_is_refused(text: str, tmp_path: Path) -> None:
+    env = deepspeed_file(tmp_path)
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"ds.json|CONFIG_FILE"):
+        merge_launcher_env(PLAIN, frozenset(), env, 8)
+
+
+def test_reshard_after_forward_takes_the_names_of_fsdp_1() -> None:
+    env = FSDP1 | {"FSDP_RESHARD_AFTER_FORWARD": "SHARD_GRAD_OP"}
+    assert not merge_launcher_env(PLAIN, frozenset(), env, 8).fsdp.reshard_after_forward
+
+
+def test_unasked_values_contradict_nothing() -> None:
+    typed = TrainConfig(num_steps=10, compile=True, compile_mode="reduce-overhead", compile_fullgraph=False)
+    env = NOTHING_CHOSEN | INDUCTOR
+    assert merge_launcher_env(typed, frozenset({"compile", "compile_mode", "compile_fullgraph"}), env, 1) == typed
+    preset = TrainConfig(num_steps=10, microbatch_size=16)
+    for nothing in ("1", "auto"):
+        env = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": nothing}
+        assert merge_launcher_env(preset, frozenset(), env, 2) == preset
 
 
 def test_regional_compilation_is_by_block() -> None:
-    env = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True"}
+    env = INDUCTOR | {"ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True"}
     assert merge_launcher_env(PLAIN, frozenset(), env, 1).compile_scope == "blocks"

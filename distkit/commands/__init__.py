@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import distkit
-from distkit.commands import checkpoint, data, resume, show
+from distkit.commands import checkpoint, data, generate, resume, show
 from distkit.commands.parser import Answer
 from distkit.errors import ConfigError, DistkitError, nearest
 
@@ -28,6 +28,7 @@ usage: distkit COMMAND [ARGUMENTS]
   checkpoint prune RUN    remove old ones; --help
   checkpoint export PATH OUT.safetensors
                           its weights for other programs; --help
+  generate RUN            text from a run of a language model; --help
   verify-resume RECIPE    kill a run of it, resume it, compare it with one never killed
 
 PATH is a checkpoint, or a run: then its newest one. A recipe is run by itself:
@@ -75,5 +76,6 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], str | Answer]] = {
     "version": version,
     "data": data.command,
     "checkpoint": checkpoint.command,
+    "generate": generate.command,
     "verify-resume": resume.command,
 }

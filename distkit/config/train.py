@@ -111,6 +111,8 @@ class TrainConfig:
     """Clamp each gradient element to +- this value, > 0; None: off."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, which is then what is evaluated, in (0, 1); None: off."""
+    peak_tflops: float | None = None
+    """Dense TFLOP/s of one rank's device in this precision, > 0, for mfu; None: as its data sheet says, if known."""
     num_threads: int | None = None
     """Threads of one rank's work on the CPU, >= 1; None: OMP_NUM_THREADS if above 1, else cores / ranks."""
     report_every: int = 50
@@ -165,7 +167,7 @@ class TrainConfig:
             require(self.run_dir != Path(), "run_dir", "a directory of its own", repr(str(self.run_dir)), "runs/NAME")
         self._check_compile()
         check_sections(self.strategy, {"ddp": self.ddp, "fsdp": self.fsdp, "zero": self.zero})
-        for name in ("num_epochs", "max_grad_norm", "max_grad_value", "timeout_seconds"):
+        for name in ("num_epochs", "max_grad_norm", "max_grad_value", "peak_tflops", "timeout_seconds"):
             require_number(name, getattr(self, name), above=0, example="1")
         require_number("ema_decay", self.ema_decay, above=0, below=1, example="0.999")
         if self.max_grad_norm is not None and self.max_grad_value is not None:

@@ -92,6 +92,8 @@ def opened(run: Run) -> Iterator[None]:
 def report(run: Run) -> None:
     """One train line: means over all ranks since the last one. The only place where a step waits for the device."""
     means = run.meter.reduce()
+    settle_utilization(run)
+    samples_per_second = run.clock.lap(means.samples)
     event: dict[str, str | int | float] = {
         "event": "train",
         "step": run.progress.step,
@@ -100,9 +102,11 @@ def report(run: Run) -> None:
         **means.metrics,
         "lr": run.strategy.optimizer.param_groups[0]["lr"],
         "samples": means.samples,
-        "samples_per_second": run.clock.lap(means.samples),
+        "samples_per_second": samples_per_second,
         "data_wait_seconds": run.data_wait_seconds,
     }
+    if run.utilization is not None and (mfu := run.utilization.of(samples_per_second)) is not None:
+        event["mfu"] = mfu
     if run.grad_norm is not None:
         event["grad_norm"] = run.grad_norm.item()
     if run.config.precision == "fp16":
@@ -110,6 +114,7 @@ def report(run: Run) -> None:
         event["skipped_updates"] = int(run.strategy.skipped.item())
     run.data_wait_seconds = 0.0
     run.tell(event)
+    report_compiler(run)
     settle(run)
     if not math.isfinite(means.loss):
         error = NonFiniteError(
@@ -120,11 +125,29 @@ def report(run: Run) -> None:
         raise error
 
 
+def settle_utilization(run: Run) -> None:
+    """Count the FLOPs of a sample at the first report, out of the step's time."""
+    if run.utilization is not None:
+        with run.clock.excluded():
+            failure = run.utilization.settle(run.compute_loss)
+        if failure:
+            run.tell({"event": "note", "step": run.progress.step, "message": failure})
+
+
+def report_compiler(run: Run) -> None:
+    """A note for each graph break and recompilation of the training so far."""
+    for note in run.strategy.compiler_notes():
+        run.tell({"event": "note", "step": run.progress.step, "message": note})
+
+
 def report_evaluation(run: Run) -> None:
     """One eval line; remembers the best one and lets plateau see it."""
     if run.test_loader is None:
         return
+    report_compiler(run)
     means = evaluate(run, run.test_loader)
+    # compiled once more without gradients, and for a last batch of another size
+    run.strategy.skip_compiler_notes()
     values = {"step": float(run.progress.step), "loss": means.loss, **means.metrics}
     is_best = run.trackers.see(values, run.best)
     if run.plateau is not None:
@@ -156,6 +179,8 @@ def finish(run: Run) -> Summary:
         "state_digest": run.runtime.broadcast(state_digest(run.learned_tensors())),
         **run.facts,
     }
+    if run.utilization is not None:
+        summary |= run.utilization.summary(run.clock.average())
     save_final_weights(run)
     run.directory.write_summary(summary)
     if run.saver is not None:

@@ -27,7 +27,7 @@ class Means:
 
 #: Names of an event's own fields, which a sum may not take.
 RESERVED = frozenset({"event", "step", "epoch", "loss", "lr", "samples", "samples_per_second", "data_wait_seconds",
-                      "grad_norm", "loss_scale", "skipped_updates", "best"})  # fmt: skip
+                      "mfu", "grad_norm", "loss_scale", "skipped_updates", "best"})  # fmt: skip
 
 
 def check_output(output: LossOutput) -> None:

@@ -16,6 +16,7 @@ from distkit.data import Batch
 from distkit.data.loader import EvaluationLoader
 from distkit.ema import Ema
 from distkit.engine.clock import Clock
+from distkit.engine.flops import Utilization
 from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
 from distkit.errors import TrainingError
@@ -143,6 +144,8 @@ class Run:
     restored_elsewhere: bool = False
     """restored_from does not lie in this run's own directory."""
     data_state: DataState | None = None
+    utilization: Utilization | None = None
+    """None where the device's peak is not known."""
     warnings: list[str] = field(default_factory=list)
     """What was said before there was anybody to tell."""
     grad_norm: Tensor | None = None
@@ -150,6 +153,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.runtime)
+        if self.utilization is not None:
+            self.loader = _FirstBatch(self, self.utilization)
 
     @property
     def num_samples(self) -> int:
@@ -183,3 +188,22 @@ class Run:
     def learned_tensors(self) -> Mapping[str, Tensor]:
         """Model and optimizer tensors, as `model/NAME` and `optimizer/NAME/KEY`: what `state_digest` covers."""
         return self.strategy.learned_tensors()
+
+
+class _FirstBatch:
+    """A loader that shows the first microbatch to what counts FLOPs, and then steps aside."""
+
+    def __init__(self, run: Run, utilization: Utilization) -> None:
+        self._run, self._utilization, self._loader = run, utilization, run.loader
+
+    def microbatch(self, step: int, accum_index: int) -> Batch:
+        """The loader's own."""
+        if self._run.loader is self:
+            self._run.loader = self._loader
+        batch = self._loader.microbatch(step, accum_index)
+        self._utilization.see(batch)
+        return batch
+
+    def close(self) -> None:
+        """Close the loader."""
+        self._loader.close()

@@ -14,13 +14,19 @@ from distkit.config import CompileBackend, CompileMode, Precision, TrainConfig
 from distkit.config.check import flag
 from distkit.config.strategy import TAKEN_BY
 from distkit.errors import ConfigError, nearest
-from distkit.runtime.launcher_strategy import asked_strategy, truthy
+from distkit.runtime.launcher_strategy import asked_strategy, switched
 
 C = TypeVar("C", bound=TrainConfig)
 Value = TypeVar("Value")
 
-#: What distkit does not have; starting it as plain DDP would be a silent lie.
-UNSUPPORTED = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+#: Variable -> what distkit does not have, and what to do; starting without it would be a silent lie.
+UNSUPPORTED = {
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "distributed_type: FSDP or DEEPSPEED for what one GPU cannot hold"),
+    "ACCELERATE_USE_SAGEMAKER": ("SageMaker", "compute_environment: LOCAL_MACHINE"),
+    "ACCELERATE_USE_IPEX": ("Intel's extension", "ipex_config: {ipex: false}"),
+    "ACCELERATE_CPU_AFFINITY": ("cores for each process", "enable_cpu_affinity: false, and taskset or numactl"),
+    "ACCELERATE_DEBUG_MODE": ("checks of Accelerate's own collectives", "debug: false; --debug of the recipe instead"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,17 +62,13 @@ def merge_launcher_env(config: C, typed: Set[str], env: Mapping[str, str], world
     Raises:
         ConfigError: a flag contradicts the launcher, or the launcher asks for something unsupported.
     """
-    for variable, what in UNSUPPORTED.items():
-        if truthy(env, variable):
-            raise ConfigError(
-                f"accelerate launch asks for {what}, which this version of distkit does not have",
-                expected="--strategy single, ddp, fsdp, zero1, zero2 or zero3",
-                got=f"{variable}={env[variable]}",
-                fix="accelerate launch without that option, or torchrun --nproc-per-node N RECIPE",
-            )
+    for variable, (what, fix) in UNSUPPORTED.items():
+        if switched(env, variable):
+            raise ConfigError(f"accelerate launch asks for {what}, which distkit does not have",
+                              got=f"{variable}={env[variable]}", fix=fix)  # fmt: skip
     config = _merge_strategy(config, typed, env, world_size)
     merge = _Merge(config, typed)
-    if truthy(env, "ACCELERATE_USE_CPU"):
+    if switched(env, "ACCELERATE_USE_CPU"):
         config = replace(config, device=merge.take("device", "cpu", "ACCELERATE_USE_CPU", env))
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no":
@@ -106,21 +108,29 @@ def _merge_dynamo(config: C, merge: _Merge, env: Mapping[str, str]) -> C:
     if backend == "no":
         return config
     _known("dynamo_backend", backend, get_args(CompileBackend))
-    regional = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
-    mode = env.get("ACCELERATE_DYNAMO_MODE", "default")
-    _known("dynamo_mode", mode, get_args(CompileMode))
+    # accelerate writes default and False unasked
+    mode = "ACCELERATE_DYNAMO_MODE"
+    regional, fullgraph, dynamic = (
+        f"ACCELERATE_DYNAMO_USE_{name}" for name in ("REGIONAL_COMPILATION", "FULLGRAPH", "DYNAMIC")
+    )
+    chosen = env.get(mode, "default")
+    _known("dynamo_mode", chosen, get_args(CompileMode))
     return replace(
         config,
         compile=merge.take("compile", True, variable, env),
         compile_backend=merge.take("compile_backend", cast(CompileBackend, backend), variable, env),
-        compile_mode=merge.take("compile_mode", cast(CompileMode, mode), "ACCELERATE_DYNAMO_MODE", env)
-        if "ACCELERATE_DYNAMO_MODE" in env
-        else config.compile_mode,
+        compile_mode=config.compile_mode
+        if chosen == "default"
+        else merge.take("compile_mode", cast(CompileMode, chosen), mode, env),
         compile_scope=merge.take("compile_scope", "blocks", regional, env)
-        if truthy(env, regional)
+        if switched(env, regional)
         else config.compile_scope,
-        compile_fullgraph=truthy(env, "ACCELERATE_DYNAMO_USE_FULLGRAPH") or config.compile_fullgraph,
-        compile_dynamic=truthy(env, "ACCELERATE_DYNAMO_USE_DYNAMIC") or config.compile_dynamic,
+        compile_fullgraph=merge.take("compile_fullgraph", True, fullgraph, env)
+        if switched(env, fullgraph)
+        else config.compile_fullgraph,
+        compile_dynamic=merge.take("compile_dynamic", True, dynamic, env)
+        if switched(env, dynamic)
+        else config.compile_dynamic,
     )
 
 
@@ -133,10 +143,11 @@ def _known(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _merge_accumulation(config: C, typed: Set[str], env: Mapping[str, str], world_size: int) -> C:
     variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-    text = env.get(variable, "1")
-    if text == "1":
+    text = env.get(variable, "auto").lower()
+    # accelerate config writes 1 unasked: a preset's microbatch stays, and a typed one must agree
+    if text == "auto" or (text == "1" and "microbatch_size" not in typed):
         return config
-    accum_steps = int(text) if text.isdigit() else 0
+    accum_steps = int(text) if text.isdecimal() else 0
     micro, rest = divmod(config.global_batch_size, world_size * max(accum_steps, 1))
     differs = "microbatch_size" in typed and config.microbatch_size not in (None, micro)
     if accum_steps < 1 or rest or differs:
@@ -144,6 +155,6 @@ def _merge_accumulation(config: C, typed: Set[str], env: Mapping[str, str], worl
             f"{variable}={text} does not fit the batch sizes over {world_size} ranks",
             expected="global batch = microbatch x ranks x accumulation steps",
             got=f"--global-batch-size {config.global_batch_size} --microbatch-size {config.microbatch_size}",
-            fix=f"unset {variable}: distkit derives the accumulation from the two sizes",
+            fix="leave gradient_accumulation_steps out: distkit derives it from the two sizes",
         )
     return replace(config, microbatch_size=micro)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from distkit.config import TrainConfig
 from distkit.errors import ConfigError
 from distkit.runtime.process import Runtime
@@ -23,6 +25,15 @@ def _deepspeed(config: TrainConfig, runtime: Runtime) -> Strategy:
     from distkit.strategies.deepspeed import DeepSpeed
 
     return DeepSpeed(config, runtime)
+
+
+_LINEAR = torch.nn.functional.linear
+
+
+def _own_linear_again() -> None:
+    """zero3 replaces torch's linear for the process, by one that rounds otherwise: not for the runs that follow it."""
+    if torch.nn.functional.linear.__module__.startswith("deepspeed."):
+        torch.nn.functional.linear = _LINEAR
 
 
 #: --strategy -> what makes it; what only some runs need is imported when it is chosen.
@@ -53,6 +64,7 @@ def choose(name: str, world_size: int) -> str:
 
 def build_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
     """The strategy for this topology, checked against the configuration (`ConfigError`)."""
+    _own_linear_again()
     strategy = STRATEGIES[choose(config.strategy, runtime.world_size)](config, runtime)
     strategy.check()
     return strategy

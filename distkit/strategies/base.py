@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from distkit.optim import (
     optimizer_tensors,
 )
 from distkit.runtime.process import Runtime
+
+if TYPE_CHECKING:
+    from distkit.strategies.compiled import CompilerWatch
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,6 +54,11 @@ class Strategy(ABC):
         self.skipped = torch.zeros((), device=runtime.device)
         self._autocast = self._make_autocast()
         self._parameters: list[nn.Parameter] = []
+        self._watch: CompilerWatch | None = None
+        if config.compile:
+            from distkit.strategies.compiled import CompilerWatch  # it imports the compiler
+
+            self._watch = CompilerWatch()
 
     @abstractmethod
     def prepare(self, module: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> None:
@@ -230,6 +239,15 @@ class Strategy(ABC):
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` (names in the same order everywhere) in whole on rank 0, {} elsewhere; all ranks together."""
         return dict(tensors) if self.runtime.is_main_process else {}
+
+    def compiler_notes(self) -> list[str]:
+        """Graph breaks and recompilations since the last call, in lines; [] without --compile. Nothing waits for it."""
+        return [] if self._watch is None else self._watch.lines()
+
+    def skip_compiler_notes(self) -> None:
+        """Those until now were expected."""
+        if self._watch is not None:
+            self._watch.skip()
 
     @property
     def needs_closure(self) -> bool:

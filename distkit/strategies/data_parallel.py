@@ -33,8 +33,8 @@ class DataParallel(Strategy):
         self.model = self._ddp if self._ddp is not None else self.module
         self.eval_model = self.module
         if config.compile and config.compile_scope != "blocks":
-            # Module.compile works in place: parameter names stay as they are
-            compile_(self.model, config, "whole")
+            # in place: parameter names stay as they are, and DDP, which cannot be compiled itself, calls what was
+            compile_(self.module, config, "whole")
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.module)
 

@@ -32,10 +32,10 @@ from distkit.optim import (
 from distkit.runtime.process import Runtime
 from distkit.runtime.shards import whole
 from distkit.strategies.base import Strategy
-from distkit.strategies.blocks import compile_, recompute_activations_
+from distkit.strategies.blocks import compile_, recompute_activations_, repeated_blocks
 from distkit.strategies.deepspeed_config import deepspeed_config
 from distkit.strategies.deepspeed_scaling import LossScaling
-from distkit.strategies.deepspeed_start import start_engine
+from distkit.strategies.deepspeed_start import gather_whole_, start_engine
 from distkit.strategies.deepspeed_state import (
     View,
     Zero,
@@ -67,6 +67,8 @@ class DeepSpeed(Strategy):
         recompute_activations_(module, config.activation_checkpointing)
         if config.compile:
             compile_(module, config, "blocks")
+            if self.stage == 3:
+                gather_whole_(repeated_blocks(module))
         parameters = named_parameters(module)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         #: what the state dict calls each tensor -> its canonical name

@@ -21,6 +21,11 @@ OWN_FLAGS = {
     "amp": "--precision bf16",
     "checkpoint": "--checkpoint.save-every 1000",
 }
+#: Sections that change the model, the data or the batch, or remember something, behind the run's back.
+BEHIND = (
+    "autotuning", "compression_training", "curriculum_learning", "data_efficiency", "eigenvalue", "elasticity",
+    "hybrid_engine", "pipeline", "progressive_layer_drop", "tensor_parallel",
+)  # fmt: skip
 #: Options of zero_optimization under which weights or optimizer state lie where a checkpoint does not find them.
 UNMAPPED = (
     "cpu_offload", "cpu_offload_params", "elastic_checkpoint", "mics_shard_size",
@@ -145,7 +150,10 @@ def check(own: Section, config: TrainConfig, split: BatchSplit, stage: int) -> N
         "gradient_clipping": (
             own.get("gradient_clipping") or None, clip, f"--max-grad-norm {own.get('gradient_clipping')}"
         ),
-        "zero_optimization.stage": (zero.get("stage"), stage, f"--strategy zero{zero.get('stage')}"),
+        "zero_optimization.stage": (
+            zero.get("stage"), stage,
+            f"--strategy zero{zero.get('stage')}" if zero.get("stage") in (1, 2, 3) else "--strategy ddp",
+        ),
     }  # fmt: skip
     if "gradient_clipping" in own and own["gradient_clipping"] in (0, 0.0) and clip is not None:
         said["gradient_clipping"] = (own["gradient_clipping"], clip, "--max-grad-norm None")
@@ -158,6 +166,11 @@ def check(own: Section, config: TrainConfig, split: BatchSplit, stage: int) -> N
         if name in own:
             raise ConfigError(f'{where}: "{name}" is for the run\'s own options to say', expected="a file without it",
                               got=json.dumps(own[name])[:80], fix=fix)  # fmt: skip
+    for name in BEHIND:
+        section = own.get(name)
+        if section not in (None, {}, "auto") and not (isinstance(section, dict) and section.get("enabled") is False):
+            raise ConfigError(f'{where}: "{name}" changes the run in ways that no checkpoint knows', got=section,
+                              expected="a file without it", fix=f'leave "{name}" out')  # fmt: skip
     _check_precision(own, config, where)
     _check_zero(zero, config, where)
 
@@ -193,9 +206,14 @@ def _check_precision(own: Section, config: TrainConfig, where: str) -> None:
                           got=f"--precision {config.precision}", fix="--precision bf16")  # fmt: skip
 
 
+def _is_off(value: object) -> bool:
+    """Not said, False, or the number of parts that cuts nothing."""
+    return value in (None, "auto") or value is False or (value in (-1, 1) and value is not True)
+
+
 def _check_zero(zero: Section, config: TrainConfig, where: str) -> None:
     for name in UNMAPPED:
-        if zero.get(name) not in (None, False, 1, -1):
+        if not _is_off(zero.get(name)):
             raise ConfigError(f"{where}: zero_optimization.{name} keeps state where checkpoints do not find it",
                               expected="a file without it", got=zero[name], fix=f'leave "{name}" out')  # fmt: skip
     if zero.get("stage3_param_persistence_threshold") not in (None, 0, "auto") and config.ema_decay is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from distkit.errors import ConfigError
 from distkit.strategies.deepspeed_config import Section
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def start_engine(module: nn.Module, optimizer: Optimizer, section: Section, device: torch.device) -> DeepSpeedEngine:
-    """Lay `module` and `optimizer` over the ranks as `section` says; all ranks together."""
+    """Lay `module` and `optimizer` over the ranks as `section` says; all ranks together.
+
+    Raises:
+        ConfigError: DeepSpeed knows no such option, or not with this value.
+    """
     settings = {
         "ACCELERATE_USE_DEEPSPEED": "true",
         # with these Accelerate would turn DeepSpeed into DDP, or take a GPU that nobody asked for
@@ -36,6 +41,7 @@ def start_engine(module: nn.Module, optimizer: Optimizer, section: Section, devi
         from accelerate.state import AcceleratorState
 
         _quieten()
+        _check_options(section)
         AcceleratorState._reset_state(reset_partial_state=True)  # a run before in this process
         accelerator = Accelerator(
             mixed_precision="no",
@@ -47,6 +53,28 @@ def start_engine(module: nn.Module, optimizer: Optimizer, section: Section, devi
         engine, _ = accelerator.prepare(module, optimizer)
         AcceleratorState._reset_state(reset_partial_state=True)
     return cast("DeepSpeedEngine", engine)
+
+
+def gather_whole_(blocks: Sequence[nn.Module]) -> None:
+    """Let zero3 gather all of a block before its forward; its hooks on each part would split what is compiled."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for block in blocks:
+        set_z3_leaf_module(block, True)
+
+
+def _check_options(section: Section) -> None:
+    """Ask DeepSpeed about zero_optimization, in which it refuses what it does not know; elsewhere it ignores that."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**cast(dict[str, object], section["zero_optimization"]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"--zero.config: DeepSpeed does not take zero_optimization.{name}", expected=first["msg"],
+                          got=first["input"], fix="see DeepSpeed's documentation of its JSON") from error  # fmt: skip
 
 
 @contextmanager

@@ -1,89 +1,24 @@
-"""zero1, zero2, zero3: the same numbers as one process, in every precision; state that any strategy goes on with."""
+"""zero1, zero2, zero3: what only they have, against one process; what they leave of the process they run in."""
 
 from __future__ import annotations
 
-import itertools
+import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from strategy_runs import BASES, Ended, curve, differences, on_ranks
+import torch
+from harness import run_ranks
+from strategy_runs import BASES, ZERO, build, differences, needs_deepspeed, on_ranks
+from torch import Tensor
 
-from distkit.checkpoint.format import step_name
-from distkit.config import (
-    ActivationCheckpointingConfig,
-    CheckpointConfig,
-    OptimConfig,
-    ResumeConfig,
-    TrainConfig,
-    ZeroConfig,
-)
+from distkit.config import OptimConfig, TrainConfig, ZeroConfig
+from distkit.engine.train_step import train_step
+from distkit.errors import ConfigError, NonFiniteError
+from distkit.runtime.shards import local_part, whole
 
-# Accelerate's DeepSpeed path imports transformers
-MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-
+pytestmark = needs_deepspeed
 TOLERANCE = 1e-5
-STAGES = ("zero1", "zero2", "zero3")
-FULL = ActivationCheckpointingConfig(mode="full")
-MIDDLE, END = 10, 20
-
-
-def variants(recipe: str, world_size: int, strategy: str) -> dict[str, TrainConfig]:
-    """accumulation x clipping x activation checkpointing."""
-    configs = {}
-    base = replace(BASES[recipe], num_steps=30, report_every=1, strategy=strategy)  # type: ignore[arg-type]
-    for accum, clip, again in itertools.product((1, 2), (None, 0.3), (False, True)):
-        configs[f"{strategy}-accum{accum}-clip{clip}-ac{again}"] = replace(
-            base,
-            microbatch_size=base.global_batch_size // world_size // accum,
-            max_grad_norm=clip,
-            activation_checkpointing=FULL if again else base.activation_checkpointing,
-        )
-    return configs
-
-
-@pytest.fixture(scope="module", params=["mlp", "gpt"])
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Ended]]:
-    """One process, without and with clipping."""
-    recipe: str = request.param
-    configs = variants(recipe, 1, "single")
-    plain = {name: config for name, config in configs.items() if "accum1" in name and "acFalse" in name}
-    return recipe, on_ranks(1, recipe, tmp_path_factory.mktemp(recipe), plain)
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("strategy", STAGES)
-def test_the_matrix(reference: tuple[str, dict[str, Ended]], strategy: str, world_size: int, tmp_path: Path) -> None:
-    recipe, single = reference
-    ended = on_ranks(world_size, recipe, tmp_path, variants(recipe, world_size, strategy))
-    assert len(ended) == 8
-    for name, run in ended.items():
-        assert run.strategy == strategy
-        expected = single[f"single-accum1-clip{0.3 if 'clip0.3' in name else None}-acFalse"]
-        losses, weights = differences(run, expected)
-        assert losses < TOLERANCE, name
-        assert weights < TOLERANCE, name
-        assert curve(run, "grad_norm") == pytest.approx(curve(expected, "grad_norm"), rel=1e-4), name
-        assert run.last["loss"] == pytest.approx(expected.last["loss"], abs=TOLERANCE), name
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_rounds_as_ddp_does(precision: str, tmp_path: Path) -> None:
-    base = replace(BASES["gpt"], num_steps=30, report_every=1, precision=precision, max_grad_norm=0.5)  # type: ignore[arg-type]
-    configs: dict[str, TrainConfig] = {"ddp": base}
-    configs |= {name: replace(base, strategy=name) for name in STAGES}  # type: ignore[arg-type]
-    ended = on_ranks(2, "gpt", tmp_path, configs)
-    # the sums differ in the last bits of fp32, and 16 bits round those apart; measured 3e-4 (bf16) and 4e-5 (fp16)
-    for name in STAGES:
-        assert max(differences(ended[name], ended["ddp"])) < (2e-3 if precision == "bf16" else 5e-4), name
-        if precision == "fp16":
-            assert curve(ended[name], "loss_scale") == curve(ended["ddp"], "loss_scale")
 
 
 @pytest.mark.distributed
@@ -99,81 +34,140 @@ def test_weighted_losses_offloading_averages_and_other_optimizers(tmp_path: Path
         "offload": {"zero": ZeroConfig(offload="optimizer"), "max_grad_norm": 0.3},
     }
     configs = {n: replace(base, **{k: v for k, v in c.items() if k != "zero"}) for n, c in changes.items()}  # type: ignore[arg-type]
-    single = on_ranks(1, "mlp", tmp_path / "1", {n: replace(c, microbatch_size=None) for n, c in configs.items()})
+    single = on_ranks(1, tmp_path / "1", {n: replace(c, microbatch_size=None) for n, c in configs.items()})
     zero = {
         f"{name}-{stage}": replace(config, strategy=stage, zero=changes[name].get("zero", ZeroConfig()))  # type: ignore[arg-type]
         for name, config in configs.items()
-        for stage in STAGES
+        for stage in ZERO
     }
     zero["offload-zero3"] = replace(zero["offload-zero3"], zero=ZeroConfig(offload="parameters"))
-    for name, run in on_ranks(2, "mlp", tmp_path / "2", zero).items():
+    for name, run in on_ranks(2, tmp_path / "2", zero).items():
         expected = single[name.partition("-")[0]]
         assert max(differences(run, expected)) < TOLERANCE, name
         assert run.last["loss"] == pytest.approx(expected.last["loss"], abs=TOLERANCE), name
 
 
-def layout(recipe: str, strategy: str, **changes: object) -> TrainConfig:
-    base = replace(
-        BASES[recipe], num_steps=END, report_every=1, eval_every=MIDDLE, ema_decay=0.9, max_grad_norm=0.5,
-        checkpoint=CheckpointConfig(save_every=MIDDLE, keep_last=None, keep_best=None), strategy=strategy,
-    )  # type: ignore[arg-type]  # fmt: skip
-    return replace(base, **changes)  # type: ignore[arg-type]
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_run_after_zero3_is_as_one_before(tmp_path: Path) -> None:
+    base = replace(BASES["gpt"], num_steps=5, report_every=1)
+    order = [("ddp", "ddp"), ("zero2", "zero2"), ("zero3", "zero3"), ("ddp again", "ddp"), ("zero2 again", "zero2")]
+    ended = on_ranks(2, tmp_path, {name: replace(base, strategy=strategy) for name, strategy in order})  # type: ignore[arg-type]
+    # zero3 computes with a linear of its own
+    assert ended["zero3"].digest != ended["zero2"].digest
+    for name in ("ddp", "zero2"):
+        assert ended[f"{name} again"].digest == ended[name].digest, name
 
 
-def going_on(config: TrainConfig, folder: Path, name: str) -> TrainConfig:
-    """`config` from the middle of the run in FOLDER/NAME."""
-    source = folder / name / "checkpoints" / step_name(MIDDLE)
-    return replace(config, resume=ResumeConfig(source=str(source)))
+def bad_gradient(folder: str, config: TrainConfig, rank: int, value: float) -> tuple[str, float, bool]:
+    """One step in which a gradient of one rank alone is not finite: what was raised, skipped updates, weights kept."""
+    run = build(folder, config)
+    strategy = run.strategy
+    honest = strategy.backward
+    before = {name: whole(tensor.detach()).clone() for name, tensor in strategy.model_tensors().items()}
 
+    def backward(loss: Tensor) -> None:
+        honest(loss)
+        if run.runtime.rank == rank:
+            local_part(strategy.gradients()[-1]).view(-1)[0] = value
 
-LAYOUTS = [(name, n) for name in ("ddp", "fsdp", "zero2", "zero3") for n in (2, 4)]
+    strategy.backward = backward  # type: ignore[method-assign]
+    raised = ""
+    try:
+        train_step(run)
+    except NonFiniteError as error:
+        raised = str(error)
+    kept = all(torch.equal(before[name], whole(t.detach())) for name, t in strategy.model_tensors().items())
+    skipped = strategy.skipped.item()
+    run.runtime.close()
+    return raised, skipped, kept
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["mlp", "gpt"])
-def test_strategy_and_world_size_may_change(recipe: str, tmp_path: Path) -> None:
-    straight: dict[str, Ended] = {}
-    for world_size in (2, 4):
-        names = {f"{name}{n}": layout(recipe, name) for name, n in LAYOUTS if n == world_size}
-        straight |= on_ranks(world_size, recipe, tmp_path, names)
-    restored: dict[str, set[str]] = {}
-    for world_size in (2, 4):
-        configs = {
-            f"{source}-to-{name}{n}": going_on(layout(recipe, name), tmp_path, source)
-            # zero3 replaces torch's linear for good, by one that rounds otherwise: it comes last
-            for name, n in LAYOUTS
-            for source in straight
-            if n == world_size and ("zero" in source or "zero" in name)
-        }
-        for name, run in on_ranks(world_size, recipe, tmp_path, configs).items():
-            source, _, target = name.partition("-to-")
-            mine, theirs = curve(run), curve(straight[source])
-            assert sorted(mine) == list(range(MIDDLE + 1, END + 1)), name
-            assert mine == pytest.approx({step: theirs[step] for step in mine}, abs=1e-5), name
-            assert run.last["loss"] == pytest.approx(straight[source].last["loss"], abs=1e-5), name
-            for key, tensor in run.weights.items():
-                assert float((tensor - straight[source].weights[key]).abs().max()) < 1e-5, (name, key)
-            restored.setdefault(source, set()).add(run.restored)
-            if source == target:
-                assert run.digest == straight[source].digest, name
-    # the same values have the same digest wherever they lie
-    assert all(len(digests) == 1 for digests in restored.values()), restored
+@pytest.mark.parametrize("stage", ZERO)
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_all_ranks_skip_what_overflows_on_one(stage: str, optim: str, tmp_path: Path) -> None:
+    config = replace(BASES["gpt"], strategy=stage, precision="fp16", max_grad_norm=1.0,  # type: ignore[arg-type]
+                     optim=OptimConfig(name=optim, lr=0.1))  # type: ignore[arg-type]  # fmt: skip
+    assert run_ranks(bad_gradient, 2, str(tmp_path), config, 1, float("inf")) == [("", 1.0, True)] * 2
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_runs_resume_to_the_bit(stage: str, tmp_path: Path) -> None:
-    base = layout("gpt", stage, dropout=0.2, microbatch_size=1, global_batch_size=6)
-    configs = {
-        "adamw": base,
-        "sgd": replace(base, optim=OptimConfig(name="sgd", lr=0.05, momentum=0.9)),
-        "fp16": replace(base, precision="fp16"),
-        "offload": replace(base, zero=ZeroConfig(offload="optimizer")),
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_zero3_says_that_a_gradient_is_not_finite(value: float, tmp_path: Path) -> None:
+    config = replace(BASES["gpt"], strategy="zero3")
+    for raised, _, kept in run_ranks(bad_gradient, 2, str(tmp_path), config, 0, value):
+        assert "a gradient became NaN or infinite" in raised
+        assert kept
+
+
+def engine_settings(folder: str, config: TrainConfig) -> dict[str, object]:
+    """What DeepSpeed itself goes by, after two steps."""
+    run = build(folder, config)
+    for _ in range(2):
+        train_step(run)
+    engine = run.strategy.engine  # type: ignore[attr-defined]
+    found = {
+        "reduce_bucket_size": engine.optimizer.reduce_bucket_size,
+        "allgather_bucket_size": engine.zero_allgather_bucket_size(),
+        "batch": (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu()),
+        "accum_steps": engine.gradient_accumulation_steps(),
+        "clipping": engine.gradient_clipping(),
+        "stage": engine.zero_optimization_stage(),
+        "wall_clock_breakdown": engine.wall_clock_breakdown(),
     }
-    straight = on_ranks(3, "gpt", tmp_path, configs)
-    resumed = on_ranks(3, "gpt", tmp_path / "again", {n: going_on(c, tmp_path, n) for n, c in configs.items()})
-    for name, run in resumed.items():
-        assert run.digest == straight[name].digest, name
-        assert run.last == straight[name].last, name
+    run.runtime.close()
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_users_configuration_takes_effect(stage: str, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    own = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "wall_clock_breakdown": True,
+        "zero_optimization": {"stage": "auto", "reduce_bucket_size": 777, "allgather_bucket_size": "auto"},
+    }
+    file.write_text(json.dumps(own))
+    config = replace(BASES["gpt"], strategy=stage, microbatch_size=2, max_grad_norm=0.5, zero=ZeroConfig(config=file))  # type: ignore[arg-type]
+    for found in run_ranks(engine_settings, 2, str(tmp_path / "run"), config):
+        assert found["reduce_bucket_size"] == 777
+        assert found["wall_clock_breakdown"] is True
+        # "auto" is what the run says
+        assert found["batch"] == (8, 2)
+        assert (found["accum_steps"], found["stage"]) == (2, int(stage[-1]))
+        assert found["allgather_bucket_size"] == 13_420  # all parameters, where there are few
+        # the strategy clips
+        assert found["clipping"] == 0.0
+
+
+def refused(folder: str, config: TrainConfig) -> str:
+    try:
+        build(folder, config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"zero_optimization": {"reduce_bucket": 5}}, ("zero_optimization.reduce_bucket", "Extra inputs")),
+        ({"zero_optimization": {"reduce_bucket_size": "much"}}, ("zero_optimization.reduce_bucket_size", "much")),
+        ({"train_batch_size": 9}, ("train_batch_size", "--global-batch-size 9")),
+    ],
+)
+def test_what_a_users_configuration_cannot_say_is_a_configuration_error(
+    own: dict[str, object], says: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(own))
+    config = replace(BASES["gpt"], strategy="zero2", zero=ZeroConfig(config=file))
+    for message in run_ranks(refused, 2, str(tmp_path / "run"), config):
+        for part in (*says, "--zero.config"):
+            assert part in message

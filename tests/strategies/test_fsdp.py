@@ -13,22 +13,22 @@ import tiny_gpt
 import torch
 from harness import run_ranks, run_recipe_cli
 from safetensors.torch import load_file
-from strategy_runs import BASES, RECIPES, differences, on_ranks
+from strategy_runs import BASES, build, differences, on_ranks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distkit.assemble import assemble
+from distkit.cli import parse
 from distkit.config import (
     ActivationCheckpointingConfig,
     DDPConfig,
     FSDPConfig,
     OptimConfig,
     TrainConfig,
+    to_json,
 )
 from distkit.data.loader import EvaluationLoader
 from distkit.engine.evaluate import evaluate
 from distkit.engine.fit import fit
-from distkit.engine.run import Run
 from distkit.engine.train_step import train_step
 from distkit.errors import ConfigError
 from distkit.runtime import Topology, read_topology
@@ -38,11 +38,6 @@ from distkit.strategies import build_strategy
 from distkit.strategies.fsdp import units
 
 SHARDED = replace(BASES["gpt"], strategy="fsdp")
-
-
-def build(folder: str, config: TrainConfig, recipe: str = "gpt") -> Run:
-    config = replace(config, run_dir=Path(folder) / "run")
-    return assemble(RECIPES[recipe], config, start(config, read_topology(os.environ)))
 
 
 def test_units() -> None:
@@ -58,6 +53,15 @@ def test_units() -> None:
     ]
     with pytest.raises(ConfigError, match=r"--fsdp\.wrap Block"):
         units(model, FSDPConfig(wrap=("Blok",)))
+
+
+@pytest.mark.parametrize("wrap", [(), ("Attention", "MLP"), None])
+def test_units_come_back_through_config_json(wrap: tuple[str, ...] | None, tmp_path: Path) -> None:
+    config = replace(SHARDED, fsdp=FSDPConfig(wrap=wrap))
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    presets = {"default": tiny_gpt.BASE}
+    parsed = parse(tiny_gpt.GPTTrainConfig, presets, ["--config", str(tmp_path / "config.json")], "x", "")
+    assert parsed.config == config
 
 
 @pytest.mark.parametrize(
@@ -155,7 +159,7 @@ def test_a_rank_holds_its_share_and_never_waits(precision: str, tmp_path: Path) 
 
 
 def trained(folder: str, config: TrainConfig) -> None:
-    run = build(folder, config, "mlp")
+    run = build(folder, config)
     fit(run)
     run.runtime.close()
 
@@ -164,7 +168,7 @@ def trained(folder: str, config: TrainConfig) -> None:
 def test_the_final_weights_are_whole(tmp_path: Path) -> None:
     config = replace(tiny.BASE, batch_norm=True, ema_decay=0.9, eval_every=7, eval_batch_size=4)
     for strategy in ("fsdp", "ddp"):
-        run_ranks(trained, 2, str(tmp_path / strategy), replace(config, strategy=strategy))
+        run_ranks(trained, 2, str(tmp_path / strategy / "run"), replace(config, strategy=strategy))
     for file in ("weights.safetensors", "ema.safetensors"):
         mine, theirs = (load_file(tmp_path / strategy / "run" / file) for strategy in ("fsdp", "ddp"))
         assert mine.keys() == theirs.keys()
@@ -247,8 +251,8 @@ def test_options_of_the_strategies_train_alike(tmp_path: Path) -> None:
             base, strategy="fsdp",
             activation_checkpointing=ActivationCheckpointingConfig(mode="blocks", blocks=("GPT",))),
     }  # fmt: skip
-    single = on_ranks(1, "gpt", tmp_path / "1", {"single": base})["single"]
-    for name, run in on_ranks(2, "gpt", tmp_path / "2", configs).items():
+    single = on_ranks(1, tmp_path / "1", {"single": base})["single"]
+    for name, run in on_ranks(2, tmp_path / "2", configs).items():
         losses, weights = differences(run, single)
         assert losses < (1e-3 if "bf16" in name else 1e-5), name
         assert weights < (5e-3 if "bf16" in name else 1e-5), name

@@ -1,0 +1,171 @@
+"""What launch/local.sh runs: starts the ranks, hands signals on, waits, and ends with the first failure's code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from distkit.errors import ConfigError
+from distkit.verify_resume import free_port, rank_environment
+
+USAGE = "launch/local.sh -n 2 recipes/gpt.py --preset tiny --text FILE"
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+ORPHANS_SECONDS = 2.0
+#: What an outer launcher said of its own ranks.
+OUTER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+
+def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run `-n N RECIPE [FLAG…]`; the exit code."""
+    if argv and argv[0] in ("-h", "--help"):
+        lines = Path(__file__).with_suffix(".sh").read_text().splitlines()
+        print("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[1:] if line.startswith("#")))
+        return 0
+    try:
+        num_ranks, recipe = parse(argv)
+        grace = number(env, "GRACE_SECONDS", "30", most=86_400)
+        port = number(env, "MASTER_PORT", "29500", most=65_535) if "MASTER_PORT" in env else free_port()
+    except ConfigError as error:
+        print(f"launch/local.sh: {error}", file=sys.stderr)
+        return error.exit_code
+    outer = {name: value for name, value in env.items() if name not in OUTER}
+    commands = [outer | rank_environment(rank, num_ranks, port) for rank in range(num_ranks)]
+    return Ranks(grace).run([sys.executable, *recipe], commands)
+
+
+def parse(argv: Sequence[str]) -> tuple[int, list[str]]:
+    """The number of ranks; the recipe and its flags.
+
+    Raises:
+        ConfigError: with what to type.
+    """
+    option, count, *recipe = [*argv[:2], "", ""][:2] + list(argv[2:])
+    if option != "-n" or not count.isdecimal() or not 1 <= int(count) <= 4096:
+        raise ConfigError("how many ranks?", expected="-n N first, N at least 1", got=" ".join(argv[:2]) or "nothing",
+                          fix=USAGE)  # fmt: skip
+    if not recipe or not Path(recipe[0]).is_file():
+        raise ConfigError("which recipe?", expected="a Python file after -n N", got=recipe[0] if recipe else "nothing",
+                          fix=USAGE)  # fmt: skip
+    return int(count), recipe
+
+
+def number(env: Mapping[str, str], name: str, example: str, most: int) -> int:
+    """A whole number, 0 to `most`, from the environment.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    text = env.get(name, example)
+    if not text.isdecimal() or int(text) > most:
+        raise ConfigError(f"{name}={text}", expected=f"a whole number up to {most}", got=text, fix=f"{name}={example}")
+    return int(text)
+
+
+class Ranks:
+    """Processes that end together.
+
+    Args:
+        grace: seconds that they may take after a SIGTERM, or after one of them has failed.
+    """
+
+    def __init__(self, grace: float) -> None:
+        self.grace = grace
+        self.deadline: float | None = None
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.exit_code = 0
+
+    def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+        """Start one process an environment and wait for all; 0, or the code of the first that failed."""
+        # signals arrive as bytes here, so that none is missed between a look at the ranks and the next wait
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        for name in (*FORWARDED, signal.SIGCHLD):
+            # nohup's wish holds
+            if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN:
+                signal.signal(name, lambda *_: None)
+        try:
+            for rank, environment in enumerate(environments):
+                # a session of its own: it can be ended with all that it started, and a terminal's Ctrl-C comes once
+                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+                self.processes.append(process)
+                self.running[rank] = process
+            while self.running:
+                rest = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+                ready, _, _ = select.select([receiver], [], [], rest)
+                self.forward(receiver.recv(4096) if ready else b"")
+                self.reap()
+                if rest == 0.0 and self.running:
+                    ranks = ", ".join(str(rank) for rank in self.running)
+                    say(f"still running after {self.grace} s, so killed: rank {ranks}")
+                    self.kill()
+        finally:
+            if not self.running:
+                self.wait_for_orphans()
+            self.kill()
+        return self.exit_code
+
+    def forward(self, received: bytes) -> None:
+        """Send each signal to every rank."""
+        for name in received:
+            if name in FORWARDED:
+                for process in self.running.values():
+                    process.send_signal(name)
+            if name == signal.SIGTERM:
+                self.hurry()
+
+    def reap(self) -> None:
+        """Note the ranks that have ended."""
+        for rank, process in list(self.running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self.running[rank]
+            if code and not self.exit_code:
+                # as a shell would say it
+                self.exit_code = code if code > 0 else 128 - code
+                if self.exit_code != 75:
+                    how = f"exit code {code}" if code > 0 else signal.strsignal(-code)
+                    say(f"rank {rank} failed first: {how}")
+                # the others notice by themselves, and say what happened
+                self.hurry()
+
+    def hurry(self) -> None:
+        """From now on the ranks have `grace` seconds."""
+        if self.deadline is None:
+            self.deadline = time.monotonic() + self.grace
+
+    def wait_for_orphans(self) -> None:
+        """What ended ranks have started (workers, say) gets a moment to notice it, and to clean up."""
+        deadline = time.monotonic() + ORPHANS_SECONDS
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                while time.monotonic() < deadline:
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.01)
+
+    def kill(self) -> None:
+        """End every rank with all that it has started."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    print(f"launch/local.sh: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

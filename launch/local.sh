@@ -1,0 +1,14 @@
+#!/bin/sh
+# Starts N ranks of a recipe on this machine, on its GPUs or, where there are none or with --device cpu, on the CPU:
+#
+#     launch/local.sh -n 2 recipes/gpt.py --preset tiny --text FILE
+#
+# What torchrun does not: every rank gets SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP, the exit code is that of the
+# first rank that failed (75: stopped, and the same command goes on), and no process is left behind.
+#
+#   GRACE_SECONDS=30   how long ranks may go on after a SIGTERM, or after one of them has failed; then they are killed
+#   MASTER_PORT=PORT   the ranks' meeting point; without it a free port
+#   PYTHON=python      the interpreter
+#
+# CUDA_VISIBLE_DEVICES says which GPUs; OMP_NUM_THREADS or --num-threads how many threads a rank has on the CPU.
+exec "${PYTHON:-python}" "$(dirname -- "$0")/local.py" "$@"
