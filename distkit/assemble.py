@@ -106,6 +106,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         restored_from=origin.found,
         restored_elsewhere=origin.elsewhere,
         data_state=train.loader if isinstance(train.loader, IterableSource) else None,
+        fingerprint=getattr(train_set, "fingerprint", None),
         utilization=utilization,
         facts=describe(config, runtime, strategy, split, num_steps, train, test) | describe_peak(config, runtime),
     )
@@ -119,7 +120,8 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         return run
     run.observers = build_observers(config.observe, directory.path, runtime.is_main_process)
     with runtime.together("making the run directory"):
-        directory.create(to_json(config), describe_environment(runtime), saves=config.checkpoint.enabled)
+        environment = describe_environment(runtime) | {"data": run.fingerprint}
+        directory.create(to_json(config), environment, saves=config.checkpoint.enabled)
     settle_origin(run, origin)
     return run
 

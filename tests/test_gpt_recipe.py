@@ -184,6 +184,18 @@ def test_a_run_learns_a_line_by_heart(config) -> None:
     assert [event["samples"] for event in events if event["event"] == "eval"] == [(len(LINE) * 10 - 1) // 16]
 
 
+def test_a_resume_on_another_text_is_refused(config) -> None:
+    folder = config.text.parent
+    run(folder, "--text", "text.txt", "--num-steps", "2")
+    environment = json.loads((folder / "run" / "environment.json").read_text())
+    assert environment["data"] == gpt.build_dataset(replace(config, context_length=32), "train").fingerprint
+    config.text.write_text((LINE * 100).upper())
+    argv = [*SMALL, "--text", "text.txt", "--num-steps", "4", "--run-dir", "run"]
+    (ended,) = run_recipe_cli(argv, folder, recipe=ROOT / "recipes" / "gpt.py")
+    assert ended.returncode == 2
+    assert "was trained on other data" in ended.stderr
+
+
 def test_debug_mode_finds_nothing_wrong(config) -> None:
     argv = [*SMALL, "--text", "text.txt", "--debug"]
     (ended,) = run_recipe_cli(argv, config.text.parent, recipe=ROOT / "recipes" / "gpt.py")

@@ -16,7 +16,11 @@ __all__ = ["Augments", "Batch", "Dataset", "Indexable", "MapDataset", "as_datase
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Samples by number, a whole batch at a time. It may also have `augment`, see `Augments`."""
+    """Samples by number, a whole batch at a time.
+
+    It may also have `augment`, see `Augments`, and `fingerprint`, a text that tells its data from others: a resume on
+    data with another one is refused.
+    """
 
     def __len__(self) -> int:
         """Number of samples."""

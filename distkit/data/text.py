@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distkit.config.check import require
-from distkit.data.tokens import TokenDtype, TokenFile
+from distkit.data.tokens import TokenDtype, TokenFile, vocabulary_file
 from distkit.errors import DataError
 
 Level = Literal["byte", "char"]
@@ -107,7 +107,7 @@ def read_vocabulary(token_file: Path | str) -> Vocabulary:
     Raises:
         DataError: there is none, it is damaged, or it belongs to a token file of another length.
     """
-    sidecar = _sidecar(Path(token_file))
+    sidecar = vocabulary_file(Path(token_file))
     try:
         stored = json.loads(sidecar.read_text(encoding="utf-8"))
         vocabulary = Vocabulary(stored["level"], stored["characters"])
@@ -123,10 +123,6 @@ def read_vocabulary(token_file: Path | str) -> Vocabulary:
             got=f"{length} tokens in {token_file}",
         )
     return vocabulary
-
-
-def _sidecar(token_file: Path) -> Path:
-    return token_file.with_name(token_file.name + ".json")
 
 
 def _characters(path: Path) -> str:
@@ -177,7 +173,7 @@ def _write_both(path: Path, out: Path, vocabulary: Vocabulary) -> None:
             "sha256": digest.hexdigest(),
             "characters": vocabulary.characters,
         }
-        _write(_sidecar(out), iter([json.dumps(stored, indent=1).encode()]))
+        _write(vocabulary_file(out), iter([json.dumps(stored, indent=1).encode()]))
 
     _write(out, tokens(), before_rename=commit)
 

@@ -144,6 +144,8 @@ class Run:
     restored_elsewhere: bool = False
     """restored_from does not lie in this run's own directory."""
     data_state: DataState | None = None
+    fingerprint: str | None = None
+    """Tells the training set from another one, where it can say so."""
     utilization: Utilization | None = None
     """None where the device's peak is not known."""
     warnings: list[str] = field(default_factory=list)

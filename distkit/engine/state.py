@@ -83,6 +83,7 @@ def snapshot(run: Run) -> Snapshot:
             "recipe": run.recipe,
             "step": run.progress.step,
             "num_samples": run.num_samples,
+            "data": run.fingerprint,
             "config": to_json(run.config),
             "parts": values | {"observers": observers, "optimizer": strategy.optimizer_structure()},
         },
@@ -112,13 +113,17 @@ def check_fits(run: Run, found: Found) -> None:
         raise ConfigError(f"{where} belongs to another recipe", expected=run.recipe, got=found.state.get("recipe"),
                           fix="another --run-dir, or --resume.weights-only")  # fmt: skip
     saved = cast(dict[str, object], found.state.get("config", {}))
-    now: dict[str, object] = {name: getattr(run.config, name) for name in FIXED} | {"num_samples": run.num_samples}
-    for name, value in now.items():
-        before = found.state.get(name) if name == "num_samples" else saved.get(name)
+    for name in FIXED:
+        before, value = saved.get(name), getattr(run.config, name)
         if before != value:
             raise ConfigError(f"{where} was trained on another sample stream", expected=f"{name} {before}",
                               got=f"{name} {value}",
                               fix=f"--{name.replace('_', '-')} {before}, or another --run-dir")  # fmt: skip
+    for name, here in (("num_samples", run.num_samples), ("data", run.fingerprint)):
+        before = found.state.get(name)
+        if here != before and not (name == "data" and None in (here, before)):
+            raise ConfigError(f"{where} was trained on other data", expected=f"{name} {before}", got=f"{name} {here}",
+                              fix="the data it was trained on, or another --run-dir")  # fmt: skip
     place = _data_place(run, found)
     if (place is None) != (run.data_state is None):
         kinds = ("data with numbers", "an iterable data set")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkit.data import Dataset, as_dataset
+from distkit.data import tokens as token_module
 from distkit.data.tokens import TokenDataset, TokenFile
 from distkit.errors import ConfigError, DataError
 
@@ -87,6 +88,31 @@ def test_a_file_larger_than_memory_costs_nothing(tmp_path):
     assert not inputs[2].any()
     assert process.memory_info().rss - before < 20e6
     assert time.perf_counter() - start < 1
+
+
+def test_the_fingerprint_tells_files_apart(tmp_path, monkeypatch):
+    def fingerprint(tokens, dtype="uint16"):
+        np.asarray(tokens, dtype).tofile(tmp_path / "f.bin")
+        return TokenDataset(tmp_path / "f.bin", 4, dtype=dtype).fingerprint
+
+    tokens = np.arange(1000) % 97
+    one = fingerprint(tokens)
+    assert one == fingerprint(tokens)
+    assert len(one) == 16
+    assert len({one, fingerprint(tokens[:-1]), fingerprint(tokens + 1), fingerprint(tokens, "uint32")}) == 4
+    for place in (0, 500, 999):
+        changed = tokens.copy()
+        changed[place] += 1
+        assert fingerprint(changed) != one
+    fingerprint(tokens)
+    (tmp_path / "f.bin.json").write_text("{}")
+    assert TokenDataset(tmp_path / "f.bin", 4).fingerprint != one
+    # of a file that is larger than what is read, the first and the last block count
+    monkeypatch.setattr(token_module, "FINGERPRINT_BLOCKS", 2)
+    monkeypatch.setattr(token_module, "FINGERPRINT_BLOCK", 64)
+    large = fingerprint(tokens)
+    assert large != fingerprint([*tokens[:-1], 5])
+    assert large == fingerprint([*tokens[:500], 96, *tokens[501:]])
 
 
 def test_a_pickled_copy_maps_the_file_again(folder):
