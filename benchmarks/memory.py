@@ -151,6 +151,7 @@ def nbytes(tensors: Iterable[Tensor | None]) -> int:
 
 def held(run: Run) -> dict[str, int]:
     """Bytes of parameters, gradients and optimizer state on this rank, now."""
+    gc.collect()
     strategy = run.strategy
     parameters = [local_part(tensor) for tensor in strategy.model_tensors().values()]
     state = [
@@ -161,8 +162,9 @@ def held(run: Run) -> dict[str, int]:
     ]
     # the flat fp32 weights that ZeRO updates: storages of the parameters, where they alias them
     updated = [local_part(p) for group in strategy.optimizer.param_groups for p in group["params"]]
+    updated += [partition.flat for partition in getattr(strategy, "_partitions", ())]
     gradients = [*strategy.gradients(), *(p.grad for p in strategy.module.parameters()), *(p.grad for p in updated)]
-    gradients += whole_gradients(strategy.module)
+    gradients += unfinished_gradients(run)
     local = [local_part(gradient) for gradient in gradients if gradient is not None]
     found = {
         "parameters": nbytes([*parameters, *updated]),
@@ -174,13 +176,18 @@ def held(run: Run) -> dict[str, int]:
     return found | {"all tensors": nbytes([*reached, *parameters, *local, *state])}
 
 
-def whole_gradients(module: nn.Module) -> list[Tensor | None]:
-    """Those that FSDP adds up before it exchanges them."""
+def unfinished_gradients(run: Run) -> list[Tensor | None]:
+    """Those that FSDP (whole) and ZeRO 2 (a rank's own part) add up from microbatch to microbatch."""
+    module = run.strategy.module
     units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
     groups = [unit._get_fsdp_state()._fsdp_param_group for unit in units]
     cut = [parameter for group in groups if group is not None for parameter in group.fsdp_params]
-    found = [parameter.unsharded_accumulated_grad for parameter in cut]
-    return [*found, *(p._unsharded_param.grad for p in cut if hasattr(p, "_unsharded_param"))]
+    found: list[Tensor | None] = [parameter.unsharded_accumulated_grad for parameter in cut]
+    found += [parameter._unsharded_param.grad for parameter in cut if hasattr(parameter, "_unsharded_param")]
+    zero = getattr(getattr(run.strategy, "engine", None), "optimizer", None)
+    for gradients in getattr(zero, "all_grad_tensors", {}).values():
+        found += gradients or []
+    return found
 
 
 def measure_held(folder: Path, strategy: StrategyName, world_size: int) -> dict[str, dict[str, int]]:

@@ -71,6 +71,9 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
             recipe.init_model_(config, model, train_set)
     # pretrained models come in evaluation mode; a layer that shall stay in it overrides `train`
     model.train()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("the model has no parameter to train", expected="at least one with requires_grad")
+    aliases = aliases_of(model)
     utilization = outline_utilization(config, runtime, model)
     strategy.prepare(model, optimizer_builder(recipe, config))
     reading = Reading(
@@ -106,6 +109,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         restored_from=origin.found,
         restored_elsewhere=origin.elsewhere,
         data_state=train.loader if isinstance(train.loader, IterableSource) else None,
+        aliases=aliases,
         fingerprint=getattr(train_set, "fingerprint", None),
         utilization=utilization,
         facts=describe(config, runtime, strategy, split, num_steps, train, test) | describe_peak(config, runtime),
@@ -124,6 +128,13 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         directory.create(to_json(config), environment, saves=config.checkpoint.enabled)
     settle_origin(run, origin)
     return run
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """Further names of tied tensors in the state dict -> the first one, which checkpoints use."""
+    names = {tensor: name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    tensors = model.state_dict(keep_vars=True).items()
+    return {name: names[tensor] for name, tensor in tensors if names.get(tensor, name) != name}
 
 
 def open_directory(recipe: str, config: TrainConfig, runtime: Runtime) -> RunDirectory:
@@ -234,7 +245,7 @@ def describe(
         "precision": config.precision
         + (", compiled" if config.compile else "")
         + (f"; {config.optim.name} waits for the device once a step to skip bad updates" if waits else ""),
-        "model": f"{type(strategy.module).__name__}, {parameters:,} parameters",
+        "model": f"{strategy.model_name}, {parameters:,} parameters",
         "train_data": train.summary,
         "test_data": "none" if test is None else summary_of(test.dataset),
         "placement": train.placement,

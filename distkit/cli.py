@@ -46,10 +46,18 @@ class Parsed(Generic[C]):
     typed: frozenset[str]
 
 
-def parse(config_type: type[C], presets: Mapping[str, C], argv: Sequence[str], prog: str, summary: str) -> Parsed[C]:
+def parse(
+    config_type: type[C],
+    presets: Mapping[str, C],
+    argv: Sequence[str],
+    prog: str,
+    summary: str,
+    strategy: str | None = None,
+) -> Parsed[C]:
     """Turn `argv` into a configuration: preset, then `--config FILE`, then flags; later ones win.
 
-    The first preset is the default one.
+    The first preset is the default one. `strategy` is the launcher's, which stands over the preset's: what is typed are
+    options of that one.
 
     Raises:
         ConfigError: an unknown flag, preset or file, or a value that does not fit.
@@ -68,6 +76,8 @@ def parse(config_type: type[C], presets: Mapping[str, C], argv: Sequence[str], p
     help_text = f"{summary}\n\n--preset {{{','.join(presets)}}}  where to start from (now: {preset})\n" + (
         "--config FILE  take back a run's config.json; other flags win over both"
     )
+    if strategy is not None:
+        config, _ = apply_flags(config_type, config, ["--strategy", strategy], names, prog, help_text)
     names_typed: set[str] = set()
     for source in ([] if file is None else config_flags(Path(file), names)), args:
         if source or source is args:

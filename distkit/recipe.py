@@ -21,7 +21,7 @@ from distkit.config import (
     split_batch,
 )
 from distkit.errors import ConfigError, DistkitError
-from distkit.runtime import Topology, merge_launcher_env, read_topology
+from distkit.runtime import Topology, launched_strategy, merge_launcher_env, read_topology
 from distkit.runtime.faults import check_faults
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ def launch(recipe: Recipe[C], argv: Sequence[str]) -> int:
     try:
         topology = read_topology(os.environ)
         check_faults()
-        parsed = parse(recipe.config, recipe.presets, argv, f"{recipe.name}.py", recipe_summary(recipe))
+        strategy = launched_strategy(os.environ, topology.world_size)
+        parsed = parse(recipe.config, recipe.presets, argv, f"{recipe.name}.py", recipe_summary(recipe), strategy)
         config = merge_launcher_env(parsed.config, parsed.typed, os.environ, topology.world_size)
         debugger = config.debug.pdb
         config = debug_config(config, topology) if config.debug.enabled else config

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distkit.errors import ConfigError
+from distkit.runtime.parent import die_with_parent
 from distkit.verify_resume import free_port, rank_environment
 
 USAGE = "launch/local.sh -n 2 recipes/gpt.py --preset tiny --text FILE"
@@ -31,8 +32,8 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         return 0
     try:
         num_ranks, recipe = parse(argv)
-        grace = number(env, "GRACE_SECONDS", "30", most=86_400)
-        port = number(env, "MASTER_PORT", "29500", most=65_535) if "MASTER_PORT" in env else free_port()
+        grace = number(env, "GRACE_SECONDS", "30", least=0, most=86_400)
+        port = number(env, "MASTER_PORT", "29500", least=1, most=65_535) if "MASTER_PORT" in env else free_port()
     except ConfigError as error:
         print(f"launch/local.sh: {error}", file=sys.stderr)
         return error.exit_code
@@ -57,15 +58,16 @@ def parse(argv: Sequence[str]) -> tuple[int, list[str]]:
     return int(count), recipe
 
 
-def number(env: Mapping[str, str], name: str, example: str, most: int) -> int:
-    """A whole number, 0 to `most`, from the environment.
+def number(env: Mapping[str, str], name: str, example: str, *, least: int, most: int) -> int:
+    """A whole number, `least` to `most`, from the environment.
 
     Raises:
         ConfigError: it is none.
     """
     text = env.get(name, example)
-    if not text.isdecimal() or int(text) > most:
-        raise ConfigError(f"{name}={text}", expected=f"a whole number up to {most}", got=text, fix=f"{name}={example}")
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise ConfigError(f"{name}={text}", expected=f"a whole number from {least} to {most}", got=text,
+                          fix=f"{name}={example}")  # fmt: skip
     return int(text)
 
 
@@ -96,7 +98,8 @@ class Ranks:
         try:
             for rank, environment in enumerate(environments):
                 # a session of its own: it can be ended with all that it started, and a terminal's Ctrl-C comes once
-                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
+                                           preexec_fn=die_with_parent)  # fmt: skip
                 self.processes.append(process)
                 self.running[rank] = process
             while self.running:

@@ -11,4 +11,4 @@
 #   PYTHON=python      the interpreter
 #
 # CUDA_VISIBLE_DEVICES says which GPUs; OMP_NUM_THREADS or --num-threads how many threads a rank has on the CPU.
-exec "${PYTHON:-python}" "$(dirname -- "$0")/local.py" "$@"
+exec "${PYTHON:-python}" "$(dirname -- "$(readlink -f -- "$0")")/local.py" "$@"

@@ -31,17 +31,21 @@ def write_text(folder: Path) -> Path:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's, with its own interpreter first in the path and nothing that an outer launcher said."""
+    """This process's, its interpreter first in the path, without GPUs and without what an outer launcher said."""
     mine = {n: v for n, v in os.environ.items() if n not in LAUNCHER_VARIABLES and not n.startswith("ACCELERATE_")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{mine.get('PATH', '')}"
-    return {**mine, "PATH": path, MARK: uuid.uuid4().hex, **(extra or {})}
+    return {**mine, "PATH": path, "CUDA_VISIBLE_DEVICES": "", MARK: uuid.uuid4().hex, **(extra or {})}
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], cwd: Path, env: Mapping[str, str], out: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    command: Sequence[str], cwd: Path, env: Mapping[str, str], out: Path, *, own_group: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
     """The process of a command, with `OUT.out` and `OUT.err` as its streams; whatever is left of it is an error."""
     with open(out.with_suffix(".out"), "wb") as stdout, open(out.with_suffix(".err"), "wb") as stderr:
-        process = subprocess.Popen(command, cwd=cwd, env=dict(env), stdout=stdout, stderr=stderr)
+        process = subprocess.Popen(
+            command, cwd=cwd, env=dict(env), stdout=stdout, stderr=stderr, start_new_session=own_group
+        )
     try:
         yield process
     except BaseException:

@@ -15,6 +15,7 @@ import tiny_gpt
 import torch
 from harness import run_ranks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distkit.assemble import assemble
 from distkit.checkpoint.digest import state_digest
@@ -102,3 +103,15 @@ def differences(one: Ended, other: Ended) -> tuple[float, float]:
     assert one.weights.keys() == other.weights.keys()
     weights = max(float((one.weights[n] - t).abs().max()) for n, t in other.weights.items())
     return max(abs(mine[step] - theirs[step]) for step in mine), weights
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what makes the host wait for a tensor's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from harness import ROOT, SHARED_DATA
 CIFAR = SHARED_DATA / "cifar10-jpeg.tar.xz"
 
 
-def run_benchmark(name: str, *flags: str) -> str:
+def run_benchmark(name: str, *flags: str, code: int = 0, env: dict[str, str] | None = None) -> str:
     script = ROOT / "benchmarks" / name
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, timeout=580, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    command = [sys.executable, str(script), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=850, env=variables)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
 
 
 @pytest.mark.slow
@@ -47,3 +49,27 @@ def test_the_quick_preset_learns_real_images(tmp_path: Path) -> None:
     # how long it takes depends on what else the machine does; `--check` judges that too
     out = run_benchmark("cifar10_quick.py", "--root", str(tmp_path / "cifar"))
     assert "reached  test accuracy >= 72 %" in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(find_spec("deepspeed") is None or find_spec("transformers") is None, reason="no DeepSpeed")
+def test_strategies_hold_what_arithmetic_says_and_the_engine_no_more_than_by_hand(tmp_path: Path) -> None:
+    out = run_benchmark("memory.py", "--check", "--rounds", "1", "--json", str(tmp_path / "r.json"))
+    assert out.count("reached") == 6
+    assert "the same weights, to the bit" in out
+
+
+def test_the_gpu_benchmark_wants_a_gpu() -> None:
+    env = {"CUDA_VISIBLE_DEVICES": ""}
+    assert "needs a GPU" in run_benchmark("gpu/gpt.py", code=2, env=env)
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_goes_its_way_on_a_cpu() -> None:
+    result = ROOT / "benchmarks" / "results" / "gpu_gpt.json"
+    before = result.read_bytes() if result.exists() else None
+    out = run_benchmark("gpu/gpt.py", "--smoke", "--rounds", "2", "--peak-tflops", "0.1")
+    assert "both arms begin with a loss of 4." in out
+    assert out.count("tokens/s   mfu 0.") == 2
+    assert (result.read_bytes() if result.exists() else None) == before

@@ -128,6 +128,12 @@ def test_bad_input_says_what_to_type(trained: Path, tmp_path: Path, capsys: pyte
     assert "is not at" in refused(capsys, trained, "--recipe", tmp_path / "gpt.py")
 
 
+def test_a_text_that_was_replaced_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((LINE * 100).upper())
+    assert "was trained on other data" in refused(capsys, trained, "--", "--text", str(text))
+
+
 def test_a_run_without_an_average_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = train(tmp_path, "--num-steps", "3", "--schedule.name", "constant", "--schedule.warmup-ratio", "None")
     assert "no averaged weights" in refused(capsys, plain, "--weights", "ema")

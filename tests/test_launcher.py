@@ -1,13 +1,15 @@
 """What `accelerate launch` says is honoured; a flag that contradicts it is refused and both are named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from distkit.cli import parse
 from distkit.config import ActivationCheckpointingConfig, DDPConfig, FSDPConfig, TrainConfig, ZeroConfig
 from distkit.errors import ConfigError
-from distkit.runtime import merge_launcher_env
+from distkit.runtime import launched_strategy, merge_launcher_env
 
 PLAIN = TrainConfig(num_steps=10)
 #: What accelerate launch 1.15 writes for `use_fsdp: true` and nothing else.
@@ -216,6 +218,8 @@ BLOCKS = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_C
         (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, FSDPConfig(), "full"),
         (FSDP | BLOCKS | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, FSDPConfig(wrap=("Block", "Head")), "blocks"),
         (FSDP | REPLICAS, FSDPConfig(replicas=2), "none"),
+        (FSDP | REPLICAS | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "1", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"},
+         FSDPConfig(), "none"),
     ],
 )  # fmt: skip
 def test_fsdp_is_honoured(env: dict[str, str], fsdp: FSDPConfig, again: str) -> None:
@@ -309,3 +313,24 @@ def test_unasked_values_contradict_nothing() -> None:
 def test_regional_compilation_is_by_block() -> None:
     env = INDUCTOR | {"ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True"}
     assert merge_launcher_env(PLAIN, frozenset(), env, 1).compile_scope == "blocks"
+
+
+def test_options_of_the_launchers_strategy_may_be_typed() -> None:
+    env = {"ACCELERATE_USE_FSDP": "true", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}
+    strategy = launched_strategy(env, 8)
+    assert strategy == "fsdp"
+    assert launched_strategy({}, 8) is None
+    parsed = parse(TrainConfig, {"plain": PLAIN}, ["--fsdp.cpu-offload"], "x.py", "", strategy)
+    config = merge_launcher_env(parsed.config, parsed.typed, env, 8)
+    assert (config.strategy, config.fsdp.cpu_offload, config.fsdp.wrap) == ("fsdp", True, ("Block",))
+    parsed = parse(TrainConfig, {"plain": PLAIN}, ["--fsdp.wrap", "MLP"], "x.py", "", strategy)
+    with pytest.raises(ConfigError, match="contradicts what accelerate launch says"):
+        merge_launcher_env(parsed.config, parsed.typed, env, 8)
+    # another strategy's are still refused, and so is another strategy
+    with pytest.raises(ConfigError, match=r"does not take --zero\.offload"):
+        parse(TrainConfig, {"plain": PLAIN}, ["--zero.offload", "optimizer"], "x.py", "", strategy)
+    parsed = parse(TrainConfig, {"plain": PLAIN}, ["--strategy", "ddp"], "x.py", "", strategy)
+    with pytest.raises(ConfigError, match="--strategy contradicts"):
+        merge_launcher_env(parsed.config, parsed.typed, env, 8)
+    preset = replace(PLAIN, strategy="ddp", ddp=DDPConfig(bucket_mb=5))
+    assert parse(TrainConfig, {"plain": preset}, [], "x.py", "", "zero2").config.ddp == DDPConfig()

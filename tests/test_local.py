@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from harness import ROOT, Ended
-from launching import LAUNCH, alive, ended, environment, run, started
+from launching import LAUNCH, TINY, alive, ended, environment, run, started, write_text
 
 LOCAL = str(LAUNCH / "local.sh")
 #: `recipe.py MODE`: writes ready.RANK, then does what MODE says; notes.RANK tells which signals came.
@@ -67,16 +67,19 @@ def signalled(folder: Path, mode: str, *signals: signal.Signals, grace: str = "2
     with started(command, folder, environment({"GRACE_SECONDS": grace}), folder / "run") as process:
         ready(folder)
         begin = time.monotonic()
-        for number in signals:
+        for count, number in enumerate(signals, 1):
             process.send_signal(number)
-            time.sleep(0.2)
+            # one after the other: signals that wait together become one
+            while process.poll() is None and min(map(len, notes(folder))) < count and time.monotonic() < begin + 20:
+                time.sleep(0.02)
         process.wait(30)
         took = time.monotonic() - begin
     return ended(process, folder / "run"), took
 
 
 def notes(folder: Path) -> list[list[str]]:
-    return [(folder / f"notes.{rank}").read_text().split() for rank in (0, 1)]
+    files = [folder / f"notes.{rank}" for rank in (0, 1)]
+    return [file.read_text().split() if file.exists() else [] for file in files]
 
 
 def test_both_ranks_run_and_their_output_is_theirs(tmp_path: Path) -> None:
@@ -149,9 +152,8 @@ def test_a_rank_without_handlers_dies_of_the_signal(tmp_path: Path) -> None:
 
 def test_ctrl_c_comes_once_a_rank(tmp_path: Path) -> None:
     """A terminal signals the whole process group of the launcher."""
-    write(tmp_path)
-    command = ["sh", "-c", f"exec setsid {LOCAL} -n 2 recipe.py stop"]
-    with started(command, tmp_path, environment(), tmp_path / "run") as process:
+    command = [LOCAL, "-n", "2", write(tmp_path), "stop"]
+    with started(command, tmp_path, environment(), tmp_path / "run", own_group=True) as process:
         ready(tmp_path)
         os.killpg(process.pid, signal.SIGINT)
         process.wait(30)
@@ -174,6 +176,21 @@ def test_a_rank_that_is_killed_ends_the_run(tmp_path: Path) -> None:
 def test_what_ranks_leave_is_ended_too(tmp_path: Path) -> None:
     done = run([LOCAL, "-n", "2", write(tmp_path), "leave"], tmp_path, environment())
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(signal, "pidfd_send_signal"), reason="Linux only")
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    with started([LOCAL, "-n", "2", write(tmp_path), "ignore"], tmp_path, environment(), tmp_path / "run") as process:
+        ready(tmp_path)
+        ranks = psutil.Process(process.pid).children()
+        assert len(ranks) == 2
+        process.kill()
+        assert psutil.wait_procs(ranks, timeout=10)[1] == []
+
+
+def test_a_link_to_it_works(tmp_path: Path) -> None:
+    (tmp_path / "start").symlink_to(LOCAL)
+    assert run(["./start", "-n", "1", write(tmp_path), "ok"], tmp_path, environment()).returncode == 0
 
 
 def test_nohup_holds(tmp_path: Path) -> None:
@@ -227,15 +244,37 @@ def test_help_says_what_there_is(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_recipe_trains(tmp_path: Path) -> None:
-    recipe = [str(ROOT / "recipes" / "cifar10.py"), "--preset", "quick", "--data.source", "synthetic"]
-    short = ["--num-steps", "3", "--global-batch-size", "10", "--eval-batch-size", "500", "--run-dir", "run"]
-    done = run([LOCAL, "-n", "2", *recipe, *short], tmp_path, environment())
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks (ddp" in done.stdout
-    assert "top1" in done.stdout
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
+def test_a_killed_rank_ends_a_run_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    recipe = [str(ROOT / "recipes" / "gpt.py"), "--text", str(write_text(tmp_path)), "--run-dir", "run", *TINY]
+    command = [
+        LOCAL,
+        "-n",
+        "2",
+        *recipe,
+        "--num-steps",
+        "5",
+        "--checkpoint.save-every",
+        "2",
+        "--checkpoint.async",
+        "off",
+    ]
+    done = run(command, tmp_path, environment({"DISTKIT_FAULT": "step:1:3:kill"}))
+    assert done.returncode == 128 + signal.SIGKILL
+    # the other rank notices, and has the time to say so
+    assert "rank 1 failed first: Killed" in done.stderr
+    assert "distkit: error (rank 0): another rank is gone" in done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    done = run(command, tmp_path, environment())
+    assert (done.returncode, done.stderr) == (0, "")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"], status["attempt"]) == ("completed", 5, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_wrong_flag_of_the_recipe_stays_2_and_is_said_once(tmp_path: Path) -> None:
+    recipe = [str(ROOT / "recipes" / "gpt.py"), "--text", str(write_text(tmp_path)), *TINY]
     wrong = run([LOCAL, "-n", "2", *recipe, "--global-batch-size", "15"], tmp_path, environment())
-    assert wrong.returncode == 2
+    assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.count("distkit: error") == 1
     assert "Traceback" not in wrong.stderr

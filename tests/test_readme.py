@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_the_readme_shows_commands() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "recipes/" in c and not c.startswith("distkit")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "recipes/cifar10" in c and not c.startswith("distkit")])
 def test_training_commands_run(command: str, tmp_path: Path) -> None:
     words = command.replace("recipes/", f"{ROOT}/recipes/").replace(".venv/bin/", "").split()
     if "ROOT" in words or "packed" in words:
@@ -71,6 +72,28 @@ def test_training_commands_run(command: str, tmp_path: Path) -> None:
         assert "top1" in out
         ranks = 2 if "torchrun" in words else 1
         assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == ranks
+
+
+@pytest.mark.slow
+def test_the_commands_of_larger_models_run(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ROMEO: a rose by any other name would smell as sweet.\n" * 200)
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    commands = [c for c in COMMANDS if "gpt" in c]
+    assert len(commands) == 4
+    short = ["--num-steps", "2", "--context-length", "16", "--num-layers", "2", "--dim", "16", "--precision", "fp32"]
+    strategies = []
+    for number, command in enumerate(commands):
+        words = [str(text) if word == "FILE" else word for word in shlex.split(command)]
+        if words[0] == "distkit":
+            out = call([sys.executable, "-m", "distkit.commands", *words[1:], "--max-tokens", "20"], tmp_path)
+            assert out.startswith("ROMEO:")
+            continue
+        run = tmp_path / ("runs/gpt" if "runs/gpt" in words else f"run{number}")
+        call([*words, *short, "--run-dir", str(run)], tmp_path)
+        strategies.append(json.loads((run / "config.json").read_text())["strategy"])
+    assert strategies == ["auto", "fsdp", "zero3"]
 
 
 @pytest.mark.slow
@@ -156,6 +179,15 @@ def test_figures_stand_in_the_result_files() -> None:
         cells = [f"{saving[f'{name}_ms_{ranks}']['median']:.0f} ms" for name in names]
         row = f"| {ranks} | {' | '.join(cells)} |"
         assert row in README
+    memory = results("memory")
+    assert len(re.findall(r"\d MB\)? \|$", README, re.MULTILINE)) == 6
+    for strategy, cell in re.findall(
+        r"^\| `(single|ddp|zero1|zero2|fsdp|zero3)`.* \| ([^|]*) \|$", README, re.MULTILINE
+    ):
+        held, most = (
+            memory[f"{strategy}, {when}: together"] / 1e6 for when in ("before the update", "between microbatches")
+        )
+        assert cell == (f"{held:.1f} MB" if held == most else f"{held:.1f} MB ({most:.1f} MB)")
     step = results("step_overhead")
     figures = [step[arm]["median"] for arm in ("engine - by hand", "by hand", "fabric", "accelerate")]
     added, hand, fabric, accelerate = (f"{figure:.1f}" for figure in figures)

@@ -49,7 +49,7 @@ FLAGS = [
     "--checkpoint.keep-best",
     "None",
 ]  # as it is typed
-TIMED = {"samples_per_second", "data_wait_seconds", "seconds"}
+TIMED = {"samples_per_second", "data_wait_seconds", "seconds", "mfu"}
 
 
 def train(

@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal, cast
 import torch
 from torch import Tensor
 
-from distkit.checkpoint.format import DTYPES, Manifest
+from distkit.checkpoint.format import DTYPES, STATE, Manifest
 from distkit.checkpoint.listing import size_of
 from distkit.checkpoint.locate import find_checkpoint
 from distkit.checkpoint.publish import check_place, index_of, published, shard_names
@@ -97,7 +97,7 @@ def export(
     directory = find_checkpoint(path)
     check_place(out, overwrite=overwrite)
     manifest = verify(directory)
-    items = choose(manifest, ema=ema, precision=precision)
+    items = choose(manifest, read_aliases(directory), ema=ema, precision=precision)
     shards = split(items, max_shard_bytes)
     names = [out.name] if len(shards) == 1 else shard_names(out, len(shards))
     metadata = {"format": "pt", "recipe": manifest.recipe, "step": str(manifest.step)}
@@ -124,8 +124,14 @@ def canonical_name(name: str) -> str:
     return ".".join([*(part for part in path if part not in WRAPPERS), last])
 
 
-def choose(manifest: Manifest, *, ema: bool, precision: Precision | None) -> list[Item]:
-    """What is exported, by name.
+def read_aliases(directory: Path) -> dict[str, str]:
+    """Further names of tied tensors -> the ones that the checkpoint has; {} in older ones."""
+    found = json.loads((directory / STATE).read_bytes()).get("aliases", {})
+    return {canonical_name(alias): canonical_name(name) for alias, name in found.items()}
+
+
+def choose(manifest: Manifest, aliases: Mapping[str, str], *, ema: bool, precision: Precision | None) -> list[Item]:
+    """What is exported, by name; a tied tensor under each of its names.
 
     Raises:
         ConfigError: there is nothing, no average, or two tensors with one canonical name.
@@ -137,7 +143,9 @@ def choose(manifest: Manifest, *, ema: bool, precision: Precision | None) -> lis
     if not sources:
         raise ConfigError("the checkpoint holds no weights", expected="tensors called model/NAME")
     items = []
-    for name, source in sorted({**sources, **(averaged if ema else {})}.items()):
+    chosen = {**sources, **(averaged if ema else {})}
+    chosen |= {alias: chosen[name] for alias, name in aliases.items() if name in chosen and alias not in chosen}
+    for name, source in sorted(chosen.items()):
         entry = manifest.tensors[source]
         dtype = entry.dtype
         if precision is not None and cast(torch.dtype, getattr(torch, dtype)).is_floating_point:
@@ -195,9 +203,11 @@ def write_shard(
     for batch in _batches(items, manifest):
         tensors = {item.source: _empty(item, manifest) for item in batch}
         load_tensors(directory, manifest, tensors)
+        last = {item.source: item for item in batch}
         for item in batch:
-            # popped: a converted tensor takes its place in memory
-            file.write(_as_bytes(_converted(item, tensors.pop(item.source))))
+            # popped, and never held: a converted tensor takes its place in memory
+            take = tensors.pop if last[item.source] is item else tensors.__getitem__
+            file.write(_as_bytes(_converted(item, take(item.source))))
         del tensors
     _sync(file)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typing import Literal, cast
 import distkit
 from distkit.cli import parse
 from distkit.commands.parser import Parser
+from distkit.config import TrainConfig
 from distkit.errors import CheckpointError, ConfigError
 
 Weights = Literal["last", "ema"]
@@ -44,6 +46,7 @@ def command(args: Sequence[str]) -> str:
         config = parse(
             recipe.config, recipe.presets, [f"--config={run / 'config.json'}", *flags], "generate", ""
         ).config
+        check_data(run, module, config)
         model = module.load_model(config, weights)
     text: str = module.sample(config, model, typed.prompt, num_new=typed.max_tokens, temperature=typed.temperature,
                               top_k=typed.top_k, seed=typed.seed)  # fmt: skip
@@ -179,3 +182,17 @@ def load_recipe(name: str, file: Path | None) -> ModuleType:
         raise ConfigError(f"the recipe {name} generates nothing", expected="a run of a language model, such as gpt",
                           got=f"{file} without load_model and sample", fix="distkit generate runs/gpt/RUN")  # fmt: skip
     return module
+
+
+def check_data(run: Path, module: ModuleType, config: TrainConfig) -> None:
+    """Refuse a text that has been replaced: its characters are not those that the model has learned.
+
+    Raises:
+        ConfigError: the data set says that it is another one than the run's.
+    """
+    environment = run / "environment.json"
+    told = json.loads(environment.read_text()).get("data") if environment.exists() else None
+    here = getattr(module.recipe.build_dataset(config, "train"), "fingerprint", None)
+    if None not in (told, here) and told != here:
+        raise ConfigError(f"{run} was trained on other data", expected=f"data {told}", got=f"data {here}",
+                          fix="-- --text FILE, with the text that it was trained on")  # fmt: skip

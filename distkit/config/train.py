@@ -92,11 +92,11 @@ class TrainConfig:
     deterministic: bool = True
     """Only kernels that give the same bits every time; off: the fastest ones (cuDNN autotuning)."""
     channels_last: bool = False
-    """Lay out convolution weights and images as NHWC, faster on most devices."""
+    """Lay out images as NHWC, and convolution weights where they stay whole (single, ddp); faster on most devices."""
     compile: bool = False
     """Run the model through torch.compile."""
     compile_scope: CompileScope = "auto"
-    """whole: the model as one. blocks: each of its repeated blocks, which starts sooner. auto: blocks with fsdp."""
+    """whole: the model as one. blocks: each repeated block, which starts sooner. auto: blocks under fsdp and zero."""
     compile_backend: CompileBackend = "inductor"
     """Backend of torch.compile."""
     compile_mode: CompileMode = "default"

@@ -20,8 +20,9 @@ from distkit.data.batch import Batch, to_device
 from distkit.data.draws import Draws
 from distkit.data.endless import Build, EndlessSamples
 from distkit.data.stream import microbatch_start
-from distkit.data.worker_process import die_with_parent, worker_errors
+from distkit.data.worker_process import worker_errors
 from distkit.errors import ConfigError, DataError
+from distkit.runtime.parent import die_with_parent
 from distkit.runtime.seeding import derive_seed
 
 if TYPE_CHECKING:

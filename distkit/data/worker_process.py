@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import os
 import shutil
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,18 +11,10 @@ from pathlib import Path
 import torch
 
 from distkit.errors import TrainingError
+from distkit.runtime.parent import die_with_parent
 
 #: A mode ends when nothing refers to it any more.
 _held_by_worker: list[torch.inference_mode] = []
-
-
-def die_with_parent() -> None:
-    """Let the kernel end this worker when the process that started it ends, however that happens (Linux prctl(2))."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the call
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def start_worker(_worker_id: int) -> None:

@@ -144,6 +144,8 @@ class Run:
     restored_elsewhere: bool = False
     """restored_from does not lie in this run's own directory."""
     data_state: DataState | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Further names that the model's state dict has for tied tensors -> the one in checkpoints."""
     fingerprint: str | None = None
     """Tells the training set from another one, where it can say so."""
     utilization: Utilization | None = None

@@ -84,6 +84,7 @@ def snapshot(run: Run) -> Snapshot:
             "step": run.progress.step,
             "num_samples": run.num_samples,
             "data": run.fingerprint,
+            "aliases": run.aliases,
             "config": to_json(run.config),
             "parts": values | {"observers": observers, "optimizer": strategy.optimizer_structure()},
         },

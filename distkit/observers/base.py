@@ -13,7 +13,7 @@ Scalar = str | int | float | bool | None
 Event = Mapping[str, Scalar]
 """One thing that happened. Always has `event` (its kind) and `step`; the rest depends on the kind:
 
-train: loss, lr, grad_norm, samples, samples_per_second, data_wait_seconds, the recipe's sums as fractions.
+train: loss, lr, grad_norm, samples, samples_per_second, data_wait_seconds, mfu, the recipe's sums as fractions.
 eval: loss, samples, the recipe's metrics by name, as fractions.
 note: message.
 checkpoint and others: any names.

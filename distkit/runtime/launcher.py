@@ -81,6 +81,16 @@ def merge_launcher_env(config: C, typed: Set[str], env: Mapping[str, str], world
     return _merge_accumulation(config, typed, env, world_size)
 
 
+def launched_strategy(env: Mapping[str, str], world_size: int) -> str | None:
+    """The strategy that `accelerate launch` asks for; None where it leaves it open.
+
+    Raises:
+        ConfigError: it asks for something unsupported.
+    """
+    name, _ = asked_strategy(env, world_size).get("strategy", (None, ""))
+    return None if name is None else str(name)
+
+
 def _merge_strategy(config: C, typed: Set[str], env: Mapping[str, str], world_size: int) -> C:
     choices = asked_strategy(env, world_size)
     if not choices:

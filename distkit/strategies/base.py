@@ -23,6 +23,7 @@ from distkit.optim import (
     optimizer_tensors,
 )
 from distkit.runtime.process import Runtime
+from distkit.strategies.parameters import GradientWatch
 
 if TYPE_CHECKING:
     from distkit.strategies.compiled import CompilerWatch
@@ -54,6 +55,7 @@ class Strategy(ABC):
         self.skipped = torch.zeros((), device=runtime.device)
         self._autocast = self._make_autocast()
         self._parameters: list[nn.Parameter] = []
+        self._first_gradients: GradientWatch | None = None
         self._watch: CompilerWatch | None = None
         if config.compile:
             from distkit.strategies.compiled import CompilerWatch  # it imports the compiler
@@ -141,8 +143,15 @@ class Strategy(ABC):
         """Scale gradients by min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does."""
         clip_grads_with_norm_(self._parameters, max_norm, norm)
 
+    def check_gradients(self) -> None:
+        """Once, where the strategy needs a gradient for each parameter: name those without (`ConfigError`)."""
+        if self._first_gradients is not None:
+            watch, self._first_gradients = self._first_gradients, None
+            watch.check()
+
     def update(self) -> None:
         """One optimizer update; fp16 skips it on the device when a gradient is not finite, and counts that."""
+        self.check_gradients()
         if not self.scaler.is_enabled():
             self.optimizer.step()
             return
@@ -177,6 +186,11 @@ class Strategy(ABC):
         Plain tensors hold the same values on every rank, DTensors this rank's part.
         """
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    @property
+    def model_name(self) -> str:
+        """The class of the recipe's model."""
+        return type(self.module).__name__
 
     @property
     def num_parameters(self) -> int:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from distkit.errors import ConfigError
 from distkit.strategies.base import Strategy
 from distkit.strategies.blocks import compile_, recompute_activations_
+from distkit.strategies.parameters import GradientWatch
 
 
 class DataParallel(Strategy):
@@ -36,6 +37,9 @@ class DataParallel(Strategy):
             # in place: parameter names stay as they are, and DDP, which cannot be compiled itself, calls what was
             compile_(self.module, config, "whole")
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
+        if self._ddp is not None and not config.ddp.static_graph and not self.needs_closure:
+            trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+            self._first_gradients = GradientWatch(trained, self.name)
         self.optimizer = build_optimizer(self.module)
 
     def _wrap(self, module: nn.Module) -> DistributedDataParallel:

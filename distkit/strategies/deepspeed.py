@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from distkit.config import TrainConfig, split_batch
-from distkit.errors import ConfigError, NonFiniteError
+from distkit.errors import ConfigError
 from distkit.optim import (
     allocate_optimizer_state,
     compare_optimizers,
@@ -35,7 +35,7 @@ from distkit.strategies.base import Strategy
 from distkit.strategies.blocks import compile_, recompute_activations_, repeated_blocks
 from distkit.strategies.deepspeed_config import deepspeed_config
 from distkit.strategies.deepspeed_scaling import LossScaling
-from distkit.strategies.deepspeed_start import gather_whole_, start_engine
+from distkit.strategies.deepspeed_start import gather_whole_, measure_nothing_, start_engine
 from distkit.strategies.deepspeed_state import (
     View,
     Zero,
@@ -46,6 +46,7 @@ from distkit.strategies.deepspeed_state import (
     unequal_groups,
     whole_shape,
 )
+from distkit.strategies.parameters import GradientWatch, refuse_scalars
 
 #: Optimizers that treat each element by itself, so that they can update a run of elements of any parameters.
 ELEMENTWISE = ("sgd", "adam", "adamw", "adamax", "nadam", "radam", "rmsprop", "rprop", "adadelta", "asgd")
@@ -63,6 +64,7 @@ class DeepSpeed(Strategy):
     def prepare(self, module: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> None:
         """Choose what is recomputed and compiled, build the optimizer, hand both to DeepSpeed."""
         config = self.config
+        refuse_scalars(module, self.name)
         self.module = module.to(self.runtime.device)
         recompute_activations_(module, config.activation_checkpointing)
         if config.compile:
@@ -82,8 +84,11 @@ class DeepSpeed(Strategy):
         pinned = self.runtime.device.type == "cuda"
         split = split_batch(config, self.runtime.world_size)
         section = deepspeed_config(config, split, self.stage, numel, pinned=pinned)
-        self.engine = start_engine(module, self.optimizer, section, self.runtime.device)
+        own = config.zero.config is not None
+        self.engine = start_engine(module, self.optimizer, section, self.runtime.device, own=own)
         self.model, self.eval_model = cast(nn.Module, self.engine), module
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._first_gradients = GradientWatch(trained, self.name)
         self._adopt()
 
     def _adopt(self) -> None:
@@ -92,8 +97,15 @@ class DeepSpeed(Strategy):
         assert zero.optimizer is self.optimizer, type(zero.optimizer)
         # gradients are unscaled here
         zero.torch_autocast_gradscaler = None
+        # and measured
+        measure_nothing_(zero)
         if self.stage == 3:
             self._zero3 = cast(Zero3, zero)
+            weights = self._zero3.fp16_partitioned_groups_flat
+            for master, flat in zip(self._zero3.fp32_partitioned_groups_flat, weights, strict=True):
+                # DeepSpeed means to do so itself, but compares a device with the name of one
+                if master.device.type == flat.device.type and not self._zero3.offload_optimizer:
+                    master.data = flat
             self._partitions = flat_partitions_3(self._zero3, self._names)
         else:
             self._zero = cast(Zero, zero)
@@ -174,17 +186,12 @@ class DeepSpeed(Strategy):
         self.scale_gradients_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
     def update(self) -> None:
-        """One update by DeepSpeed; fp16 skips it on the device when a gradient is not finite, and counts that.
-
-        Raises:
-            NonFiniteError: zero3's gradients are not finite outside fp16; DeepSpeed would go on without an update.
-        """
+        """One update by DeepSpeed; fp16 skips it on the device when a gradient is not finite, and counts that."""
+        self.check_gradients()
         if self.scaler.is_enabled():
             self.skipped.add_(self._scaling.update(self.gradients(), self.optimizer, self.engine.step))
             return
         self.engine.step()
-        if self.stage == 3 and self._zero3.overflow:
-            raise NonFiniteError("a gradient became NaN or infinite; the same command with --debug names the module")
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer by its canonical name; zero3's parameters as this rank's elements of them."""
@@ -283,9 +290,6 @@ class DeepSpeed(Strategy):
             raise ConfigError(f"--optim.name {config.optim.name} cannot update runs of elements, as --strategy "
                               f"{config.strategy} cuts parameters", expected=", ".join(ELEMENTWISE),
                               got=config.optim.name, fix="--strategy fsdp, or --optim.name adamw")  # fmt: skip
-        if config.channels_last:
-            raise ConfigError(f"--channels-last with --strategy {config.strategy}: DeepSpeed lays weights out by rows",
-                              expected="no --channels-last", fix="--no-channels-last")  # fmt: skip
         if self.runtime.device.type not in ("cpu", "cuda"):
             raise ConfigError(f"--strategy {config.strategy} on {self.runtime.device.type}", expected="cuda or cpu",
                               fix="--strategy auto")  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from distkit.config import BatchSplit, TrainConfig
-from distkit.errors import ConfigError
+from distkit.errors import ConfigError, nearest
 
 Section = dict[str, object]
 
@@ -16,15 +16,24 @@ Section = dict[str, object]
 BUCKET_NUMEL = 50_000_000
 #: Sections that would do again, or otherwise, what the run's own options say.
 OWN_FLAGS = {
+    "activation_checkpointing": "--activation-checkpointing.mode full",
     "optimizer": "--optim.name adamw",
     "scheduler": "--schedule.name cosine",
     "amp": "--precision bf16",
     "checkpoint": "--checkpoint.save-every 1000",
 }
-#: Sections that change the model, the data or the batch, or remember something, behind the run's back.
+#: Sections that change the model, the data or the batch, remember or write something, behind the run's back.
 BEHIND = (
-    "autotuning", "compression_training", "curriculum_learning", "data_efficiency", "eigenvalue", "elasticity",
-    "hybrid_engine", "pipeline", "progressive_layer_drop", "tensor_parallel",
+    "autotuning", "comet", "compression_training", "csv_monitor", "curriculum_learning", "data_efficiency",
+    "eigenvalue", "elasticity", "hybrid_engine", "pipeline", "progressive_layer_drop", "tensor_parallel", "tensorboard",
+    "wandb",
+)  # fmt: skip
+#: All else that a file may hold; DeepSpeed ignores what it does not know.
+TAKEN = (
+    "aio", "bf16", "comms_logger", "communication_data_type", "dump_state", "flops_profiler", "fp16",
+    "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor", "memory_breakdown",
+    "prescale_gradients", "steps_per_print", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
 #: Options of zero_optimization under which weights or optimizer state lie where a checkpoint does not find them.
 UNMAPPED = (
@@ -150,6 +159,7 @@ def check(own: Section, config: TrainConfig, split: BatchSplit, stage: int) -> N
         "gradient_clipping": (
             own.get("gradient_clipping") or None, clip, f"--max-grad-norm {own.get('gradient_clipping')}"
         ),
+        "zero_allow_untested_optimizer": (own.get("zero_allow_untested_optimizer"), True, '"auto"'),
         "zero_optimization.stage": (
             zero.get("stage"), stage,
             f"--strategy zero{zero.get('stage')}" if zero.get("stage") in (1, 2, 3) else "--strategy ddp",
@@ -169,8 +179,12 @@ def check(own: Section, config: TrainConfig, split: BatchSplit, stage: int) -> N
     for name in BEHIND:
         section = own.get(name)
         if section not in (None, {}, "auto") and not (isinstance(section, dict) and section.get("enabled") is False):
-            raise ConfigError(f'{where}: "{name}" changes the run in ways that no checkpoint knows', got=section,
+            raise ConfigError(f'{where}: "{name}" acts behind the run\'s back', got=section,
                               expected="a file without it", fix=f'leave "{name}" out')  # fmt: skip
+    for name in sorted(own.keys() - {*TAKEN, *BEHIND}):
+        close = nearest(name, TAKEN)
+        raise ConfigError(f'{where}: "{name}" is not taken', expected=f"one of {', '.join(TAKEN)}", got=name,
+                          fix=f'"{close}"' if close else f'leave "{name}" out')  # fmt: skip
     _check_precision(own, config, where)
     _check_zero(zero, config, where)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distkit.errors import ConfigError
@@ -19,8 +19,21 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def start_engine(module: nn.Module, optimizer: Optimizer, section: Section, device: torch.device) -> DeepSpeedEngine:
+class Measures(Protocol):
+    """What is replaced of DeepSpeed's optimizers."""
+
+    scaled_global_norm: Callable[..., float]
+    update_offload_overflow_tracker: Callable[[Tensor], None]
+    _get_norm_groups: Callable[[], list[Tensor]]
+
+
+def start_engine(
+    module: nn.Module, optimizer: Optimizer, section: Section, device: torch.device, *, own: bool
+) -> DeepSpeedEngine:
     """Lay `module` and `optimizer` over the ranks as `section` says; all ranks together.
+
+    Args:
+        own: some of `section` comes from a user's file.
 
     Raises:
         ConfigError: DeepSpeed knows no such option, or not with this value.
@@ -39,6 +52,7 @@ def start_engine(module: nn.Module, optimizer: Optimizer, section: Section, devi
     with _environment(settings):
         from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
         from accelerate.state import AcceleratorState
+        from deepspeed.runtime.config import DeepSpeedConfigError
 
         _quieten()
         _check_options(section)
@@ -50,17 +64,55 @@ def start_engine(module: nn.Module, optimizer: Optimizer, section: Section, devi
             gradient_accumulation_steps=cast(int, section["gradient_accumulation_steps"]),
             kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if device.type == "cuda" else "gloo")],
         )
-        engine, _ = accelerator.prepare(module, optimizer)
+        try:
+            engine, _ = accelerator.prepare(module, optimizer)
+        except (AssertionError, DeepSpeedConfigError) as error:
+            if not own:
+                raise
+            raise ConfigError("--zero.config holds what DeepSpeed refuses", expected="options that fit each other",
+                              got=error, fix="see DeepSpeed's documentation of its JSON") from error  # fmt: skip
         AcceleratorState._reset_state(reset_partial_state=True)
     return cast("DeepSpeedEngine", engine)
 
 
+def measure_nothing_(zero: Measures) -> None:
+    """Take the norm out of DeepSpeed's step: where it offloads, and in stage 3, it measures one and waits for it.
+
+    Clipping and reports have their own. A gradient that is not finite is then seen in the loss, as everywhere;
+    DeepSpeed would go on without the update and say nothing.
+    """
+    zero.scaled_global_norm = lambda norm_type=2.0: 1.0  # noqa: ARG005
+    zero.update_offload_overflow_tracker = lambda gradient: None  # noqa: ARG005
+    # of stage 3; on the CPU, so that looking at it waits for nothing
+    zero._get_norm_groups = lambda: [torch.ones((), device="cpu")]
+
+
 def gather_whole_(blocks: Sequence[nn.Module]) -> None:
-    """Let zero3 gather all of a block before its forward; its hooks on each part would split what is compiled."""
+    """Let zero3 gather all of a block before its forward; its hooks on each part would split what is compiled.
+
+    Blocks without parts have no such hooks, and frozen parameters cannot be in a block that is gathered whole.
+    """
     from deepspeed.utils import set_z3_leaf_module
 
     for block in blocks:
-        set_z3_leaf_module(block, True)
+        if next(block.children(), None) is not None and all(p.requires_grad for p in block.parameters()):
+            block.register_forward_pre_hook(_with_gradient)
+            set_z3_leaf_module(block, True)
+
+
+def _with_gradient(block: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+    """The block's input, with a gradient: its arrival is what tells DeepSpeed that those of the block are complete.
+
+    Raises:
+        ConfigError: the block takes no tensor that can have one.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+    if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors):
+        return args
+    if not tensors:
+        raise ConfigError(f"--compile with --strategy zero3: {type(block).__name__} is called without a floating-point "
+                          "tensor as a positional argument", expected="one", fix="--no-compile")  # fmt: skip
+    return tuple(arg.detach().requires_grad_() if arg is tensors[0] else arg for arg in args)
 
 
 def _check_options(section: Section) -> None:

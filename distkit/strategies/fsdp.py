@@ -25,6 +25,7 @@ from distkit.runtime.process import Runtime
 from distkit.runtime.shards import local_part, whole
 from distkit.strategies.base import Strategy
 from distkit.strategies.blocks import compile_, modules_of_class, recompute_activations_, repeated_blocks
+from distkit.strategies.parameters import refuse_scalars
 
 #: One flattens all parameters into a vector, one takes sparse gradients, and one keeps means of whole rows and columns.
 NOT_IN_SHARDS = frozenset({"lbfgs", "sparse_adam", "adafactor"})
@@ -58,9 +59,14 @@ class FullySharded(Strategy):
         self._parameters = [p for p in self._named.values() if p.requires_grad]
         self.optimizer = build_optimizer(module)
 
+    @property
+    def model_name(self) -> str:
+        """The class of the recipe's model, under the one that fully_shard made."""
+        return _own_class(self.module)
+
     def describe(self) -> str:
         """Number and classes of the units, and over what they are cut."""
-        inner = [type(unit).__mro__[2].__name__ for unit in self._units if unit is not self.module]
+        inner = [_own_class(unit) for unit in self._units if unit is not self.module]
         replicas = self.config.fsdp.replicas
         cut = f"{self.runtime.world_size // (replicas or 1)} shards" + (f" x {replicas} replicas" if replicas else "")
         return f"fsdp: {cut}, {len(inner)} units {', '.join(sorted(set(inner)))}".rstrip() + " and the rest"
@@ -148,6 +154,7 @@ class FullySharded(Strategy):
                               expected="bf16 or fp32", got="fp16", fix="--precision bf16")  # fmt: skip
 
     def _check_module(self, module: nn.Module) -> None:
+        refuse_scalars(module, self.name)
         norms = [name for name, part in module.named_modules() if isinstance(part, _BatchNorm)]
         if norms and self.config.fsdp.gather_precision == "bf16":
             raise ConfigError(f"--fsdp.gather-precision bf16: {norms[0]} is a BatchNorm, which takes fp32 weights only",
@@ -194,11 +201,32 @@ def units(module: nn.Module, config: FSDPConfig) -> list[nn.Module]:
         found = repeated_blocks(module)
     # containers have no forward of their own to gather before
     containers = nn.ModuleList | nn.ModuleDict
-    return [unit for unit in found if unit is not module and not isinstance(unit, containers) and _has(unit)]
+    found = [unit for unit in found if unit is not module and not isinstance(unit, containers) and _has(unit)]
+    shared = [unit for unit in found if not _owns(module, unit)]
+    if shared and config.wrap is not None:
+        name = type(shared[0]).__name__
+        raise ConfigError(f"--fsdp.wrap {name}: its parameters are used outside of it, too", got=name,
+                          expected="a class whose parameters are its own", fix="--fsdp.wrap Block")  # fmt: skip
+    return [unit for unit in found if unit not in shared]
+
+
+def _own_class(unit: nn.Module) -> str:
+    return type(unit).__mro__[2].__name__
 
 
 def _has(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
+
+
+def _owns(root: nn.Module, unit: nn.Module) -> bool:
+    """Whether no module outside of `unit` has one of its parameters."""
+    inside, own = set(unit.modules()), set(unit.parameters())
+    return not any(p in own for part in root.modules() if part not in inside for p in part.parameters(recurse=False))
+
+
+#: A container has no forward of its own to gather before, and an embedding's weight is often read as the head's, by
+#: the model's own forward, where nothing gathers it; what they hold counts for their parent.
+NO_UNITS = (nn.ModuleList, nn.ModuleDict, nn.Embedding)
 
 
 def large_modules(module: nn.Module, min_params: int) -> list[nn.Module]:
@@ -208,11 +236,10 @@ def large_modules(module: nn.Module, min_params: int) -> list[nn.Module]:
     def visit(part: nn.Module) -> int:
         left = sum(p.numel() for p in part.parameters(recurse=False)) + sum(map(visit, part.children()))
         own[part] = left
-        # a container cannot be a unit: what it holds counts for its parent
-        return 0 if left >= min_params and not isinstance(part, nn.ModuleList | nn.ModuleDict) else left
+        return 0 if left >= min_params and not isinstance(part, NO_UNITS) else left
 
     visit(module)
-    return [part for part in module.modules() if own[part] >= min_params]
+    return [part for part in module.modules() if own[part] >= min_params and not isinstance(part, NO_UNITS)]
 
 
 def check_same_everywhere(module: nn.Module, runtime: Runtime) -> None:

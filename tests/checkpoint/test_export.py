@@ -21,6 +21,7 @@ from writing import write_checkpoint
 from distkit.checkpoint import export as export_module
 from distkit.checkpoint.export import Item, canonical_name, export, parse_size, split
 from distkit.checkpoint.format import MANIFEST, STATE
+from distkit.checkpoint.publish import index_of
 from distkit.errors import CheckpointError, ConfigError
 
 MODEL = {
@@ -71,6 +72,20 @@ def test_one_file(tmp_path: Path) -> None:
         if "dtype" in entry:
             size = {"I64": 8, "F32": 4, "BF16": 2, "BOOL": 1}[entry["dtype"]]
             assert entry["data_offsets"][0] % size == 0
+
+
+@pytest.mark.parametrize("limit", [None, 1200])
+def test_a_tied_tensor_has_each_of_its_names(limit: int | None, tmp_path: Path) -> None:
+    tensors = {f"model/{name}": tensor for name, tensor in MODEL.items()}
+    tensors["ema/fc.weight"] = MODEL["fc.weight"] + 1
+    aliases = {"module.head.weight": "fc.weight", "gone": "nowhere"}
+    write_checkpoint(tmp_path / "run" / "checkpoints", 5, tensors, state={"aliases": aliases})
+    out = tmp_path / "model.safetensors"
+    for ema in (False, True):
+        export(tmp_path / "run", out, ema=ema, max_shard_bytes=limit, overwrite=True)
+        loaded = load_file(out) if limit is None else load_sharded(index_of(out))[0]
+        expected = {**MODEL, "fc.weight": MODEL["fc.weight"] + 1 if ema else MODEL["fc.weight"]}
+        assert_same(loaded, {**expected, "head.weight": expected["fc.weight"]})
 
 
 def test_names_without_wrappers(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ FULL = replace(
     BASE, dropout=0.2, noise=0.1, batch_norm=True, weighted=True, ema_decay=0.9, eval_every=6, microbatch_size=2,
     max_grad_norm=0.5, checkpoint=SAVING,
 )  # fmt: skip
-TIMED = {"samples_per_second", "data_wait_seconds", "seconds", "train_seconds"}
+TIMED = {"samples_per_second", "data_wait_seconds", "seconds", "train_seconds", "mfu"}
 
 
 def lines(run_dir: Path) -> list[dict[str, object]]:

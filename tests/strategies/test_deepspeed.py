@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny
+import tiny_gpt
 import torch
-from harness import run_ranks
-from strategy_runs import BASES, ZERO, build, differences, needs_deepspeed, on_ranks
-from torch import Tensor
+from harness import run_ranks, run_recipe_cli
+from strategy_runs import BASES, ZERO, CountReads, build, differences, needs_deepspeed, on_ranks
+from torch import Tensor, nn
 
+from distkit.assemble import assemble
 from distkit.config import OptimConfig, TrainConfig, ZeroConfig
+from distkit.engine.fit import fit
 from distkit.engine.train_step import train_step
 from distkit.errors import ConfigError, NonFiniteError
+from distkit.runtime import read_topology
+from distkit.runtime.process import start
 from distkit.runtime.shards import local_part, whole
+from distkit.strategies import Strategy
 
 pytestmark = needs_deepspeed
 TOLERANCE = 1e-5
@@ -59,46 +69,122 @@ def test_a_run_after_zero3_is_as_one_before(tmp_path: Path) -> None:
         assert ended[f"{name} again"].digest == ended[name].digest, name
 
 
-def bad_gradient(folder: str, config: TrainConfig, rank: int, value: float) -> tuple[str, float, bool]:
-    """One step in which a gradient of one rank alone is not finite: what was raised, skipped updates, weights kept."""
-    run = build(folder, config)
-    strategy = run.strategy
-    honest = strategy.backward
-    before = {name: whole(tensor.detach()).clone() for name, tensor in strategy.model_tensors().items()}
+class Pair(nn.Module):
+    """A block with a part, called with what needs no gradient."""
 
-    def backward(loss: Tensor) -> None:
-        honest(loss)
-        if run.runtime.rank == rank:
-            local_part(strategy.gradients()[-1]).view(-1)[0] = value
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(tiny.FEATURES, tiny.FEATURES)
+        self.linear.bias.requires_grad_(not frozen)
 
-    strategy.backward = backward  # type: ignore[method-assign]
-    raised = ""
-    try:
-        train_step(run)
-    except NonFiniteError as error:
-        raised = str(error)
-    kept = all(torch.equal(before[name], whole(t.detach())) for name, t in strategy.model_tensors().items())
-    skipped = strategy.skipped.item()
-    run.runtime.close()
-    return raised, skipped, kept
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("stage", ZERO)
-@pytest.mark.parametrize("optim", ["adamw", "sgd"])
-def test_all_ranks_skip_what_overflows_on_one(stage: str, optim: str, tmp_path: Path) -> None:
-    config = replace(BASES["gpt"], strategy=stage, precision="fp16", max_grad_norm=1.0,  # type: ignore[arg-type]
-                     optim=OptimConfig(name=optim, lr=0.1))  # type: ignore[arg-type]  # fmt: skip
-    assert run_ranks(bad_gradient, 2, str(tmp_path), config, 1, float("inf")) == [("", 1.0, True)] * 2
+def train_pairs(folder: str, frozen: bool) -> list[dict[str, Tensor]]:
+    """Weights after three steps as ddp, and compiled as zero3."""
+
+    def build_model(config: TrainConfig) -> nn.Module:
+        return nn.Sequential(Pair(False), Pair(frozen), nn.Linear(tiny.FEATURES, tiny.CLASSES))
+
+    recipe = replace(tiny.RECIPE, build_model=build_model)
+    compiled = replace(BASES["mlp"], strategy="zero3", compile=True, compile_backend="aot_eager")
+    runtime = start(compiled, read_topology(os.environ))
+    found = []
+    for config in (BASES["mlp"], compiled):
+        run = assemble(recipe, replace(config, run_dir=Path(folder) / config.strategy), runtime)  # type: ignore[type-var]
+        for _ in range(3):
+            train_step(run)
+        found.append({name: whole(t.detach()).clone() for name, t in run.strategy.model_tensors().items()})
+    runtime.close()
+    return found
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_zero3_says_that_a_gradient_is_not_finite(value: float, tmp_path: Path) -> None:
-    config = replace(BASES["gpt"], strategy="zero3")
-    for raised, _, kept in run_ranks(bad_gradient, 2, str(tmp_path), config, 0, value):
-        assert "a gradient became NaN or infinite" in raised
-        assert kept
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_blocks_whose_input_needs_no_gradient(frozen: bool, tmp_path: Path) -> None:
+    for ddp, zero3 in run_ranks(train_pairs, 2, str(tmp_path), frozen):
+        for name, tensor in ddp.items():
+            torch.testing.assert_close(zero3[name], tensor, atol=1e-6, rtol=0)
+
+
+def bad_gradients(folder: str, configs: dict[str, TrainConfig], value: float) -> dict[str, tuple[str, float, bool]]:
+    """One step in which a gradient of rank 1 alone is `value`: what was raised, skipped updates, weights kept."""
+    runtime = start(next(iter(configs.values())), read_topology(os.environ))
+    found = {}
+    for name, config in configs.items():
+        strategy = (run := build(f"{folder}/{name}", config, runtime)).strategy
+        before = {name: whole(tensor.detach()).clone() for name, tensor in strategy.model_tensors().items()}
+        strategy.backward = partial(spoiling, strategy, strategy.backward, value)  # type: ignore[method-assign]
+        raised = ""
+        try:
+            train_step(run)
+        except NonFiniteError as error:
+            raised = str(error)
+        kept = all(torch.equal(before[name], whole(t.detach())) for name, t in strategy.model_tensors().items())
+        found[name] = (raised, strategy.skipped.item(), kept)
+    runtime.close()
+    return found
+
+
+def spoiling(strategy: Strategy, honest: Callable[[Tensor], None], value: float, loss: Tensor) -> None:
+    honest(loss)
+    if strategy.runtime.rank == 1:
+        local_part(strategy.gradients()[-1]).view(-1)[0] = value
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_all_ranks_skip_what_overflows_on_one(tmp_path: Path) -> None:
+    base = replace(BASES["gpt"], precision="fp16", max_grad_norm=1.0)
+    configs = {
+        f"{stage}-{optim}": replace(base, strategy=stage, optim=OptimConfig(name=optim, lr=0.1))  # type: ignore[arg-type]
+        for stage in ZERO
+        for optim in ("adamw", "sgd")
+    }
+    for found in run_ranks(bad_gradients, 2, str(tmp_path), configs, float("inf"), timeout=240):
+        assert found == dict.fromkeys(configs, ("", 1.0, True))
+
+
+def spoiled_run(folder: str, configs: dict[str, TrainConfig]) -> dict[str, tuple[int, str]]:
+    """NAME -> host reads of a step, and what ended a run in whose fourth step a gradient of rank 1 is NaN."""
+    runtime = start(next(iter(configs.values())), read_topology(os.environ))
+    found = {}
+    for name, config in configs.items():
+        run = build(f"{folder}/{name}", config, runtime)
+        for _ in range(2):
+            train_step(run)
+        with CountReads() as count:
+            train_step(run)
+        if runtime.rank == 1:
+            run.strategy.backward = partial(nan_once, run.strategy, run.strategy.backward)  # type: ignore[method-assign]
+        try:
+            fit(run)
+        except NonFiniteError as error:
+            found[name] = (count.reads, str(error))
+        run.directory.release()
+    runtime.close()
+    return found
+
+
+def nan_once(strategy: Strategy, honest: Callable[[Tensor], None], loss: Tensor) -> None:
+    honest(loss * float("nan"))
+    strategy.backward = honest  # type: ignore[method-assign]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_step_waits_for_nothing_and_a_bad_gradient_ends_the_run(tmp_path: Path) -> None:
+    base = replace(BASES["gpt"], report_every=10, max_grad_norm=0.5)
+    configs: dict[str, TrainConfig] = {name: replace(base, strategy=name) for name in ZERO}  # type: ignore[arg-type]
+    for name, offload in (("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "parameters")):
+        configs[f"{name}-{offload}"] = replace(configs[name], zero=ZeroConfig(offload=offload))  # type: ignore[arg-type]
+    for found in run_ranks(spoiled_run, 2, str(tmp_path), configs, timeout=240):
+        assert found.keys() == configs.keys()
+        for name, (reads, raised) in found.items():
+            # zero3 looks at a constant, which lies on the CPU
+            assert reads == name.startswith("zero3"), name
+            assert "the loss became nan" in raised
 
 
 def engine_settings(folder: str, config: TrainConfig) -> dict[str, object]:
@@ -140,7 +226,7 @@ def test_a_users_configuration_takes_effect(stage: str, tmp_path: Path) -> None:
         # "auto" is what the run says
         assert found["batch"] == (8, 2)
         assert (found["accum_steps"], found["stage"]) == (2, int(stage[-1]))
-        assert found["allgather_bucket_size"] == 13_420  # all parameters, where there are few
+        assert found["allgather_bucket_size"] == 10_180  # all parameters, where there are few
         # the strategy clips
         assert found["clipping"] == 0.0
 
@@ -171,3 +257,13 @@ def test_what_a_users_configuration_cannot_say_is_a_configuration_error(
     for message in run_ranks(refused, 2, str(tmp_path / "run"), config):
         for part in (*says, "--zero.config"):
             assert part in message
+
+
+@pytest.mark.distributed
+def test_a_contradiction_is_exit_2_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": 1.0}')
+    args = ["--strategy", "zero2", "--zero.config", "ds.json", "--run-dir", "run", "--num-threads", "1"]
+    ended = run_recipe_cli(args, tmp_path, recipe=Path(tiny_gpt.__file__), world_size=2)
+    assert [rank.returncode for rank in ended] == [2, 2]
+    assert "--max-grad-norm 1.0" in ended[0].stderr
+    assert not (tmp_path / "run").exists()

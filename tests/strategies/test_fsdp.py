@@ -13,9 +13,8 @@ import tiny_gpt
 import torch
 from harness import run_ranks, run_recipe_cli
 from safetensors.torch import load_file
-from strategy_runs import BASES, build, differences, on_ranks
+from strategy_runs import BASES, CountReads, build, differences, needs_deepspeed, on_ranks
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distkit.cli import parse
 from distkit.config import (
@@ -53,6 +52,17 @@ def test_units() -> None:
     ]
     with pytest.raises(ConfigError, match=r"--fsdp\.wrap Block"):
         units(model, FSDPConfig(wrap=("Blok",)))
+    # the embedding is also the head: the model's own forward reads its weight
+    assert model.embedding not in units(model, FSDPConfig(min_params=1))
+
+
+def test_a_unit_owns_its_parameters() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    assert units(model, FSDPConfig(min_params=20)) == [model[0], model[2][0]]
+    model[2][0].weight = model[0].weight
+    assert units(model, FSDPConfig(min_params=20)) == []
+    with pytest.raises(ConfigError, match="used outside of it"):
+        units(model, FSDPConfig(wrap=("Linear",)))
 
 
 @pytest.mark.parametrize("wrap", [(), ("Attention", "MLP"), None])
@@ -114,18 +124,6 @@ def test_models_that_cannot_be_sharded_are_named() -> None:
             assert word in message
 
 
-class CountReads(TorchDispatchMode):
-    """Counts what makes the host wait for a tensor's value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 def reads_and_share(folder: str, config: TrainConfig) -> tuple[int, float, list[str]]:
     """Host reads in three steps; this rank's share of parameters, gradients and optimizer state; names."""
     run = build(folder, config)
@@ -178,25 +176,28 @@ def test_the_final_weights_are_whole(tmp_path: Path) -> None:
 
 
 def evaluations(folder: str, config: TrainConfig, size: int) -> list[tuple[float, int]]:
-    """Evaluate, train, evaluate twice: what is gathered for one must not be what the next sees."""
+    """Evaluate, train, evaluate and so on: what is gathered for one must not be what the next sees."""
     run = build(folder, config)
     assert run.test_loader is not None
     loader = EvaluationLoader(run.test_loader.fetcher, size)
     found = [evaluate(run, loader)]
-    train_step(run)
-    run.meter.reduce()
-    found += [evaluate(run, loader), evaluate(run, loader)]
+    for _ in range(2):  # from the second evaluation on the averages are not the weights
+        train_step(run)
+        run.meter.reduce()
+        found.append(evaluate(run, loader))
+    found.append(evaluate(run, loader))
     run.runtime.close()
-    assert found[1] == found[2]
+    assert found[2] == found[3]
     return [(means.loss, means.samples) for means in found]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("size", "batch"), [(1, 4), (5, 4), (9, 4), (15, 3)])
-def test_every_rank_evaluates_as_often(size: int, batch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "batch"), [(1, 4), (5, 4), (15, 3)])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero3", marks=needs_deepspeed)])
+def test_every_rank_evaluates_as_often(strategy: str, size: int, batch: int, tmp_path: Path) -> None:
     config = replace(BASES["gpt"], eval_batch_size=batch, ema_decay=0.9, global_batch_size=12)
     (single,) = run_ranks(evaluations, 1, str(tmp_path / "1"), config, size)
-    ranks = run_ranks(evaluations, 3, str(tmp_path / "3"), replace(config, strategy="fsdp"), size)
+    ranks = run_ranks(evaluations, 3, str(tmp_path / "3"), replace(config, strategy=strategy), size)  # type: ignore[arg-type]
     for rank in ranks:
         for (loss, samples), (expected, _) in zip(rank, single, strict=True):
             assert samples == size
@@ -204,7 +205,7 @@ def test_every_rank_evaluates_as_often(size: int, batch: int, tmp_path: Path) ->
 
 
 def overflow(folder: str, config: TrainConfig) -> tuple[float, bool]:
-    """One step in which only the last rank's shard of one gradient is infinite."""
+    """One step in which the last shard of one gradient is infinite, in every copy of the model."""
     run = build(folder, config)
     strategy = run.strategy
     honest, before = strategy.backward, {n: local_part(t).clone() for n, t in strategy.model_tensors().items()}
@@ -212,7 +213,8 @@ def overflow(folder: str, config: TrainConfig) -> tuple[float, bool]:
     def backward(loss: Tensor) -> None:
         honest(loss)
         last = strategy.gradients()[-1]
-        if run.runtime.rank == run.runtime.world_size - 1:
+        shards = run.runtime.world_size // (config.fsdp.replicas or 1)
+        if run.runtime.rank % shards == shards - 1:
             last.view(-1)[0] = float("inf")
 
     strategy.backward = backward  # type: ignore[method-assign]

@@ -1,0 +1,61 @@
+"""What a strategy asks of a model's parameters: a shape that can be cut, and a gradient for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor, nn
+
+from distkit.errors import ConfigError
+
+
+def refuse_scalars(module: nn.Module, strategy: str) -> None:
+    """Refuse parameters without dimensions, which cannot be cut.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    scalars = [name for name, parameter in module.named_parameters() if not parameter.ndim]
+    if scalars:
+        raise ConfigError(f"--strategy {strategy} cannot cut parameter {scalars[0]}, which has no dimension",
+                          expected="shape [1] at least", got="shape []",
+                          fix="torch.ones(1) in place of torch.tensor(1.0), or --strategy ddp")  # fmt: skip
+
+
+class GradientWatch:
+    """Sees in the first step which parameters get a gradient; for strategies that need one for each.
+
+    Without it ddp would wait for the missing ones forever, or say so in the next step in words that name none, and
+    ZeRO, which updates flat runs of elements, would move them by weight decay and momentum.
+
+    Args:
+        parameters: by name, those to be trained.
+        strategy: for the message.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], strategy: str) -> None:
+        self._strategy = strategy
+        self._missing = dict(parameters)
+        self._handles = [
+            p.register_hook(partial(self._see, name))  # type: ignore[no-untyped-call]
+            for name, p in parameters.items()
+        ]
+
+    def _see(self, name: str, _: Tensor) -> None:
+        self._missing.pop(name, None)
+
+    def check(self) -> None:
+        """To be called once, after the backwards of the first step.
+
+        Raises:
+            ConfigError: naming the parameters that the loss does not depend on.
+        """
+        for handle in self._handles:
+            handle.remove()
+        if self._missing:
+            names = list(self._missing)
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ConfigError(f"the loss does not depend on {', '.join(names[:3])}{more}",
+                              expected=f"a gradient for every parameter, with --strategy {self._strategy}",
+                              fix="--strategy fsdp, or requires_grad_(False) for them in build_model")  # fmt: skip
