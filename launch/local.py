@@ -13,9 +13,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distkit.errors import ConfigError
-from distkit.runtime.parent import die_with_parent
-from distkit.verify_resume import free_port, rank_environment
+try:
+    from distkit.errors import ConfigError
+    from distkit.runtime.parent import die_with_parent
+    from distkit.verify_resume import free_port, rank_environment
+except ModuleNotFoundError as error:
+    message = f"{sys.executable} has no {error.name}\n  type:     PYTHON=.venv/bin/python launch/local.sh -n 2 RECIPE"
+    print(f"launch/local.sh: {message}", file=sys.stderr)
+    sys.exit(2)
 
 USAGE = "launch/local.sh -n 2 recipes/gpt.py --preset tiny --text FILE"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)

@@ -191,6 +191,8 @@ def test_the_peak_is_that_of_all_ranks(tmp_path: Path) -> None:
         ("Tesla V100-PCIE-32GB", "fp32", 14),
         ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("NVIDIA GeForce RTX 3090 Ti", "bf16", None),
+        ("NVIDIA GeForce RTX 4090 D", "bf16", None),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bf16", None),
         ("AMD Instinct MI300X", "bf16", 1307.4),
         ("cpu", "fp32", None),

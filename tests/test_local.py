@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -278,3 +279,13 @@ def test_a_wrong_flag_of_the_recipe_stays_2_and_is_said_once(tmp_path: Path) -> 
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.count("distkit: error") == 1
     assert "Traceback" not in wrong.stderr
+
+
+def test_an_interpreter_without_distkit_is_named(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    python.chmod(0o755)
+    done = run([LOCAL, "-n", "1", write(tmp_path), "ok"], tmp_path, environment({"PYTHON": str(python)}))
+    assert done.returncode == 2
+    assert "has no distkit" in done.stderr
+    assert len(done.stderr.splitlines()) == 2

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from distkit.config.optim import NO_WEIGHT_DECAY, TAKES, OptimConfig
 from distkit.errors import ConfigError
 from distkit.optim.groups import ParamGroup
-from distkit.optim.muon import MuonWithAdamW
+from distkit.optim.muon import MuonInShards, MuonWithAdamW
 
 _CLASSES: dict[str, Callable[..., Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -114,7 +115,8 @@ def _build_muon(config: OptimConfig, groups: list[ParamGroup], options: dict[str
                           got="none but embeddings and the last nn.Linear", fix="--optim.name adamw")  # fmt: skip
     shared = {"lr": config.lr, "weight_decay": config.weight_decay}
     for_muon = {_RENAMED.get(name, name): value for name, value in options.items() if name not in _MUONS_ADAMW}
-    muon = Muon(matrices, **shared, **for_muon)  # type: ignore[arg-type]  # checked by OptimConfig
+    in_shards = any(isinstance(parameter, DTensor) for group in matrices for parameter in group["params"])
+    muon = (MuonInShards if in_shards else Muon)(matrices, **shared, **for_muon)  # type: ignore[arg-type]  # checked by OptimConfig
     rest = [group for group in groups if group["kind"] == "adamw"]
     if not rest:
         return MuonWithAdamW(muon)

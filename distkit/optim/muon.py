@@ -1,4 +1,4 @@
-"""Muon beside AdamW, as one optimizer."""
+"""Muon beside AdamW, as one optimizer; also where matrices lie in shards."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from distkit.errors import ConfigError
 from distkit.optim.groups import ParamGroup
+from distkit.runtime.shards import local_part, whole
+
+#: What an update takes from its group, besides the momentum.
+_SETTINGS = ("lr", "weight_decay", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
 
 
 class MuonWithAdamW(Optimizer):
@@ -58,3 +64,38 @@ class MuonWithAdamW(Optimizer):
         for part in self._parts:
             part.step()
         return loss
+
+
+class MuonInShards(Muon):
+    """torch.optim.Muon over matrices in shards (DTensors): each is gathered for its update, one at a time.
+
+    The iteration multiplies matrices in bf16. On shards its sums would be rounded otherwise than in one process, by as
+    much as bf16 does; gathered, every rank computes the same update and keeps its part.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; returns what `closure` returned. All ranks together."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: DTensor, gradient: Tensor, group: ParamGroup) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        buffer: Tensor = state["momentum_buffer"]
+        buffer.lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+        matrix = nn.Parameter(whole(parameter))
+        matrix.grad = whole(update)
+        # the momentum is in the update already
+        Muon([matrix], momentum=0.0, nesterov=False, **{name: group[name] for name in _SETTINGS}).step()  # type: ignore[no-untyped-call]
+        cut = distribute_tensor(matrix.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        local_part(parameter).copy_(local_part(cut))

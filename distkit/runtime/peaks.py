@@ -36,10 +36,14 @@ PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
 )
 
 
+#: Words that make another chip, or a part of one, of a name in the table.
+OTHER_CHIPS = frozenset({"D", "LAPTOP", "MIG", "SUPER", "TI"})
+
+
 def known_peak(name: str, precision: str) -> float | None:
     """Dense FLOP/s of the device `name` in `precision` (fp32, tf32, bf16 or fp16); None where the table has none."""
     words = set(name.upper().replace("-", " ").split())
-    if "LAPTOP" in words or "MIG" in words:  # other chips under the same name, or a part of one
+    if words & OTHER_CHIPS:
         return None
     for known, peaks in PEAKS:
         if set(known.upper().split()) <= words:

@@ -58,7 +58,7 @@ def choose(name: str, world_size: int) -> str:
     if (name == "single") != (world_size == 1):
         raise ConfigError(f"--strategy {name} on {world_size} rank{'s' if world_size > 1 else ''}",
                           expected="one rank" if name == "single" else "several ranks", got=world_size,
-                          fix="--strategy auto, or another number of ranks")  # fmt: skip
+                          fix="another number of ranks, or --strategy auto where no launcher says more")  # fmt: skip
     return name
 
 

@@ -109,7 +109,10 @@ class Strategy(ABC):
     @torch.no_grad()
     def scale_gradients_(self, factor: Tensor) -> None:
         """Multiply every gradient by `factor`, a 0-dim tensor on the device."""
-        torch._foreach_mul_(self.gradients(), factor)
+        gradients = self.gradients()
+        if gradients:
+            # offloaded ones are multiplied on the CPU, where the factor must have arrived: this waits, and only then
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
     def clip_gradients_(self, measure: bool) -> Tensor | None:
         """Clip as configured; return the global L2 norm before clipping (0-dim, on the device).

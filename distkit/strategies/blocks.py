@@ -81,7 +81,9 @@ def chosen_blocks(model: nn.Module, config: ActivationCheckpointingConfig) -> li
         raise ConfigError(
             f"--activation-checkpointing.mode {config.mode}: the model has {len(blocks)} repeated blocks",
             expected=f"at least {step}",
-            fix="--activation-checkpointing.mode blocks --activation-checkpointing.blocks CLASS",
+            fix=f"--activation-checkpointing.every {len(blocks)}"
+            if len(blocks) > 1
+            else "--activation-checkpointing.mode blocks --activation-checkpointing.blocks CLASS",
         )
     return chosen
 
@@ -121,7 +123,8 @@ def compile_(model: nn.Module, config: TrainConfig, scope: str) -> None:
         return
     blocks = repeated_blocks(model)
     if not blocks:
-        raise ConfigError("--compile-scope blocks: the model repeats no block", expected="--compile-scope whole",
-                          fix="--compile-scope whole, or --no-compile")  # fmt: skip
+        # what is cut cannot be compiled as one
+        fix = "--compile-scope whole" if config.strategy in ("auto", "single", "ddp") else "--no-compile"
+        raise ConfigError("--compile-scope blocks: the model repeats no block", fix=fix)
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend, mode=mode, fullgraph=fullgraph, dynamic=dynamic)

@@ -35,7 +35,7 @@ from distkit.strategies.base import Strategy
 from distkit.strategies.blocks import compile_, recompute_activations_, repeated_blocks
 from distkit.strategies.deepspeed_config import deepspeed_config
 from distkit.strategies.deepspeed_scaling import LossScaling
-from distkit.strategies.deepspeed_start import gather_whole_, measure_nothing_, start_engine
+from distkit.strategies.deepspeed_start import gather_whole_, measure_nothing_, require_installed, start_engine
 from distkit.strategies.deepspeed_state import (
     View,
     Zero,
@@ -156,13 +156,6 @@ class DeepSpeed(Strategy):
             self._zero._wait_for_offload_copies()
             return _there(p.flat.grad for p in self._partitions)
         return [part for parts in self._zero.averaged_gradients.values() for part in parts or ()]
-
-    @torch.no_grad()
-    def scale_gradients_(self, factor: Tensor) -> None:
-        """Multiply every gradient by `factor`, a 0-dim tensor on the device."""
-        gradients = self.gradients()
-        if gradients:
-            torch._foreach_mul_(gradients, factor.to(gradients[0].device, non_blocking=True))
 
     @torch.no_grad()
     def _clip_gradients_(self, measure: bool) -> Tensor | None:
@@ -286,10 +279,11 @@ class DeepSpeed(Strategy):
         """Refuse what DeepSpeed cannot do, or cannot do as the other strategies do."""
         super().check()
         config = self.config
+        require_installed(config.strategy)
         if config.optim.name not in ELEMENTWISE:
             raise ConfigError(f"--optim.name {config.optim.name} cannot update runs of elements, as --strategy "
                               f"{config.strategy} cuts parameters", expected=", ".join(ELEMENTWISE),
-                              got=config.optim.name, fix="--strategy fsdp, or --optim.name adamw")  # fmt: skip
+                              got=config.optim.name, fix="--optim.name adamw, or --strategy auto")  # fmt: skip
         if self.runtime.device.type not in ("cpu", "cuda"):
             raise ConfigError(f"--strategy {config.strategy} on {self.runtime.device.type}", expected="cuda or cpu",
                               fix="--strategy auto")  # fmt: skip

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -25,6 +26,17 @@ class Measures(Protocol):
     scaled_global_norm: Callable[..., float]
     update_offload_overflow_tracker: Callable[[Tensor], None]
     _get_norm_groups: Callable[[], list[Tensor]]
+
+
+def require_installed(strategy: str) -> None:
+    """Say what to install where DeepSpeed is not there, or transformers, which Accelerate's plugin imports.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    if missing := [name for name in ("deepspeed", "transformers") if find_spec(name) is None]:
+        raise ConfigError(f"--strategy {strategy} needs {' and '.join(missing)}", got="not installed",
+                          fix='pip install "distkit[deepspeed]"')  # fmt: skip
 
 
 def start_engine(

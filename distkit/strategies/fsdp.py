@@ -96,13 +96,6 @@ class FullySharded(Strategy):
         with torch.no_grad():
             return [local_part(p.grad) for p in self._parameters if p.grad is not None]
 
-    @torch.no_grad()
-    def scale_gradients_(self, factor: Tensor) -> None:
-        """Multiply every gradient by `factor`, a 0-dim tensor on the device."""
-        gradients = self.gradients()
-        if gradients:
-            torch._foreach_mul_(gradients, factor.to(gradients[0].device, non_blocking=True))
-
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         """sqrt of the squares of all shards, summed over the ranks that share a copy of the model."""
         norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32) if gradients else [torch.zeros(())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import tiny
 
 from distkit.config import TrainConfig, ZeroConfig, split_batch
 from distkit.errors import ConfigError
+from distkit.strategies import deepspeed_start
 from distkit.strategies.deepspeed_config import Section, deepspeed_config
 
 BASE = replace(tiny.BASE, strategy="zero2", microbatch_size=2, max_grad_norm=0.5)
@@ -130,3 +132,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     config = replace(BASE, zero=ZeroConfig(config=tmp_path / "no.json"))
     with pytest.raises(ConfigError, match=r"no\.json"):
         deepspeed_config(config, split_batch(config, 2), 2, 1000, pinned=False)
+
+
+@pytest.mark.parametrize("missing", ["deepspeed", "transformers"])
+def test_what_is_not_installed_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_start, "find_spec", lambda name: None if name == missing else ModuleSpec(name, None))
+    with pytest.raises(ConfigError, match=rf"zero2 needs {missing}(?s:.*)distkit\[deepspeed\]"):
+        deepspeed_start.require_installed("zero2")
