@@ -12,6 +12,7 @@ import pytest
 from harness import ROOT, SHARED_DATA
 
 CIFAR = SHARED_DATA / "cifar10-jpeg.tar.xz"
+TEXT = SHARED_DATA / "tinyshakespeare.txt"
 
 
 def run_benchmark(name: str, *flags: str, code: int = 0, env: dict[str, str] | None = None) -> str:
@@ -38,6 +39,17 @@ def test_the_data_path_runs_at_memory_speed(tmp_path: Path) -> None:
     targets = json.loads((tmp_path / "r.json").read_text())["targets"]
     # two processes on one core are judged by `--check` on a quiet machine
     assert all(reached for target, reached in targets.items() if "workers" not in target), out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not TEXT.exists(), reason="tinyshakespeare is not at hand")
+def test_the_tiny_gpt_learns_shakespeare() -> None:
+    # how long it takes depends on what else the machine does; `--check` judges that too
+    out = run_benchmark("gpt_tiny.py", "--text", str(TEXT))
+    for target in ("validation loss <= 1.80 nats", "parameters <= 0.85 M", "tokens <= 1.54 M"):
+        assert f"reached  {target}" in out
+    assert "ROMEO:" in out
 
 
 @pytest.mark.slow

@@ -1,17 +1,15 @@
 """The GPT recipe: its data, its parameter groups, a run from the command line, and text out of it."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from harness import ROOT, SHARED_DATA, run_recipe_cli
+from harness import ROOT, run_recipe_cli
 
 from distkit.checkpoint.weights import save_weights
+from distkit.commands.generate import load_recipe
 from distkit.config import DataConfig, OptimConfig
 from distkit.errors import ConfigError, DataError
 from distkit.optim import default_param_groups
@@ -21,17 +19,7 @@ SMALL = ["--context-length", "16", "--num-layers", "1", "--dim", "32", "--global
          "32", "--num-threads", "1", "--timeout-seconds", "60"]  # fmt: skip
 
 
-def load_recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpt_recipe", ROOT / "recipes" / "gpt.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpt_recipe"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gpt = load_recipe()
+gpt = load_recipe("gpt", ROOT / "recipes" / "gpt.py")
 
 
 @pytest.fixture
@@ -212,14 +200,3 @@ def test_two_ranks_reach_the_loss_of_one(config) -> None:
         (folder / str(world_size)).mkdir()
         losses.append(run(folder / str(world_size), *argv, world_size=world_size)["last"]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
-@pytest.mark.skipif(not (SHARED_DATA / "tinyshakespeare.txt").exists(), reason="no ../shared/data/tinyshakespeare.txt")
-@pytest.mark.slow
-def test_tiny_is_on_its_way_after_a_tenth_of_its_steps(tmp_path: Path) -> None:
-    text = SHARED_DATA / "tinyshakespeare.txt"
-    argv = ["--text", str(text), "--num-steps", "150", "--num-threads", "1", "--run-dir", "run"]
-    ended = run_recipe_cli(argv, tmp_path, recipe=ROOT / "recipes" / "gpt.py")
-    assert ended[0].returncode == 0, ended[0].stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["last"]["loss"] < 2.55

@@ -179,6 +179,9 @@ def test_figures_stand_in_the_result_files() -> None:
         cells = [f"{saving[f'{name}_ms_{ranks}']['median']:.0f} ms" for name in names]
         row = f"| {ranks} | {' | '.join(cells)} |"
         assert row in README
+    gpt = results("gpt_tiny")
+    length = f"{gpt['train_seconds']:.0f} s of training, {gpt['parameters'] / 1e6:.2f} M parameters"  # type: ignore[operator, str-format]
+    assert f"{gpt['validation_loss']:.2f} nats in {length}, {gpt['tokens'] / 1e6:.2f} M tokens" in README  # type: ignore[operator, str-format]
     memory = results("memory")
     assert len(re.findall(r"\d MB\)? \|$", README, re.MULTILINE)) == 6
     for strategy, cell in re.findall(

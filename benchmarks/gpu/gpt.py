@@ -16,7 +16,6 @@ Without a GPU it ends with 2. `--smoke` goes the same way with a tiny model on t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import tempfile
@@ -38,6 +37,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import Median, add_flags, conclude, interleave, median_of  # noqa: E402
 
 from distkit.assemble import assemble  # noqa: E402
+from distkit.commands.generate import load_recipe  # noqa: E402
 from distkit.config import CheckpointConfig, ObserveConfig, TrainConfig  # noqa: E402
 from distkit.data import SampleStream  # noqa: E402
 from distkit.engine.fit import opened, report  # noqa: E402
@@ -54,16 +54,6 @@ if TYPE_CHECKING:
 TARGET = 0.98
 RESULT = ROOT / "benchmarks" / "results" / "gpu_gpt.json"
 Arm = Callable[[int], float]
-
-
-def load_recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpt_recipe", ROOT / "recipes" / "gpt.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpt_recipe"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def configure(recipe: ModuleType, folder: Path, *, smoke: bool, peak_tflops: float | None) -> TrainConfig:
@@ -187,7 +177,7 @@ def loss_of(run: Run, arm: Arm, count: int) -> float:
 
 
 def measure(flags: argparse.Namespace, folder: Path) -> tuple[dict[str, Median | float | str], dict[str, bool]]:
-    recipe = load_recipe()
+    recipe = load_recipe("gpt", ROOT / "recipes" / "gpt.py")
     config = configure(recipe, folder, smoke=flags.smoke, peak_tflops=flags.peak_tflops)
     warmup, count = (1, 2) if flags.smoke else (5, 5)
     run: Run = assemble(recipe.recipe, config, start(config, Topology()))

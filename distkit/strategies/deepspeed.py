@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -30,8 +29,6 @@ from distkit.optim import (
     optimizer_tensors,
 )
 from distkit.runtime.process import Runtime
-from distkit.runtime.shards import whole
-from distkit.strategies.base import Strategy
 from distkit.strategies.blocks import compile_, recompute_activations_, repeated_blocks
 from distkit.strategies.deepspeed_config import deepspeed_config
 from distkit.strategies.deepspeed_scaling import LossScaling
@@ -47,12 +44,13 @@ from distkit.strategies.deepspeed_state import (
     whole_shape,
 )
 from distkit.strategies.parameters import GradientWatch, refuse_scalars
+from distkit.strategies.sharded import Sharded
 
 #: Optimizers that treat each element by itself, so that they can update a run of elements of any parameters.
 ELEMENTWISE = ("sgd", "adam", "adamw", "adamax", "nadam", "radam", "rmsprop", "rprop", "adadelta", "asgd")
 
 
-class DeepSpeed(Strategy):
+class DeepSpeed(Sharded):
     """`model` is DeepSpeed's engine; `optimizer` the inner one, whose parameters are flat partitions."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime) -> None:
@@ -121,11 +119,6 @@ class DeepSpeed(Strategy):
         """zero1 exchanges once a step; zero2 and zero3 hold only parts of gradients, so each backward exchanges."""
         self.engine.set_gradient_accumulation_boundary(on)
 
-    def synchronize_buffers_(self, averages: Sequence[Tensor]) -> None:
-        """Broadcast rank 0's, as ddp does."""
-        for buffer in [*self.module.buffers(), *averages]:
-            dist.broadcast(buffer, src=0)
-
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Afterwards zero3 has nothing gathered: a forward without a backward leaves what it used."""
@@ -166,17 +159,6 @@ class DeepSpeed(Strategy):
             return super()._clip_gradients_(measure)
         finally:
             self.scaler = scaler
-
-    def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        """sqrt of the squares of all parts, summed over the ranks."""
-        norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
-        total = torch.stack(norms).square().sum().to(self.runtime.device)
-        dist.all_reduce(total)
-        return total.sqrt()
-
-    def clip_with_norm_(self, max_norm: float, norm: Tensor) -> None:
-        """Scale gradients by min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does."""
-        self.scale_gradients_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
     def update(self) -> None:
         """One update by DeepSpeed; fp16 skips it on the device when a gradient is not finite, and counts that."""
@@ -260,15 +242,6 @@ class DeepSpeed(Strategy):
             return self.gather(self.module.state_dict())
         found = self.gather({name: t for name, t in self.model_tensors().items() if name in self._aliases.values()})
         return {name: found[canonical] for name, canonical in self._aliases.items()} if found else {}
-
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """In whole on rank 0's CPU, one at a time on the device."""
-        found = {}
-        for name, tensor in tensors.items():
-            gathered = whole(tensor.detach())
-            if self.runtime.is_main_process:
-                found[name] = gathered.cpu()
-        return found
 
     @property
     def num_parameters(self) -> int:

@@ -8,11 +8,10 @@ their own from some version on, and replaces buffers by way of the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -22,16 +21,16 @@ from torch.optim import Optimizer
 from distkit.config import FSDPConfig
 from distkit.errors import ConfigError
 from distkit.runtime.process import Runtime
-from distkit.runtime.shards import local_part, whole
-from distkit.strategies.base import Strategy
+from distkit.runtime.shards import local_part
 from distkit.strategies.blocks import compile_, modules_of_class, recompute_activations_, repeated_blocks
 from distkit.strategies.parameters import refuse_scalars
+from distkit.strategies.sharded import Sharded
 
 #: One flattens all parameters into a vector, one takes sparse gradients, and one keeps means of whole rows and columns.
 NOT_IN_SHARDS = frozenset({"lbfgs", "sparse_adam", "adafactor"})
 
 
-class FullySharded(Strategy):
+class FullySharded(Sharded):
     """Parameters are gathered a unit at a time, and gradients leave the backward summed and in shards.
 
     Parameters and optimizer state are DTensors over `mesh`; buffers are plain, each rank its own.
@@ -49,6 +48,7 @@ class FullySharded(Strategy):
         if config.compile:
             compile_(module, config, "blocks")
         self.mesh = build_mesh(self.runtime, config.fsdp.replicas)
+        self.norm_group = self.mesh.get_group(-1)
         shard_(module, self.mesh, config.fsdp)
         assert isinstance(module, FSDPModule)
         self.module = self.model = self.eval_model = module
@@ -77,11 +77,6 @@ class FullySharded(Strategy):
             self._exchanges = on
             self.model.set_requires_gradient_sync(on)  # type: ignore[operator]  # model is an FSDPModule
 
-    def synchronize_buffers_(self, averages: Sequence[Tensor]) -> None:
-        """Broadcast rank 0's, as ddp does."""
-        for buffer in [*self.module.buffers(), *averages]:
-            dist.broadcast(buffer, src=0)
-
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Afterwards nothing is gathered: a forward without a backward leaves a unit with the weights it had."""
@@ -96,29 +91,9 @@ class FullySharded(Strategy):
         with torch.no_grad():
             return [local_part(p.grad) for p in self._parameters if p.grad is not None]
 
-    def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        """sqrt of the squares of all shards, summed over the ranks that share a copy of the model."""
-        norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32) if gradients else [torch.zeros(())]
-        total = torch.stack(list(norms)).square().sum().to(self.runtime.device)
-        dist.all_reduce(total, group=self.mesh.get_group(-1))
-        return total.sqrt()
-
-    def clip_with_norm_(self, max_norm: float, norm: Tensor) -> None:
-        """Scale gradients by min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does."""
-        self.scale_gradients_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-
     def model_tensors(self) -> dict[str, Tensor]:
         """Every parameter (a DTensor) and buffer by its name."""
         return {**self._named, **dict(self.module.named_buffers())}
-
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """In whole on rank 0's CPU, one at a time on the device."""
-        found = {}
-        for name, tensor in tensors.items():
-            gathered = whole(tensor.detach())
-            if self.runtime.is_main_process:
-                found[name] = gathered.cpu()
-        return found
 
     def check(self) -> None:
         """Refuse what cannot be sharded."""
