@@ -26,10 +26,12 @@ def run_benchmark(name: str, *flags: str, code: int = 0, env: dict[str, str] | N
 
 @pytest.mark.slow
 def test_the_engine_is_as_fast_as_a_loop_by_hand(tmp_path: Path) -> None:
-    out = run_benchmark("step_overhead.py", "--check", "--rounds", "5", "--json", str(tmp_path / "r.json"))
+    out = run_benchmark("step_overhead.py", "--rounds", "5", "--json", str(tmp_path / "r.json"))
     assert "all arms end with equal weights" in out
-    record = json.loads((tmp_path / "r.json").read_text())
-    assert record["results"]["engine"]["median"] > 0
+    medians = {arm: value["median"] for arm, value in json.loads((tmp_path / "r.json").read_text())["results"].items()}
+    # 15 µs is for `--check` on a quiet machine: a neighbour adds as much
+    assert medians["engine - by hand"] < 30
+    assert medians["engine"] < medians["accelerate"]
 
 
 @pytest.mark.slow
