@@ -32,6 +32,7 @@ from distkit.runtime.process import Runtime
 from distkit.runtime.seeding import derive_seed, seeded
 from distkit.schedules import build_plateau, build_schedule
 from distkit.strategies import Strategy, build_strategy, set_fp32_precision
+from distkit.strategies.parameters import state_dict_names
 
 if TYPE_CHECKING:
     from distkit.recipe import Recipe
@@ -73,7 +74,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
     model.train()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the model has no parameter to train", expected="at least one with requires_grad")
-    aliases = aliases_of(model)
+    aliases = {name: canonical for name, canonical in state_dict_names(model).items() if name != canonical}
     utilization = outline_utilization(config, runtime, model)
     strategy.prepare(model, optimizer_builder(recipe, config))
     reading = Reading(
@@ -128,13 +129,6 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         directory.create(to_json(config), environment, saves=config.checkpoint.enabled)
     settle_origin(run, origin)
     return run
-
-
-def aliases_of(model: nn.Module) -> dict[str, str]:
-    """Further names of tied tensors in the state dict -> the first one, which checkpoints use."""
-    names = {tensor: name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    tensors = model.state_dict(keep_vars=True).items()
-    return {name: names[tensor] for name, tensor in tensors if names.get(tensor, name) != name}
 
 
 def open_directory(recipe: str, config: TrainConfig, runtime: Runtime) -> RunDirectory:

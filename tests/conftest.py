@@ -29,3 +29,14 @@ def no_process_is_left() -> Iterator[None]:
     yield
     left = _children() - before
     assert not left, f"processes left behind: {left}"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors this small only wait for a second thread, and others work on this machine too."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -4,11 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from harness import ROOT, run_recipe_cli
 
 from distkit.checkpoint.format import step_name
@@ -19,6 +17,7 @@ RECIPE = ROOT / "recipes" / "gpt.py"
 SMALL = ["--context-length", "16", "--num-layers", "1", "--dim", "32", "--global-batch-size", "8", "--eval-batch-size",
          "32", "--num-threads", "1", "--timeout-seconds", "60", "--num-steps", "120", "--optim.lr", "0.01",
          "--checkpoint.save-every", "60", "--run-dir", "run"]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(folder: Path, *argv: str, world_size: int = 1) -> Path:
@@ -28,15 +27,6 @@ def train(folder: Path, *argv: str, world_size: int = 1) -> Path:
     ended = run_recipe_cli(flags, folder, recipe=RECIPE, world_size=world_size)
     assert [one.returncode for one in ended] == [0] * world_size, ended[0].stderr
     return folder / "run"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Others work on this machine too: two threads wait for each other in every small product."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ for line in sys.stdin:
     try:
         if command == "acquire":
             while args and time.time() < float(args[0]):
-                pass
+                continue
             held = lease.Lease.acquire(run_dir)
             answer = f"held, before: {held.taken_over_from}"
         elif command == "release":

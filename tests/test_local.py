@@ -179,7 +179,7 @@ def test_what_ranks_leave_is_ended_too(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.skipif(not hasattr(signal, "pidfd_send_signal"), reason="Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
     with started([LOCAL, "-n", "2", write(tmp_path), "ignore"], tmp_path, environment(), tmp_path / "run") as process:
         ready(tmp_path)

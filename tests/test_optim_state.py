@@ -30,16 +30,7 @@ from distkit.optim import (
 )
 from distkit.optim.state import decode_number, encode_number
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*[Ss]parse.*:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*[Ss]parse.*:UserWarning")]
 
 
 class Net(nn.Module):

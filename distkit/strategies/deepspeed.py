@@ -43,7 +43,7 @@ from distkit.strategies.deepspeed_state import (
     unequal_groups,
     whole_shape,
 )
-from distkit.strategies.parameters import GradientWatch, refuse_scalars
+from distkit.strategies.parameters import GradientWatch, refuse_scalars, state_dict_names
 from distkit.strategies.sharded import Sharded
 
 #: Optimizers that treat each element by itself, so that they can update a run of elements of any parameters.
@@ -71,10 +71,8 @@ class DeepSpeed(Sharded):
                 gather_whole_(repeated_blocks(module))
         parameters = named_parameters(module)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
-        #: what the state dict calls each tensor -> its canonical name
-        self._aliases = {
-            name: self._names.get(tensor, name) for name, tensor in module.state_dict(keep_vars=True).items()
-        }
+        # now: ZeRO 3 gives the state dict other tensors
+        self._aliases = state_dict_names(module)
         self.optimizer = build_optimizer(module)
         self._groups = [[self._names[p] for p in group["params"]] for group in self.optimizer.param_groups]
         self.optimizer.state.clear()  # that of parameters which it will not see again

@@ -45,9 +45,7 @@ class LossScaling:
         self.unscale_(gradients)
         assert self._found_inf is not None
         found, self._found_inf = self._found_inf.squeeze(), None
-        # DeepSpeed has its own idea of what to do with them; the optimizer's kernel leaves weights and state alone
-        for gradient in gradients:
-            gradient.nan_to_num_(0.0, 0.0, 0.0)
+        # the optimizer's kernel leaves weights and state alone
         optimizer.found_inf = found  # type: ignore[attr-defined]
         step()
         del optimizer.found_inf  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a strategy asks of a model's parameters: a shape that can be cut, and a gradient for each."""
+"""What a strategy asks of a model's parameters: their names, a shape that can be cut, and a gradient for each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from functools import partial
 from torch import Tensor, nn
 
 from distkit.errors import ConfigError
+
+
+def state_dict_names(module: nn.Module) -> dict[str, str]:
+    """What the state dict calls each tensor -> its canonical name; a tied one stands there under several."""
+    names = {tensor: name for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    held = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    return {name: names.get(tensor, name) for name, tensor in held.items()}
 
 
 def refuse_scalars(module: nn.Module, strategy: str) -> None:

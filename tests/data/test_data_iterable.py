@@ -251,7 +251,7 @@ def test_a_state_that_a_checkpoint_cannot_hold_is_refused(state):
             return state
 
         def load_state_dict(self, state):
-            pass
+            """Takes anything."""
 
     one = source(Odd)
     read(one, range(1))

@@ -35,7 +35,7 @@ def md5(path):
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args):
-        pass
+        """Says nothing."""
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 from harness import run_ranks
+from strategy_runs import CountReads
 from tiny import BASE, NUM_TEST, NUM_TRAIN, TinyConfig, Vectors, build_run
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distkit.assemble import assemble
 from distkit.config import OptimConfig, ScheduleConfig, Split
@@ -118,18 +118,6 @@ def test_the_same_seed_gives_the_same_digest_and_another_seed_another(tmp_path: 
     second = fit(build_run(tmp_path / "b", config))["state_digest"]
     other = fit(build_run(tmp_path / "c", replace(config, seed=1)))["state_digest"]
     assert first == second != other
-
-
-class CountReads(TorchDispatchMode):
-    """Counts what makes the host wait for a tensor's value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,14 +16,7 @@ from distkit.models import GPT, Block, GPTConfig, generate
 from distkit.models.gpt import ACTIVATIONS, rotary_tables, rotate
 
 SMALL = GPTConfig(vocab_size=29, context_length=16, num_layers=2, num_heads=2, dim=16)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(config: GPTConfig = SMALL, seed: int = 0) -> GPT:
