@@ -47,7 +47,9 @@ def allocate(nbytes: int, device: torch.device) -> Tensor:
     """uint8 [nbytes] on the host, aligned to a page for direct writes; pinned where copies come from CUDA."""
     if device.type == "cuda":
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    memory = mmap.mmap(-1, nbytes)
+    # private: Linux gives huge pages to shared memory only where an administrator said so
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # a fault for 2 MiB instead of 4 KiB
+        memory.madvise(mmap.MADV_HUGEPAGE)  # a fault, and a segment of a direct write, for 2 MiB instead of 4 KiB
+        memory.madvise(mmap.MADV_DONTFORK)  # a worker forked later would make the next save copy each page
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -40,6 +40,23 @@ def test_memory_that_is_not_aligned_is_written_all_the_same(tmp_path: Path) -> N
     assert (tmp_path / "f").read_bytes() == data[5:]
 
 
+def test_staging_lies_in_private_memory_for_which_huge_pages_are_asked() -> None:
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        pytest.skip("no Linux")
+    buffer = allocate(2**24, CPU)
+    area, flags = "", []
+    for line in smaps.read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and ":" not in first:
+            area = first
+        elif first == "VmFlags:" and int(area.split("-")[0], 16) <= buffer.data_ptr() < int(area.split("-")[1], 16):
+            flags = line.split()[1:]
+    # hg: huge pages asked for; dc: not copied into a worker that is forked; sh: shared, which gets no huge pages
+    assert {"hg", "dc"} <= set(flags)
+    assert "sh" not in flags
+
+
 def test_a_file_system_without_direct_writes(tmp_path: Path) -> None:
     shm = Path("/dev/shm")
     if not shm.is_dir():
