@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from distkit.config import BatchSplit, CheckpointConfig, TrainConfig, split_batch, to_json
 from distkit.data import Dataset, as_dataset
+from distkit.data.fingerprint import fingerprint_of
 from distkit.data.iterable import IterableData, IterableSource
 from distkit.data.loader import EvaluationLoader
 from distkit.data.placement import Placed, Reading, Training, open_training, place, summary_of
@@ -61,6 +62,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
     strategy = build_strategy(config, runtime)
     set_fp32_precision(config.precision)
     train_set, test_set = build_datasets(recipe, config, runtime)
+    fingerprint = agree_on_data(train_set, test_set, runtime)
     if not isinstance(train_set, IterableData):
         check_sizes(train_set, split)
     check_evaluation(config, test_set)
@@ -111,7 +113,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         restored_elsewhere=origin.elsewhere,
         data_state=train.loader if isinstance(train.loader, IterableSource) else None,
         aliases=aliases,
-        fingerprint=getattr(train_set, "fingerprint", None),
+        fingerprint=fingerprint,
         utilization=utilization,
         facts=describe(config, runtime, strategy, split, num_steps, train, test) | describe_peak(config, runtime),
     )
@@ -170,6 +172,27 @@ def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Data
         test_set = None if test is None else as_dataset(test)
     assert train_set is not None  # together raises on every rank when one failed
     return train_set, test_set
+
+
+def agree_on_data(train_set: Dataset | IterableData, test_set: Dataset | None, runtime: Runtime) -> str | None:
+    """The fingerprint of the training set, None where it has none.
+
+    Raises:
+        DataError: a rank has other data than rank 0, such as an older copy on its machine.
+    """
+    with runtime.together("reading the data"):
+        own = [(len(part), fingerprint_of(part)) for part in (train_set, test_set) if part is not None]
+    first, *others = runtime.gather(own)
+    with runtime.together("comparing the data of the ranks"):
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise DataError(f"rank {rank} has other data than rank 0", expected=_sizes(first), got=_sizes(other),
+                                fix="the same files on every machine")  # fmt: skip
+    return first[0][1]
+
+
+def _sizes(parts: list[tuple[int, str | None]]) -> str:
+    return ", ".join(f"{size:,} samples" + (f" ({digest})" if digest else "") for size, digest in parts)
 
 
 def check_sizes(train_set: Dataset, split: BatchSplit) -> None:

@@ -19,6 +19,7 @@ from distkit.assemble import assemble
 from distkit.config import DataConfig, ObserveConfig, OptimConfig, Placement, Split, TrainConfig
 from distkit.data import IterableData, TensorSamples, TokenDataset
 from distkit.data.pack import pack
+from distkit.data.sources import folder
 from distkit.engine.fit import fit
 from distkit.errors import ConfigError, DataError
 from distkit.losses import LossOutput
@@ -77,6 +78,61 @@ def test_folder_and_packed_give_the_same_run_in_every_placement(tmp_path: Path) 
         digests[name] = summary["state_digest"]
         assert summary["placement"].startswith("host" if placement in ("host", "auto") else "device")
     assert len(set(digests.values())) == 1, digests
+
+
+def test_a_resume_on_images_that_were_replaced_is_refused(tmp_path: Path) -> None:
+    tree = image_tree(tmp_path / "images")
+    argv = ["--data.source", "folder", "--data.root", str(tree), "--global-batch-size", "10", "--run-dir", "run"]
+    (ended,) = run_recipe_cli([*argv, "--num-steps", "2"], tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["data"] == folder(tree, "train").fingerprint
+    path = tree / "train" / "class3" / "4.png"
+    Image.open(path).rotate(180).save(path)
+    (ended,) = run_recipe_cli([*argv, "--num-steps", "4"], tmp_path)
+    assert ended.returncode == 2
+    assert "was trained on other data" in ended.stderr
+
+
+OTHER_DATA = """
+import os
+from distkit.config import TrainConfig
+from distkit.data import synthetic
+from distkit.losses import LossOutput
+from distkit.recipe import Recipe
+from torch import nn
+
+
+def build_dataset(config, split):
+    older = split == os.environ["OLDER"] and os.environ["RANK"] == "1"
+    return synthetic(split, int(older), num_train=64, num_test=8)
+
+
+def compute_loss(config, model, batch):
+    return LossOutput(nn.functional.cross_entropy(model(batch[0]), batch[1]))
+
+
+build_model = lambda config: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+preset = TrainConfig(num_steps=2, global_batch_size=8, device="cpu")
+recipe = Recipe("other", TrainConfig, build_model, build_dataset, compute_loss, presets={"default": preset})
+if __name__ == "__main__":
+    recipe.main()
+"""
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_rank_with_other_data_than_the_others_is_named(tmp_path: Path, split: str) -> None:
+    (tmp_path / "other.py").write_text(OTHER_DATA)
+    ended = run_recipe_cli(["--run-dir", "run"], tmp_path, recipe=tmp_path / "other.py", world_size=2,
+                           env={"OLDER": split})  # fmt: skip
+    assert [one.returncode for one in ended] == [2, 2]
+    assert "rank 1 has other data than rank 0" in ended[0].stderr
+    assert len(ended[0].stderr.splitlines()) < 10
+    assert not ended[1].stderr
+    assert not (tmp_path / "run").exists()
+    ended = run_recipe_cli(["--run-dir", "run"], tmp_path, recipe=tmp_path / "other.py", world_size=2,
+                           env={"OLDER": "none"})  # fmt: skip
+    assert [one.returncode for one in ended] == [0, 0], ended[0].stderr
 
 
 def test_a_packed_folder_that_is_not_there_says_what_to_type(tmp_path: Path) -> None:

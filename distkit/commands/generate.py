@@ -190,9 +190,11 @@ def check_data(run: Path, module: ModuleType, config: TrainConfig) -> None:
     Raises:
         ConfigError: the data set says that it is another one than the run's.
     """
+    from distkit.data.fingerprint import fingerprint_of
+
     environment = run / "environment.json"
     told = json.loads(environment.read_text()).get("data") if environment.exists() else None
-    here = getattr(module.recipe.build_dataset(config, "train"), "fingerprint", None)
+    here = fingerprint_of(module.recipe.build_dataset(config, "train"))
     if None not in (told, here) and told != here:
         raise ConfigError(f"{run} was trained on other data", expected=f"data {told}", got=f"data {here}",
                           fix="-- --text FILE, with the text that it was trained on")  # fmt: skip

@@ -12,6 +12,7 @@ from distkit.data import augment
 from distkit.data.augment import PaddingMode
 from distkit.data.batch import ImageBatch
 from distkit.data.draws import Draws
+from distkit.data.fingerprint import fingerprint
 from distkit.errors import ConfigError, DataError
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -97,6 +98,11 @@ class ImageDataset:
     def nbytes(self) -> int:
         """Bytes of images and labels."""
         return self.images.nbytes + self.labels.nbytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these images and labels from others, wherever they come from; see `distkit.data.fingerprint`."""
+        return fingerprint(self.images, self.labels)
 
     def describe(self) -> str:
         """One line for people: "50,000 images 3x32x32 uint8, 10 classes, from folder data/flowers"."""

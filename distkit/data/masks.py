@@ -13,6 +13,7 @@ from distkit.config import Split
 from distkit.config.check import require
 from distkit.data import augment
 from distkit.data.draws import Draws
+from distkit.data.fingerprint import fingerprint
 from distkit.data.mask_folder import IGNORE, Values, load_masks
 from distkit.errors import ConfigError, DataError
 
@@ -96,6 +97,11 @@ class MaskDataset:
     def nbytes(self) -> int:
         """Bytes of images and masks."""
         return self.images.nbytes + self.masks.nbytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these images and masks from others, wherever they come from; see `distkit.data.fingerprint`."""
+        return fingerprint(self.images, self.masks)
 
     def describe(self) -> str:
         """One line for people: "24 images 1x512x512 uint8 with masks, 2 classes, from folder data/em"."""

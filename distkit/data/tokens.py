@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distkit.config.check import require, require_number
+from distkit.data.fingerprint import DIGITS, spread
 from distkit.errors import DataError
 
 TokenDtype = Literal["uint16", "uint32"]
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
-#: What a fingerprint reads of a file: at most so many blocks of so many bytes.
-FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK = 256, 2**16
+#: What a fingerprint reads of a file: at most so many blocks of 64 KiB.
+FINGERPRINT_BLOCKS = 256
 
 
 class TokenFile:
@@ -138,14 +139,12 @@ class TokenDataset:
         """
         tokens = self.file.tokens
         digest = hashlib.sha256(f"{self.file.dtype} {len(tokens)}\n".encode())
-        block = FINGERPRINT_BLOCK // tokens.itemsize
-        blocks = -(-len(tokens) // block)
-        for number in np.unique(np.linspace(0, blocks - 1, min(blocks, FINGERPRINT_BLOCKS)).astype(np.int64)):
-            digest.update(tokens[number * block : (number + 1) * block].tobytes())
+        for block in spread(tokens.view(np.uint8), FINGERPRINT_BLOCKS):
+            digest.update(block)
         sidecar = vocabulary_file(self.file.path)
         if sidecar.is_file():
             digest.update(sidecar.read_bytes())
-        return digest.hexdigest()[:16]
+        return digest.hexdigest()[:DIGITS]
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B] on the CPU -> inputs int64 [B, L] and targets int64 [B, L], contiguous.

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkit.data import Dataset, as_dataset
+from distkit.data import fingerprint as fingerprint_module
 from distkit.data import tokens as token_module
 from distkit.data.tokens import TokenDataset, TokenFile
 from distkit.errors import ConfigError, DataError
@@ -109,7 +110,7 @@ def test_the_fingerprint_tells_files_apart(tmp_path, monkeypatch):
     assert TokenDataset(tmp_path / "f.bin", 4).fingerprint != one
     # of a file that is larger than what is read, the first and the last block count
     monkeypatch.setattr(token_module, "FINGERPRINT_BLOCKS", 2)
-    monkeypatch.setattr(token_module, "FINGERPRINT_BLOCK", 64)
+    monkeypatch.setattr(fingerprint_module, "BLOCK_BYTES", 64)
     large = fingerprint(tokens)
     assert large != fingerprint([*tokens[:-1], 5])
     assert large == fingerprint([*tokens[:500], 96, *tokens[501:]])
