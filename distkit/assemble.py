@@ -21,10 +21,11 @@ from distkit.data.loader import EvaluationLoader
 from distkit.data.placement import Placed, Reading, Training, open_training, place, summary_of
 from distkit.ema import Ema
 from distkit.engine.flops import describe_peak, outline_utilization
+from distkit.engine.forms import check_keepable, kept_forms
 from distkit.engine.origin import check_not_completed, find_origin, settle_origin
 from distkit.engine.run import Best, Run
 from distkit.engine.run_dir import RunDirectory, check_usable
-from distkit.engine.state import check_fits, read_strictly
+from distkit.engine.state import check_fits, live_tensors, read_strictly
 from distkit.errors import ConfigError, DataError
 from distkit.observers import build_observers
 from distkit.optim import build_optimizer, default_param_groups, skips_on_device
@@ -113,11 +114,14 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         restored_elsewhere=origin.elsewhere,
         data_state=train.loader if isinstance(train.loader, IterableSource) else None,
         aliases=aliases,
+        buffer_forms=kept_forms(strategy.module),
         fingerprint=fingerprint,
         utilization=utilization,
         facts=describe(config, runtime, strategy, split, num_steps, train, test) | describe_peak(config, runtime),
     )
     with runtime.together("comparing the checkpoint with the run"):
+        if config.checkpoint.enabled and not config.debug.enabled:
+            check_keepable(strategy.module, live_tensors(run))
         if origin.found is not None and not run.finished:
             with read_strictly(origin.found):
                 check_fits(run, origin.found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class Ema:
     initial weights are soon forgotten. Other buffers (counters) are taken as they are when the average is applied.
 
     Args:
-        model: the module whose tensors are averaged; the same objects must stay in place.
+        model: the module whose tensors are averaged; the same parameters must stay in place.
         decay: in (0, 1).
         tensors: the model's parameters and buffers by name, where the module has other ones (Strategy.model_tensors).
 
@@ -37,21 +38,32 @@ class Ema:
         # of tensors in shards this rank's part: every update goes element by element
         self._live_list = [local_part(tensor) for tensor in self._live.values()]
         self._shadow_list = [local_part(tensor) for tensor in self.shadow.values()]
+        places = {name: index for index, name in enumerate(self._live)}
+        # a layer may put another tensor into its buffer (self.count = self.count + 1)
+        self._slots = [
+            (places[f"{prefix}.{key}" if prefix else key], owner._buffers, key)
+            for prefix, owner in model.named_modules()
+            for key in owner._buffers
+            if (f"{prefix}.{key}" if prefix else key) in places
+        ]
 
     @torch.no_grad()
     def update_(self, step: int) -> None:
         """Move the shadow towards the live weights; `step` counts finished updates from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
+        self._take_buffers()
         torch._foreach_lerp_(self._shadow_list, self._live_list, 1 - decay)
 
     @torch.no_grad()
     def restart_(self) -> None:
         """Begin again from the live weights."""
+        self._take_buffers()
         torch._foreach_copy_(self._shadow_list, self._live_list)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model holds the averaged weights; outside, its own again, to the bit."""
+        self._take_buffers()
         with torch.no_grad():
             own = [tensor.clone() for tensor in self._live_list]
             torch._foreach_copy_(self._live_list, self._shadow_list)
@@ -60,6 +72,10 @@ class Ema:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(self._live_list, own)
+
+    def _take_buffers(self) -> None:
+        for index, buffers, key in self._slots:
+            self._live_list[index] = cast(Tensor, buffers[key])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The shadow tensors by their names in the model."""

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from distkit.checkpoint.format import DTYPES, Shard, TensorEntry, shard_name
 from distkit.errors import CheckpointError
 from distkit.runtime.flat_shard import FlatShard
+from distkit.runtime.shards import local_part
 
 #: Replicated tensors of at least this many bytes a rank are cut into rows; smaller ones go whole to some rank.
 SPREAD_BYTES = 2**18
@@ -74,11 +75,7 @@ def local_plan(shared: Mapping[str, Tensor], own: Mapping[str, Tensor], rank: in
     Raises:
         CheckpointError: a dtype that safetensors does not know.
     """
-    for name, tensor in (*shared.items(), *own.items()):
-        if dtype_name(tensor) not in DTYPES:
-            raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which a checkpoint cannot hold")
-        if not name.isprintable():
-            raise CheckpointError(f"tensor name {name!a} holds a character that cannot be printed")
+    check_storable({**shared, **own})
     sharded = {name: tensor for name, tensor in shared.items() if isinstance(tensor, DTensor | FlatShard)}
     items = list(create_default_local_save_plan(sharded, is_coordinator=rank == 0).items)
     for name, tensor in shared.items():
@@ -86,6 +83,24 @@ def local_plan(shared: Mapping[str, Tensor], own: Mapping[str, Tensor], rank: in
             items.append(_item(name, tensor, *_share(tensor, rank, world_size)))
     items += [_item(name, tensor, 0, None) for name, tensor in own.items()]
     return SavePlan(items)
+
+
+def check_storable(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that could not be written, or not be read back in place.
+
+    Raises:
+        CheckpointError: naming the first one.
+    """
+    for name, tensor in tensors.items():
+        if dtype_name(tensor) not in DTYPES:
+            raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which a checkpoint cannot hold")
+        if not name.isprintable():
+            raise CheckpointError(f"tensor name {name!a} holds a character that cannot be printed")
+        if tensor.layout != torch.strided:
+            raise CheckpointError(f"tensor {name} is {tensor.layout}, which a checkpoint cannot hold")
+        local = local_part(tensor)
+        if any(size > 1 and stride == 0 for size, stride in zip(local.shape, local.stride(), strict=True)):
+            raise CheckpointError(f"tensor {name} is expanded: several of its elements are one in memory")
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,9 +119,16 @@ def _suggestion(folder: Path) -> str:
     return f"--resume {folder / step_name(steps[-1])}" if steps else "--resume runs/RECIPE/RUN"
 
 
-def differences(manifest: Manifest, expected: Mapping[str, Tensor], prefixes: Sequence[str]) -> list[str]:
+def differences(
+    manifest: Manifest, expected: Mapping[str, Tensor], prefixes: Sequence[str], ignored: Set[str] = frozenset()
+) -> list[str]:
     """How the tensors under `prefixes` differ from `expected` in name, shape or dtype, in lines; [] if they fit."""
-    saved = {name: entry for name, entry in manifest.tensors.items() if name.startswith(tuple(prefixes))}
+    expected = {name: tensor for name, tensor in expected.items() if name not in ignored}
+    saved = {
+        name: entry
+        for name, entry in manifest.tensors.items()
+        if name.startswith(tuple(prefixes)) and name not in ignored
+    }
     lines = []
     if missing := sorted(expected.keys() - saved.keys()):
         lines.append(f"missing in the checkpoint: {shorten(missing)}")

@@ -23,10 +23,11 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        # safetensors refuses tied tensors, and a loader wants every name
-        whole[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+        tensor = tensor.detach().to("cpu").resolve_conj().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tied tensors and views of one memory, and a loader wants every name
+        whole[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     try:
         save_file(whole, partial, metadata=dict(metadata))
         with open(partial, "rb+") as file:

@@ -18,14 +18,21 @@ def command(args: Sequence[str]) -> str:
     if status is None:
         raise ConfigError(f"{folder} is no run directory", expected="a folder with status.json",
                           fix="distkit show runs/RECIPE/RUN")  # fmt: skip
+    if not {"state", "step"} <= status.keys():
+        raise ConfigError(f"{folder / 'status.json'} is not what a run wrote", expected="a state and a step",
+                          got=", ".join(status) or "an empty object")  # fmt: skip
     lines = [f"{folder}: {status['state']} at step {status['step']}"]
     if status.get("reason"):
         lines.append(f"  reason: {status['reason']}")
     for name, value in (read_json(folder / "summary.json") or {}).items():
         if isinstance(value, dict):
-            value = "  ".join(f"{key} {number:g}" for key, number in value.items())
+            value = "  ".join(f"{key} {_short(number)}" for key, number in value.items())
         lines.append(f"  {name}: {value}")
     return "\n".join(lines)
+
+
+def _short(value: object) -> object:
+    return f"{value:g}" if isinstance(value, int | float) else value
 
 
 def read_json(path: Path) -> dict[str, object] | None:
@@ -36,9 +43,11 @@ def read_json(path: Path) -> dict[str, object] | None:
     """
     if not path.exists():
         return None
+    if not path.is_file():  # a FIFO would wait for its writer
+        raise ConfigError(f"{path} cannot be read", expected="a JSON object", got="no regular file")
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read", expected="a JSON object", got=error) from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} cannot be read", expected="a JSON object", got=type(value).__name__)

@@ -73,20 +73,28 @@ def opened(run: Run) -> Iterator[None]:
             observer.close("completed", "")
     except BaseException as failure:
         error = lost_peer(failure) or failure
-        reason = f"{type(error).__name__}: {error}"
-        directory.write_status("failed", progress.step, reason)
-        if run.config.run_dir is None and directory.writes and list_checkpoints(directory.checkpoints):
-            print(f"distkit: the same command with --run-dir {directory.path} goes on with this run", file=sys.stderr)
-        run.loader.close()
-        if run.saver is not None:
-            run.saver.close()
-        for observer in run.observers:
-            with suppress(TrainingError):  # what ended the run matters more
-                observer.close("failed", reason)
+        give_up(run, f"{type(error).__name__}: {error}")
         if error is not failure:
             raise error from failure
         raise
     directory.write_status("completed", progress.step)
+
+
+def give_up(run: Run, reason: str) -> None:
+    """Say that the run failed, and close its parts; nothing that goes wrong here hides what ended it."""
+    directory = run.directory
+    try:
+        directory.write_status("failed", run.progress.step, reason)
+    except TrainingError as error:
+        print(f"distkit: {error}; it says another state than this run's", file=sys.stderr)
+    if run.config.run_dir is None and directory.writes and list_checkpoints(directory.checkpoints):
+        print(f"distkit: the same command with --run-dir {directory.path} goes on with this run", file=sys.stderr)
+    run.loader.close()
+    if run.saver is not None:
+        run.saver.close()
+    for observer in run.observers:
+        with suppress(TrainingError):
+            observer.close("failed", reason)
 
 
 def report(run: Run) -> None:

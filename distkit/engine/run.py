@@ -17,6 +17,7 @@ from distkit.data.loader import EvaluationLoader
 from distkit.ema import Ema
 from distkit.engine.clock import Clock
 from distkit.engine.flops import Utilization
+from distkit.engine.forms import Form
 from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
 from distkit.errors import TrainingError
@@ -146,6 +147,8 @@ class Run:
     data_state: DataState | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Further names that the model's state dict has for tied tensors -> the one in checkpoints."""
+    buffer_forms: Mapping[str, Form] = field(default_factory=dict)
+    """Of the persistent buffers as they were built."""
     fingerprint: str | None = None
     """Tells the training set from another one, where it can say so."""
     utilization: Utilization | None = None

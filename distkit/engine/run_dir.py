@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,17 +11,24 @@ from pathlib import Path
 from typing import Literal
 
 from distkit.checkpoint.retention import sweep
-from distkit.errors import ConfigError
+from distkit.errors import ConfigError, TrainingError
 from distkit.runtime.lease import Lease
 
 State = Literal["running", "completed", "preempted", "failed"]
+#: What a run writes beside its checkpoints; a FIFO or a folder in place of one would be met in the middle of a run.
+FILES = ("config.json", "environment.json", "status.json", "summary.json", "metrics.jsonl")
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write `value` to `path`; a reader sees the old file or the new one, never a half."""
     partial = path.with_name(f".tmp-{path.name}")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 @dataclass
@@ -64,6 +72,7 @@ class RunDirectory:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=not self.fresh)
+            self._check_files()
             if self.lease is None:
                 self.claim()
                 self._check_still_empty()
@@ -78,6 +87,13 @@ class RunDirectory:
             raise ConfigError(f"cannot write the run directory {self.path}", expected="a writable directory",
                               got=error, fix="--run-dir DIR") from error  # fmt: skip
 
+    def _check_files(self) -> None:
+        for name in FILES:
+            file = self.path / name
+            if file.exists() and not file.is_file():
+                raise ConfigError(f"{file} is no regular file", expected="a file that a run wrote, or none",
+                                  fix=f"rm -r {file}")  # fmt: skip
+
     def _check_still_empty(self) -> None:
         """The directory did not exist when it was looked at: what another process has begun in it since is not ours."""
         if self.holds_run():
@@ -90,9 +106,11 @@ class RunDirectory:
         return (self.path / "config.json").exists()
 
     def _status(self) -> Mapping[str, object]:
+        file = self.path / "status.json"
         try:
-            status = json.loads((self.path / "status.json").read_text())
-        except (OSError, ValueError):
+            # a FIFO would wait for its writer
+            status = json.loads(file.read_text()) if file.is_file() else {}
+        except (OSError, ValueError, RecursionError):
             return {}
         return status if isinstance(status, dict) else {}
 
@@ -113,15 +131,27 @@ class RunDirectory:
             self.lease = None
 
     def write_status(self, state: State, step: int, reason: str | None = None) -> None:
-        """Say in status.json how the run stands."""
-        if self.writes:
-            status = {"state": state, "step": step, "reason": reason, "attempt": self.attempt}
-            write_json(self.path / "status.json", status)
+        """Say in status.json how the run stands.
+
+        Raises:
+            TrainingError: the disk is full or failing.
+        """
+        self._write("status.json", {"state": state, "step": step, "reason": reason, "attempt": self.attempt})
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
-        """Write summary.json."""
+        """Write summary.json.
+
+        Raises:
+            TrainingError: the disk is full or failing.
+        """
+        self._write("summary.json", summary)
+
+    def _write(self, name: str, value: Mapping[str, object]) -> None:
         if self.writes:
-            write_json(self.path / "summary.json", summary)
+            try:
+                write_json(self.path / name, value)
+            except OSError as error:
+                raise TrainingError(f"cannot write {self.path / name}: {error.strerror or error}") from error
 
 
 def probe(folder: Path) -> None:

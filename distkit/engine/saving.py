@@ -14,6 +14,7 @@ from distkit.checkpoint.read import read_state
 from distkit.checkpoint.retention import Retention, choose_removed, list_checkpoints, score_of
 from distkit.checkpoint.saver import Saver
 from distkit.config import CheckpointConfig
+from distkit.engine.forms import check_forms
 from distkit.engine.run import Best, Run
 from distkit.engine.state import snapshot
 from distkit.errors import CheckpointError
@@ -55,9 +56,10 @@ def save(run: Run) -> None:
     """Save this step boundary, in the step's time or behind the next steps.
 
     Raises:
-        CheckpointError: too many saves in a row have failed; on all ranks alike.
+        CheckpointError: too many saves in a row have failed, or none could be resumed from; on all ranks alike.
     """
     if run.saver is not None:
+        check_forms(run.strategy.module, run.buffer_forms, run.progress.step)
         with run.clock.excluded():
             tell(run, run.saver.save(run.progress.step, snapshot(run)))
 

@@ -1,8 +1,9 @@
 """Everything a run needs to go on exactly where it was (C3): one dictionary of named parts, taken and given back.
 
-Tensors: model/NAME, optimizer/PARAMETER/KEY, ema/NAME, scaler/NAME, and of each rank rng/RANK/NAME and meter/RANK/NAME.
-Values: progress, trackers, clock, plateau, observers, and the form of the optimizer's state. Data and learning rate
-have none: both are functions of the step. An iterable data set alone has a place, each rank its own.
+Tensors: model/NAME, extra/MODULE, optimizer/PARAMETER/KEY, ema/NAME, scaler/NAME, and of each rank rng/RANK/NAME and
+meter/RANK/NAME. Values: progress, trackers, clock, plateau, observers, extra states that are no tensors, and the form
+of the optimizer's state. Data and learning rate have none: both are functions of the step. An iterable data set alone
+has a place, each rank its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,15 @@ from distkit.checkpoint.read import load_tensors
 from distkit.checkpoint.restore import Found, differences, shorten
 from distkit.checkpoint.saver import Snapshot
 from distkit.config import to_json
+from distkit.engine.forms import (
+    Form,
+    caches_of_another_form,
+    extra_states,
+    extra_tensors,
+    extra_values,
+    form_of,
+    set_extra_states,
+)
 from distkit.engine.meter import Meter
 from distkit.engine.run import Run
 from distkit.errors import CheckpointError, ConfigError
@@ -75,7 +85,7 @@ def snapshot(run: Run) -> Snapshot:
         observers |= observer.state_dict()
     values = {name: part.state_dict() for name, part in parts(run).items()}
     return Snapshot(
-        shared=live_tensors(run) | _prefixed("optimizer", optimizer),
+        shared=live_tensors(run) | extra_tensors(strategy.module) | _prefixed("optimizer", optimizer),
         own=_prefixed(f"rng/{rank:05d}", capture_rng(run.runtime.device))
         | _prefixed(f"meter/{rank:05d}", run.meter.state_tensors()),
         values={
@@ -86,7 +96,9 @@ def snapshot(run: Run) -> Snapshot:
             "data": run.fingerprint,
             "aliases": run.aliases,
             "config": to_json(run.config),
-            "parts": values | {"observers": observers, "optimizer": strategy.optimizer_structure()},
+            "parts": values
+            | {"observers": observers, "optimizer": strategy.optimizer_structure()}
+            | {"extra": extra_values(strategy.module)},
         },
         own_values={} if run.data_state is None else {"data": run.data_state.state_dict()},
     )
@@ -132,7 +144,9 @@ def check_fits(run: Run, found: Found) -> None:
                           got=kinds[run.data_state is not None], fix="another --run-dir")  # fmt: skip
     if place is not None and run.data_state is not None:
         run.data_state.check_state_dict(place)
-    lines = differences(found.manifest, live_tensors(run), ("model/", "ema/", "scaler/"))
+    made_anew = _made_anew(run, found)
+    lines = differences(found.manifest, live_tensors(run), ("model/", "ema/", "scaler/"), made_anew)
+    lines += _extra_differences(run, found)
     structure = cast(dict[str, object], found.parts().get("optimizer", {}))
     lines += run.strategy.compare_optimizer(structure)
     if lines:
@@ -155,6 +169,7 @@ def restore(run: Run, found: Found) -> None:
         weights = _prefixed("model", run.model_tensors())
         load_tensors(found.directory, found.manifest, _matching(weights, found))
         run.strategy.install_weights(_without_prefix("model", weights))
+        set_extra_states(run.strategy.module, _saved_extra(found))
         if run.ema is not None:
             run.ema.restart_()
         return
@@ -170,9 +185,12 @@ def _restore_all(run: Run, found: Found) -> None:
         for name, entry in found.manifest.tensors.items()
         if name.startswith("optimizer/")
     }
-    live, state = live_tensors(run), strategy.allocate_optimizer(structure, forms)
+    made_anew = _made_anew(run, found)
+    live = {name: tensor for name, tensor in live_tensors(run).items() if name not in made_anew}
+    state = strategy.allocate_optimizer(structure, forms)
     load_tensors(found.directory, found.manifest, live | _prefixed("optimizer", state))
     strategy.install_state(structure, _without_prefix("model", live), state)
+    set_extra_states(strategy.module, _saved_extra(found))
     run.meter.load_state_tensors(_meter_tensors(run, found))
     for name, part in parts(run).items():
         if name in found.parts() or name != "plateau":  # a schedule may have been changed for one with history
@@ -182,6 +200,26 @@ def _restore_all(run: Run, found: Found) -> None:
     place = _data_place(run, found)
     if run.data_state is not None and place is not None:
         run.data_state.load_state_dict(place)
+
+
+def _made_anew(run: Run, found: Found) -> set[str]:
+    """Caches of the model that are not saved in the form that they have here."""
+    live = {name: form_of(tensor) for name, tensor in live_tensors(run).items()}
+    saved: dict[str, Form] = {name: (entry.dtype, entry.shape) for name, entry in found.manifest.tensors.items()}
+    return caches_of_another_form(run.strategy.module, live, saved)
+
+
+def _saved_extra(found: Found) -> dict[str, object]:
+    """The extra states of modules: those that are tensors, and the others."""
+    values = cast(dict[str, object], found.parts().get("extra", {}))
+    return {**values, **_own_tensors(found, "extra/")}
+
+
+def _extra_differences(run: Run, found: Found) -> list[str]:
+    names = {name.removeprefix("extra/") for name in found.manifest.tensors if name.startswith("extra/")}
+    names |= cast(dict[str, object], found.parts().get("extra", {})).keys()
+    odd = sorted(names ^ extra_states(run.strategy.module).keys())
+    return [f"extra states (get_extra_state) of other modules: {shorten(odd)}"] if odd else []
 
 
 def _data_place(run: Run, found: Found) -> Mapping[str, object] | None:
@@ -217,6 +255,8 @@ def resume_notes(run: Run) -> list[str]:
         left = f"; not in it, or of another shape: {shorten(kept)}" if kept else ""
         return [f"started from the weights of {found.directory}{left}"]
     notes = [f"resumed from {found.directory}"]
+    if made_anew := sorted(_made_anew(run, found)):
+        notes.append(f"left to the layers, which make them anew (persistent=False): {shorten(made_anew)}")
     before, after = found.manifest.world_size, run.runtime.world_size
     if before != after:
         notes.append(

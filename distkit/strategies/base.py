@@ -23,7 +23,7 @@ from distkit.optim import (
     optimizer_tensors,
 )
 from distkit.runtime.process import Runtime
-from distkit.strategies.parameters import GradientWatch
+from distkit.strategies.parameters import GradientWatch, state_tensors
 
 if TYPE_CHECKING:
     from distkit.strategies.compiled import CompilerWatch
@@ -251,7 +251,7 @@ class Strategy(ABC):
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's state dict in whole tensors on rank 0, {} elsewhere; all ranks together."""
-        return self.gather(self.module.state_dict())
+        return self.gather(state_tensors(self.module))
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` (names in the same order everywhere) in whole on rank 0, {} elsewhere; all ranks together."""

@@ -43,7 +43,7 @@ from distkit.strategies.deepspeed_state import (
     unequal_groups,
     whole_shape,
 )
-from distkit.strategies.parameters import GradientWatch, refuse_scalars, state_dict_names
+from distkit.strategies.parameters import GradientWatch, refuse_scalars, state_dict_names, state_tensors
 from distkit.strategies.sharded import Sharded
 
 #: Optimizers that treat each element by itself, so that they can update a run of elements of any parameters.
@@ -237,7 +237,7 @@ class DeepSpeed(Sharded):
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's state dict in whole tensors on rank 0, {} elsewhere; all ranks together."""
         if self.stage < 3:
-            return self.gather(self.module.state_dict())
+            return self.gather(state_tensors(self.module))
         found = self.gather({name: t for name, t in self.model_tensors().items() if name in self._aliases.values()})
         return {name: found[canonical] for name, canonical in self._aliases.items()} if found else {}
 
