@@ -13,7 +13,7 @@ from distkit.runtime.shards import local_part
 
 
 class Ema:
-    """Shadow copy `s` of every floating-point parameter and buffer `w`: after each step s <- d s + (1 - d) w.
+    """Shadow copy `s` of each floating-point parameter and persistent buffer `w`: after a step s <- d s + (1 - d) w.
 
     d = min(decay, (1 + t) / (10 + t)) at step t, the warmup of tf.train.ExponentialMovingAverage, so that the random
     initial weights are soon forgotten. Other buffers (counters) are taken as they are when the average is applied.
@@ -31,7 +31,12 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float, tensors: Mapping[str, Tensor] | None = None) -> None:
         tensors = tensors or {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.decay = decay
-        self._live = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()}
+        averaged = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        slots = dict(_buffer_slots(model))
+        for name, (owner, key) in slots.items():
+            if key in owner._non_persistent_buffers_set:  # a cache: the layer makes it, of any form
+                averaged.pop(name, None)
+        self._live = {name: tensor.detach() for name, tensor in averaged.items()}
         self.shadow = {name: tensor.clone() for name, tensor in self._live.items()}
         buffers = dict(model.named_buffers())
         self.averaged_buffers = [tensor for name, tensor in self.shadow.items() if name in buffers]
@@ -40,12 +45,7 @@ class Ema:
         self._shadow_list = [local_part(tensor) for tensor in self.shadow.values()]
         places = {name: index for index, name in enumerate(self._live)}
         # a layer may put another tensor into its buffer (self.count = self.count + 1)
-        self._slots = [
-            (places[f"{prefix}.{key}" if prefix else key], owner._buffers, key)
-            for prefix, owner in model.named_modules()
-            for key in owner._buffers
-            if (f"{prefix}.{key}" if prefix else key) in places
-        ]
+        self._slots = [(places[name], owner._buffers, key) for name, (owner, key) in slots.items() if name in places]
 
     @torch.no_grad()
     def update_(self, step: int) -> None:
@@ -92,3 +92,9 @@ class Ema:
             raise KeyError(f"names differ: {sorted(state.keys() ^ self.shadow.keys())}")
         for name, tensor in state.items():
             self.shadow[name].copy_(tensor)
+
+
+def _buffer_slots(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    for prefix, owner in model.named_modules():
+        for key in owner._buffers:
+            yield f"{prefix}.{key}" if prefix else key, (owner, key)

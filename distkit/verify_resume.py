@@ -29,8 +29,8 @@ class Trial:
         recipe: the recipe's file.
         flags: more flags for it; they win over those of the trial.
         nproc: ranks on this machine, >= 1.
-        num_steps: length of both runs, >= 2.
-        kill_at: step after which every rank gets SIGKILL, in [1, num_steps).
+        num_steps: length of both runs, >= 3.
+        kill_at: step after which every rank gets SIGKILL, in [2, num_steps): a step before it is saved.
         folder: where both runs are written; must not hold any.
     """
 
@@ -47,12 +47,15 @@ class Trial:
                               fix="distkit verify-resume recipes/cifar10.py")  # fmt: skip
         if self.nproc < 1:
             raise ConfigError("--nproc is the number of ranks", expected="1 or more", got=self.nproc, fix="--nproc 2")
-        if not 1 <= self.kill_at < self.num_steps:
+        if self.num_steps < 3:
+            raise ConfigError("--steps is the length of both runs", expected="3 or more: one is saved, one killed",
+                              got=self.num_steps, fix="--steps 40")  # fmt: skip
+        if not 2 <= self.kill_at < self.num_steps:
             raise ConfigError(
                 "--kill-at is a step between the first and the last",
-                expected=f"1 to {self.num_steps - 1}",
+                expected=f"2 to {self.num_steps - 1}",
                 got=self.kill_at,
-                fix=f"--kill-at {self.num_steps // 2}",
+                fix=f"--kill-at {max(2, self.num_steps // 2)}",
             )
         for name in ("straight", "resumed"):
             if (self.folder / name).exists():
@@ -100,7 +103,8 @@ def run_ranks(
     """Start the ranks of one run and wait for them; their exit codes. No process is left, whatever happens.
 
     Raises:
-        TrainingError: a rank failed, though it should have survived; with the end of its output.
+        ConfigError: a rank refused its command line; with the end of its output.
+        TrainingError: a rank failed, though it should have survived; likewise.
     """
     processes: list[subprocess.Popen[bytes]] = []
     trial.folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +129,8 @@ def run_ranks(
     failed = next((rank for rank, code in enumerate(codes) if code != 0), None)
     if survives and failed is not None:
         lines = logs[failed].read_text(errors="replace").splitlines()[-6:]
-        raise TrainingError("\n".join([f"rank {failed} of the {name} run ended with {codes[failed]}:", *lines]))
+        kind = ConfigError if codes[failed] == ConfigError.exit_code else TrainingError
+        raise kind("\n".join([f"rank {failed} of the {name} run ended with {codes[failed]}:", *lines]))
     return codes
 
 
@@ -201,12 +206,17 @@ def report(trial: Trial, keep: bool) -> str:
     """Do the trial and say how it went.
 
     Raises:
+        ConfigError: the recipe refuses its command line (exit 2).
         TrainingError: the runs differ (exit 1), naming the first step and tensor.
     """
     started = time.perf_counter()
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         lines = verify_resume(trial)
+    except ConfigError:
+        if not keep:
+            shutil.rmtree(trial.folder, ignore_errors=True)
+        raise
     except TrainingError as error:
         raise TrainingError(f"{error}\n  kept: {trial.folder}") from error
     finally:

@@ -41,6 +41,21 @@ def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "top1 0.75" in capsys.readouterr().out
 
 
+def test_show_a_run_that_is_running_and_one_that_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "step": 0, "reason": None, "attempt": 1}))
+    assert run(["show", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "no process has it: it was killed" in out
+    assert "nothing saved yet" in out
+    (tmp_path / "checkpoints" / step_name(500)).mkdir(parents=True)
+    lease = Lease.acquire(tmp_path)
+    assert run(["show", str(tmp_path)]) == 0
+    lease.release()
+    out = capsys.readouterr().out
+    assert f"runs as process {os.getpid()} on " in out
+    assert "saved at step 500" in out
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -88,10 +103,14 @@ def test_wrong_lines(argv: list[str], says: str, capsys: pytest.CaptureFixture[s
 
 
 def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text in ("{", "[]"):
+    for text in ("{", "[]", "{}", "[" * 200_000):
         (tmp_path / "status.json").write_text(text)
         assert run(["show", str(tmp_path)]) == 2
         assert "status.json" in capsys.readouterr().err
+    (tmp_path / "status.json").unlink()
+    os.mkfifo(tmp_path / "status.json")
+    assert run(["show", str(tmp_path)]) == 2
+    assert "no regular file" in capsys.readouterr().err
 
 
 def test_pack_show_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

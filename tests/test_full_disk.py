@@ -31,7 +31,9 @@ FLAGS = [
 ]  # as it is typed
 
 
-def on_disk(folder: Path, mount: str, argv: list[str], world_size: int = 2) -> list[tuple[int, str]]:
+def on_disk(
+    folder: Path, mount: str, argv: list[str], world_size: int = 2, recipe: Path = TINY
+) -> list[tuple[int, str]]:
     """Run the tiny recipe with `mount` done in a namespace of its own; what lies there is copied to folder/out."""
     disk, out = folder / "disk", folder / "out"
     disk.mkdir(exist_ok=True)
@@ -46,7 +48,7 @@ def on_disk(folder: Path, mount: str, argv: list[str], world_size: int = 2) -> l
     port = free_port()
     envs = [{**rank_environment(rank, world_size, port), "OMP_NUM_THREADS": "1"} for rank in range(world_size)]
     script = f'{mount} && shift && "$@"; code=$?; cp -r {disk} {out}; exit $code'
-    command = [sys.executable, "-c", launch, json.dumps(envs), str(TINY), *argv, "--run-dir", str(disk / "run")]
+    command = [sys.executable, "-c", launch, json.dumps(envs), str(recipe), *argv, "--run-dir", str(disk / "run")]
     run = subprocess.run(["unshare", "--mount", "sh", "-c", script, "sh", "", *command], capture_output=True, text=True,
                          timeout=120, cwd=folder)  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -76,6 +78,54 @@ def test_a_full_disk_ends_no_run_before_its_time(how: str, tmp_path: Path) -> No
     assert [code for code, _ in ranks] == [1, 1]
     assert "the last checkpoint was not saved" in ranks[0][1]
     assert json.loads((tmp_path / "out" / "run" / "status.json").read_text())["state"] == "failed"
+
+
+FILLS = """
+import os, sys, time
+from dataclasses import replace
+
+sys.path.insert(0, os.environ["TINY"])
+import tiny
+
+calls = 0
+
+
+def compute_loss(config, model, batch):
+    global calls
+    calls += 1
+    if calls == 7 and os.environ["RANK"] == "0":
+        while not (config.run_dir / "checkpoints" / "step-000000005").exists():
+            time.sleep(0.01)
+        with open(config.run_dir.parent / "fill", "wb", buffering=0) as file:
+            try:
+                while file.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+    return tiny.compute_loss(config, model, batch)
+
+
+if __name__ == "__main__":
+    replace(tiny.RECIPE, compute_loss=compute_loss).main()
+"""
+
+
+@pytest.mark.parametrize("how", ["on", "off"])
+def test_a_disk_without_one_free_block_hides_nothing(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY", str(TINY.parent))
+    (tmp_path / "fills.py").write_text(FILLS)
+    mount = f"mount -t tmpfs -o size=300k tmpfs {tmp_path / 'disk'}"
+    argv = [*FLAGS, "--checkpoint.async", how, "--checkpoint.max-failures", "9"]
+    ranks = on_disk(tmp_path, mount, argv, recipe=tmp_path / "fills.py")
+    assert [code for code, _ in ranks] == [1, 1]
+    assert "No space left on device" in ranks[0][1]
+    assert "status.json" in ranks[0][1]
+    assert "Traceback" not in ranks[0][1]
+    assert ranks[0][1].count("\n") < 10, ranks[0][1]
+    run = tmp_path / "out" / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000005"]
+    assert not list(run.glob(".tmp-*"))
+    assert json.loads((run / "status.json").read_text())["state"] == "running"  # what could be written last
 
 
 def test_a_read_only_directory_is_refused_before_step_1(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def test_what_is_forgotten_is_found_and_named(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.distributed
-def test_a_kill_before_the_first_checkpoint_proves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["verify-resume", str(TINY), "--steps", "6", "--kill-at", "2"]
+def test_a_kill_before_the_first_checkpoint_proves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["verify-resume", str(TINY), "--steps", "6", "--kill-at", "2", "--folder", str(tmp_path / "trial")]
     assert run([*argv, "--", "--checkpoint.enabled", "--checkpoint.save-every", "5"]) == 1
     assert "nothing was saved before step 2" in capsys.readouterr().err
 
@@ -70,6 +70,9 @@ def test_a_kill_before_the_first_checkpoint_proves_nothing(capsys: pytest.Captur
 @pytest.mark.parametrize(("argv", "words"), [
     (["nowhere.py"], "there is no recipe nowhere.py"),
     ([str(TINY), "--kill-at", "40"], "--kill-at"),
+    ([str(TINY), "--kill-at", "1"], "2 to 39"),
+    ([str(TINY), "--steps", "2"], "--steps"),
+    ([str(TINY), "--", "--num-stepz", "3"], "--num-stepz"),
     ([str(TINY), "--nproc", "0"], "--nproc"),
     ([str(TINY), "--stepz", "3"], "verify-resume"),
 ])  # fmt: skip

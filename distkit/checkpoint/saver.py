@@ -20,7 +20,7 @@ from distkit.checkpoint.commit import Contents, Job, Outcome, as_bytes, commit, 
 from distkit.checkpoint.image import Image, allocate
 from distkit.checkpoint.plan import Layout, Piece, dtype_name, global_layout, local_plan, piece_of
 from distkit.config import CheckpointConfig
-from distkit.errors import CheckpointError
+from distkit.errors import CheckpointError, RankFailedError
 from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
 
@@ -150,15 +150,30 @@ class Saver:
                 future.set_exception(error)
 
     def settle(self, *, wait: bool) -> list[Outcome]:
-        """How the save in flight ended, if it has on every rank (`wait`: once it has); all ranks together."""
+        """How the save in flight ended, if it has on every rank (`wait`: once it has); all ranks together.
+
+        Raises:
+            RankFailedError: this rank's disk does not answer for so long that the others have given up.
+        """
         if self._in_flight is None:
             return []
         if wait:
-            self._in_flight.exception()
+            self._wait(self._in_flight)
         elif self._runtime.ask(not self._in_flight.done())():
             return []
         future, self._in_flight = self._in_flight, None
         return [self._count(future.result())]
+
+    def _wait(self, save: Future[Outcome]) -> None:
+        # alone, nobody waits for this rank's vote, and a slow disk is no failure
+        patience = 2 * self._runtime.timeout.total_seconds() if self._runtime.cpu_group is not None else None
+        try:
+            save.exception(timeout=patience)
+        except TimeoutError as error:
+            raise RankFailedError(
+                f"a checkpoint is being written for more than {patience:g} s, twice --timeout-seconds: does the disk "
+                f"of {self.folder} answer?"
+            ) from error
 
     def _count(self, outcome: Outcome) -> Outcome:
         self._failures = 0 if outcome.error is None else self._failures + 1

@@ -34,7 +34,7 @@ def command(args: Sequence[str]) -> str:
         flags=flags,
         nproc=typed.nproc,
         num_steps=typed.steps,
-        kill_at=max(1, typed.steps * 2 // 3) if typed.kill_at is None else typed.kill_at,
+        kill_at=max(2, typed.steps * 2 // 3) if typed.kill_at is None else typed.kill_at,
         folder=Path(tempfile.gettempdir()) / f"distkit-verify-resume-{os.getpid()}"
         if typed.folder is None
         else typed.folder,

@@ -22,6 +22,8 @@ def command(args: Sequence[str]) -> str:
         raise ConfigError(f"{folder / 'status.json'} is not what a run wrote", expected="a state and a step",
                           got=", ".join(status) or "an empty object")  # fmt: skip
     lines = [f"{folder}: {status['state']} at step {status['step']}"]
+    if status["state"] == "running":
+        lines += _of_a_running_one(folder)
     if status.get("reason"):
         lines.append(f"  reason: {status['reason']}")
     for name, value in (read_json(folder / "summary.json") or {}).items():
@@ -29,6 +31,16 @@ def command(args: Sequence[str]) -> str:
             value = "  ".join(f"{key} {_short(number)}" for key, number in value.items())
         lines.append(f"  {name}: {value}")
     return "\n".join(lines)
+
+
+def _of_a_running_one(folder: Path) -> list[str]:
+    """Its status was written when it began: who runs it, and how far the checkpoints go."""
+    from distkit.checkpoint.retention import list_checkpoints
+    from distkit.runtime.lease import holder
+
+    lines = [f"  runs as {who}" if (who := holder(folder)) else "  but no process has it: it was killed"]
+    steps = list_checkpoints(folder / "checkpoints")
+    return [*lines, f"  saved at step {steps[-1]}" if steps else "  nothing saved yet"]
 
 
 def _short(value: object) -> object:

@@ -161,16 +161,21 @@ class Runtime:
             dist.destroy_process_group()
 
 
-#: What gloo says when the process at the other end is gone.
+#: What gloo says when the process at the other end is gone, and when it does not answer.
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+SILENT = ("Timed out waiting",)
 
 
 def lost_peer(error: BaseException) -> RankFailedError | None:
-    """The error of a collective whose other end is gone, in one line; None for any other error."""
+    """The error of a collective whose other end is gone or silent, in one line; None for any other error."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or "gloo" not in text or not any(words in text for words in GONE):
+    if not isinstance(error, RuntimeError) or "gloo" not in text:
         return None
-    return RankFailedError("another rank is gone: it was killed, or failed and says why itself")
+    if any(words in text for words in GONE):
+        return RankFailedError("another rank is gone: it was killed, or failed and says why itself")
+    if any(words in text for words in SILENT):
+        return RankFailedError("another rank did not answer within --timeout-seconds: it hangs, or is far behind")
+    return None
 
 
 class RankZeroSpeaks(DistkitError):

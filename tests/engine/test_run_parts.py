@@ -1,7 +1,9 @@
 """Small parts of the engine: clock, meter, run directory."""
 
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,31 @@ def test_attempts_are_counted_and_a_completed_run_is_known(tmp_path: Path) -> No
     assert directory.completed_steps() == 20
     (tmp_path / "run" / "status.json").write_text("{")
     assert directory.completed_steps() == -1
+
+
+@pytest.mark.parametrize("name", ["config.json", "status.json", "summary.json", "metrics.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_before_the_run(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / name)
+    directory = RunDirectory(tmp_path, writes=True)
+    directory.claim()
+    assert directory.completed_steps() == -1
+    with pytest.raises(ConfigError, match=f"{name} is no regular file"):
+        directory.create({}, {}, saves=True)
+    directory.release()
+
+
+def test_a_status_that_nests_too_deep_is_none(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text("[" * 200_000)
+    assert RunDirectory(tmp_path, writes=True).completed_steps() == -1
+
+
+def test_a_status_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path, writes=True)
+    (tmp_path / "status.json").mkdir()
+    with pytest.raises(TrainingError, match=r"cannot write .*status\.json: Is a directory"):
+        directory.write_status("failed", 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
 def test_a_directory_that_another_run_began_meanwhile_is_not_taken(tmp_path: Path) -> None:
