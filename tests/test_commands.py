@@ -1,5 +1,6 @@
 """The `distkit` command."""
 
+import errno
 import json
 import os
 import subprocess
@@ -111,6 +112,26 @@ def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     os.mkfifo(tmp_path / "status.json")
     assert run(["show", str(tmp_path)]) == 2
     assert "no regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["show", "checkpoint list", "checkpoint verify", "checkpoint digest"])
+def test_a_directory_that_may_not_be_read_is_named(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "status.json").write_text(json.dumps({"state": "running", "step": 0}))
+    listdir = os.listdir
+
+    def refused(path: Path) -> list[str]:  # root, who runs tests in containers, may read everything
+        if str(path).endswith("checkpoints"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    assert run([*verb.split(), str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoints cannot be read" in error
+    assert "Permission denied" in error
 
 
 def test_pack_show_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -154,3 +155,26 @@ def test_git_revision(tmp_path: object) -> None:
     revision = git_revision(ROOT)
     assert revision is None or len(revision.split("+")[0]) == 40
     assert git_revision(__import__("pathlib").Path(str(tmp_path))) is None
+
+
+def silent_peer() -> str:
+    """Rank 0 waits for rank 1, which sleeps past the timeout."""
+    import time
+
+    from distkit.runtime.process import lost_peer
+
+    runtime = start(replace(CONFIG, timeout_seconds=1), read_topology(os.environ))
+    if not runtime.is_main_process:
+        time.sleep(4)
+        return ""
+    try:
+        runtime.gather(0)
+    except RuntimeError as error:
+        return str(lost_peer(error))
+    raise AssertionError("nobody was missed")
+
+
+@pytest.mark.distributed
+def test_a_rank_that_does_not_answer_is_told_in_one_line() -> None:
+    said, _ = run_ranks(silent_peer, 2)
+    assert said == "another rank did not answer within --timeout-seconds: it hangs, or is far behind"

@@ -24,6 +24,8 @@ import distkit
 from distkit.checkpoint import retention
 from distkit.checkpoint.format import (
     MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MAX_STATE_BYTES,
     STATE,
     FileEntry,
     Manifest,
@@ -191,6 +193,7 @@ def _write_files(target: Path, job: Job, state: Mapping[str, object], runtime: R
 
     def write_state() -> None:
         text = json.dumps(state, indent=1).encode() + b"\n"
+        _check_size(STATE, text, MAX_STATE_BYTES)
         entries[STATE] = write_file(target / STATE, memoryview(text))
 
     with ThreadPoolExecutor(job.threads, thread_name_prefix="distkit-write") as pool:
@@ -225,13 +228,21 @@ def _publish(folder: Path, target: Path, job: Job, votes: list[Vote], point: Cal
         tensors=job.layout.tensors,
     )
     point("before_manifest")
-    replace_file(target / MANIFEST, dump_manifest(manifest))
+    text = dump_manifest(manifest)
+    _check_size(MANIFEST, text, MAX_MANIFEST_BYTES)
+    replace_file(target / MANIFEST, text)
     point("after_manifest")
     final = folder / step_name(job.step)
     if os.path.lexists(final):  # it did not verify, or the run would have gone on from it
         retention.put_aside(folder, job.step)
     point("before_rename")
     os.rename(target, final)
+
+
+def _check_size(name: str, text: bytes, most: int) -> None:
+    """A save fails where no resume could read it."""
+    if len(text) > most:
+        raise CheckpointError(f"{name} would have {len(text)} bytes, more than the {most} that are read")
 
 
 def as_bytes(buffer: Tensor, nbytes: int) -> memoryview:

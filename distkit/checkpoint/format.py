@@ -25,7 +25,9 @@ FORMAT = "distkit-checkpoint"
 VERSION = 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
 #: Larger manifests are refused unread: 64 MiB hold some 300,000 tensors.
-MAX_MANIFEST_BYTES = 64 * 2**20
+#: No larger ones are read, and therefore none written.
+MAX_MANIFEST_BYTES = 256 * 2**20
+MAX_STATE_BYTES = 2**30
 
 #: torch's dtype name -> (name in a safetensors header, bytes an element).
 DTYPES = {

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from distkit.checkpoint.format import STATE, Manifest, TensorEntry, step_name
+from distkit.checkpoint.format import MAX_STATE_BYTES, STATE, Manifest, TensorEntry, step_name
 from distkit.checkpoint.locate import find_checkpoint, find_folder, is_checkpoint
 from distkit.checkpoint.retention import last_evaluation, leftovers, list_checkpoints
 from distkit.checkpoint.verify import read_manifest, read_small, verify
@@ -17,8 +17,6 @@ from distkit.errors import CheckpointError, ConfigError
 
 #: The start of the name of a checkpoint that did not verify, and that a run has put aside.
 SET_ASIDE = "damaged-"
-#: Larger state files have no evaluation in the list.
-MAX_STATE_BYTES = 64 * 2**20
 #: The columns of the list.
 HEAD = ("step", "created", "size", "world size", "strategy", "last evaluation")
 

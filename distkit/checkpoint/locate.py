@@ -15,7 +15,7 @@ FOLDER = "checkpoints"
 
 def is_checkpoint(path: Path) -> bool:
     """True for a directory that has a manifest, or a checkpoint's name: then it lacks its manifest."""
-    return path.is_dir() and (os.path.lexists(path / MANIFEST) or step_of(_name(path)) is not None)
+    return os.path.isdir(path) and (os.path.lexists(path / MANIFEST) or step_of(_name(path)) is not None)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -45,11 +45,11 @@ def find_folder(path: Path) -> Path:
     """
     if is_checkpoint(path):
         raise ConfigError(f"{path} is one checkpoint", expected="the directory of a run", fix=str(run_of(path)))
-    if (path / FOLDER).is_dir():
+    if os.path.isdir(path / FOLDER):
         return path / FOLDER
-    if path.is_dir() and (_name(path) == FOLDER or list_checkpoints(path)):
+    if os.path.isdir(path) and (_name(path) == FOLDER or list_checkpoints(path)):
         return path
-    there = "a directory without" if path.is_dir() else "a file" if os.path.lexists(path) else "nothing there"
+    there = "a directory without" if os.path.isdir(path) else "a file" if os.path.lexists(path) else "nothing there"
     raise ConfigError(f"{path} holds no checkpoint", expected="a checkpoint, or the directory of a run", got=there,
                       fix="runs/RECIPE/RUN")  # fmt: skip
 

@@ -24,13 +24,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from distkit.checkpoint.format import STATE, Manifest, Shard, TensorEntry
+from distkit.checkpoint.format import MAX_STATE_BYTES, STATE, Manifest, Shard, TensorEntry
 from distkit.checkpoint.plan import dtype_name
 from distkit.checkpoint.verify import OpenFile, in_threads, list_contents, open_file, read_header, read_small
 from distkit.errors import CheckpointError
 
-#: Larger state files are refused unread.
-MAX_STATE_BYTES = 64 * 2**20
 #: Most bytes of one read; also what a thread takes at a time.
 BLOCK_BYTES = 2**25
 #: Two reads are cheaper than one that passes over a gap larger than this.

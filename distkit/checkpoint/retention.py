@@ -13,6 +13,7 @@ from typing import Literal
 
 from distkit.checkpoint.format import step_name, step_of
 from distkit.checkpoint.write import sync_folder
+from distkit.errors import ConfigError
 
 #: Directories of a save that has not become a checkpoint, and of a checkpoint that is being removed.
 UNFINISHED = (".tmp-step-", ".trash-step-")
@@ -23,11 +24,17 @@ def list_checkpoints(folder: Path) -> list[int]:
 
     A save takes such a name only with its manifest, and a removal gives it up first: one without a manifest is damaged,
     and for verification to name.
+
+    Raises:
+        ConfigError: it cannot be read.
     """
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read", expected="a folder that you may read", got=error.strerror) \
+            from error  # fmt: skip
     return sorted(step for step in map(step_of, names) if step is not None)
 
 

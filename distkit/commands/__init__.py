@@ -55,6 +55,9 @@ def run(argv: Sequence[str]) -> int:
     except DistkitError as error:
         print(f"distkit: error: {error}", file=sys.stderr)
         return error.exit_code
+    except PermissionError as error:
+        print(f"distkit: error: {error.filename} cannot be read: {error.strerror}", file=sys.stderr)
+        return ConfigError.exit_code
     text, code = answer if isinstance(answer, Answer) else (answer, 0)
     try:
         print(text, flush=True)

@@ -11,7 +11,7 @@ from distkit.config import TrainConfig
 from distkit.engine.run import Run
 from distkit.engine.run_dir import RunDirectory
 from distkit.engine.saving import build_saver
-from distkit.errors import ConfigError
+from distkit.errors import CheckpointError, ConfigError
 from distkit.runtime.process import Runtime
 
 
@@ -43,14 +43,19 @@ def find_origin(config: TrainConfig, runtime: Runtime, directory: RunDirectory) 
         if runtime.is_main_process:
             print(f"distkit: warning: {message}", file=sys.stderr, flush=True)
 
-    origin.found = newest_verified(directory.checkpoints, runtime, warn)
+    try:
+        origin.found = newest_verified(directory.checkpoints, runtime, warn)
+    except CheckpointError as error:
+        if directory.completed_steps() < 0:
+            raise
+        warn(str(error).splitlines()[0])  # a completed run needs none, and one of more steps is refused below
     if origin.found is not None:
         with runtime.together("looking for the checkpoint"):
             check_own_goes_first(source, directory, origin.found.manifest.step)
         if source != "auto":
             warn(f"--resume {source} is not used: {directory.path} has checkpoints of its own, and goes on from them")
         return origin
-    if directory.holds_run() and directory.completed_steps() < 0:
+    if source == "auto" and directory.holds_run() and directory.completed_steps() < 0:
         warn(f"{directory.path} holds a run that has saved nothing: it begins again at step 0")
     if source != "auto":
         with runtime.together("looking for the checkpoint"):

@@ -106,13 +106,22 @@ class Trackers:
             return True
         return False
 
-    def state_dict(self) -> dict[str, dict[str, float] | None]:
-        """The last and the best evaluation."""
-        return {"last": self.last, "best": self.best}
+    def state_dict(self) -> dict[str, dict[str, float | str] | None]:
+        """The last and the best evaluation; what is not finite as a text, because JSON has no number for it."""
+        return {"last": _for_json(self.last), "best": _for_json(self.best)}
 
-    def load_state_dict(self, state: dict[str, dict[str, float] | None]) -> None:
+    def load_state_dict(self, state: dict[str, dict[str, float | str] | None]) -> None:
         """Take both back."""
-        self.last, self.best = state["last"], state["best"]
+        self.last, self.best = (
+            None if values is None else {name: float(value) for name, value in values.items()}
+            for values in (state["last"], state["best"])
+        )
+
+
+def _for_json(values: dict[str, float] | None) -> dict[str, float | str] | None:
+    if values is None:
+        return None
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,15 +21,26 @@ FILES = ("config.json", "environment.json", "status.json", "summary.json", "metr
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write `value` to `path`; a reader sees the old file or the new one, never a half."""
+    """Write `value` to `path`; a reader sees the old file or the new one, never a half.
+
+    JSON has no NaN and no infinity: null stands for them.
+    """
     partial = path.with_name(f".tmp-{path.name}")
     try:
-        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
         os.replace(partial, path)
     except OSError:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from writing import Box, rehash, reseal, write_checkpoint
 
 from distkit.checkpoint import read as read_module
-from distkit.checkpoint.format import DTYPES, STATE, shard_name
+from distkit.checkpoint.format import DTYPES, MAX_STATE_BYTES, STATE, shard_name
 from distkit.checkpoint.read import iterate, load_tensors, read_state, read_tensor, to_metadata
 from distkit.checkpoint.verify import read_manifest, verify
 from distkit.errors import CheckpointError
@@ -281,7 +281,7 @@ def test_state(tmp_path: Path) -> None:
         verify(directory)
         with pytest.raises(CheckpointError, match=r"state\.json"):
             read_state(directory)
-    os.truncate(directory / STATE, 64 * 2**20 + 1)
+    os.truncate(directory / STATE, MAX_STATE_BYTES + 1)
     with pytest.raises(CheckpointError, match="more than"):
         read_state(directory)
     (directory / STATE).unlink()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import os
 import time
 from pathlib import Path
@@ -12,12 +14,13 @@ import torch.distributed as dist
 from harness import run_ranks
 from torch import Tensor
 
+from distkit.checkpoint import commit
 from distkit.checkpoint.format import step_name
 from distkit.checkpoint.read import iterate, load_tensors
 from distkit.checkpoint.saver import Saver, Snapshot
 from distkit.checkpoint.verify import read_manifest, verify
 from distkit.config import CheckpointConfig, TrainConfig
-from distkit.errors import CheckpointError
+from distkit.errors import CheckpointError, RankFailedError
 from distkit.runtime import read_topology
 from distkit.runtime.process import Runtime, start
 
@@ -187,3 +190,38 @@ def test_failures_in_a_row_end_the_run_and_others_do_not(tmp_path: Path) -> None
         with pytest.raises(CheckpointError, match="last checkpoint was not saved: rank 0: No such file"):
             saver.check(last=True)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("limit", "file"), [("MAX_STATE_BYTES", "state.json"), ("MAX_MANIFEST_BYTES", "MANIFEST.json")]
+)
+def test_what_no_resume_would_read_is_not_saved(
+    limit: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = saver_in(tmp_path, runtime_here(), asynchronous="off")
+    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={"parts": {}})
+    assert saver.save(1, snapshot)[0].error is None
+    monkeypatch.setattr(commit, limit, 20)
+    assert f"{file} would have " in str(saver.save(2, snapshot)[0].error)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_a_disk_that_does_not_answer_does_not_hold_its_rank_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distkit.runtime import faults
+
+    saver = saver_in(tmp_path, runtime_here(), asynchronous="on")
+    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={"parts": {}})
+    monkeypatch.setenv(faults.VARIABLE, "before_vote:0:1:slow")
+    faults.check_faults()
+    assert saver.save(1, snapshot) == []
+    # as on one of several ranks: alone it waits
+    group = dist.ProcessGroup(0, 2)
+    saver._runtime = dataclasses.replace(saver._runtime, cpu_group=group, timeout=datetime.timedelta(seconds=0.01))
+    with pytest.raises(RankFailedError, match="twice --timeout-seconds: does the disk of"):
+        saver.settle(wait=True)
+    saver._runtime = dataclasses.replace(saver._runtime, cpu_group=None)
+    assert [outcome.error for outcome in saver.settle(wait=True)] == [None]
+    monkeypatch.delenv(faults.VARIABLE)
+    faults.check_faults()

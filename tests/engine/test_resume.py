@@ -360,6 +360,17 @@ def test_a_completed_run_without_checkpoints_is_not_begun_again(tmp_path: Path) 
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_completed_run_whose_checkpoints_are_damaged_is_still_finished(tmp_path: Path) -> None:
+    train(tmp_path, FULL)
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/MANIFEST.json"):
+        manifest.write_text("{")
+    again = build_run(tmp_path, FULL)
+    again.directory.release()
+    assert again.finished
+    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+        build_run(tmp_path, replace(FULL, num_steps=30))
+
+
 def test_a_run_that_saved_nothing_begins_again_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stop_at(tmp_path, FULL, 3)
     run = build_run(tmp_path, FULL)

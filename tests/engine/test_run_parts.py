@@ -1,6 +1,7 @@
 """Small parts of the engine: clock, meter, run directory."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 
 from distkit.engine.clock import Clock
 from distkit.engine.meter import FOLD_EVERY, Meter
-from distkit.engine.run import Progress
+from distkit.engine.run import Progress, Trackers
 from distkit.engine.run_dir import RunDirectory, check_usable, write_json
 from distkit.errors import ConfigError, TrainingError
 from distkit.losses import LossOutput
@@ -116,6 +117,25 @@ def test_what_is_no_file_is_refused_before_the_run(name: str, make: Callable[[Pa
     with pytest.raises(ConfigError, match=f"{name} is no regular file"):
         directory.create({}, {}, saves=True)
     directory.release()
+
+
+def test_what_is_not_finite_is_strict_json(tmp_path: Path) -> None:
+    values = {"loss": math.nan, "best": {"top1": math.inf}, "list": [1.5, -math.inf]}
+    write_json(tmp_path / "a.json", values)
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(constant)
+
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"loss": None, "best": {"top1": None}, "list": [1.5, None]}
+    trackers = Trackers(last={"step": 3.0, "loss": math.nan, "top1": -math.inf}, best=None)
+    again = Trackers()
+    again.load_state_dict(json.loads(json.dumps(trackers.state_dict(), allow_nan=False)))
+    assert again.best is None
+    assert again.last is not None
+    assert math.isnan(again.last["loss"])
+    assert again.last["step"] == 3.0
+    assert again.last["top1"] == -math.inf
 
 
 def test_a_status_that_nests_too_deep_is_none(tmp_path: Path) -> None:
