@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, DataErro
 MAX_TRIES = 20
 #: Tensors of a batch up to this size travel inside the message.
 SMALL_BYTES = 8_192
+#: Longest time that the death of a worker may go unnoticed.
+LOOK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,19 @@ class WorkerFetcher:
         return _WorkerBatches(self, requests)
 
 
+def _started(loader: DataLoader[object]) -> Iterator[Read]:
+    """`iter(loader)`; where a worker dies while torch still starts them, the others are ended before that is told."""
+    try:
+        return iter(loader)
+    except RuntimeError as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            # torch's handler of SIGCHLD raises anywhere in its constructor, and nothing but the frames has it then
+            shutdown = getattr(frame.f_locals.get("self"), "_shutdown_workers", None)
+            if shutdown is not None:
+                shutdown()
+        raise
+
+
 class _WorkerBatches:
     def __init__(self, fetcher: WorkerFetcher, requests: Iterator[Request]) -> None:
         self._fetcher = fetcher
@@ -233,14 +249,14 @@ class _WorkerBatches:
                 batch_sampler=self._pairs(requests),
                 num_workers=workers,
                 prefetch_factor=fetcher.depth if workers else None,
-                timeout=fetcher.timeout_seconds if workers else 0,
+                timeout=min(fetcher.timeout_seconds, LOOK_SECONDS) if workers else 0,
                 collate_fn=first_of,
                 worker_init_fn=start_worker,
                 pin_memory=fetcher.make.device.type == "cuda",
                 # its own: the global generator must not be consumed here
                 generator=torch.Generator(),
             )
-            self._reads: Iterator[Read] | None = iter(loader)
+            self._reads: Iterator[Read] | None = _started(loader)
 
     def _pairs(self, requests: Iterator[Request]) -> Iterator[list[tuple[int, int]]]:
         for request in requests:
@@ -253,7 +269,7 @@ class _WorkerBatches:
             raise StopIteration
         guard = untouched_generators() if self._fetcher.num_workers == 0 else worker_errors()
         with guard:
-            read = next(self._reads)
+            read = self._next_read(self._reads)
         if read.fault is not None:
             raise TrainingError(f"the data set failed at {read.fault}")
         if read.batch is None:
@@ -265,6 +281,21 @@ class _WorkerBatches:
             )
         self._count(read.replaced)
         return self._fetcher.make.finish(unpacked_small(read.batch), self._asked.pop(0))
+
+    def _next_read(self, reads: Iterator[Read]) -> Read:
+        """The next answer. A SIGCHLD that comes just before the wait, or to another thread, is seen only after it."""
+        seconds = self._fetcher.timeout_seconds
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return next(reads)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+                if time.monotonic() >= end:
+                    raise RuntimeError(
+                        f"DataLoader timed out after {self._fetcher.timeout_seconds:g} seconds"
+                    ) from error
 
     def _count(self, replaced: tuple[str, ...]) -> None:
         for cause in replaced:

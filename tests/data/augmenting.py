@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -43,17 +46,35 @@ def assert_split_changes_nothing(function, *tensors):
             assert torch.cat(found).equal(expected)
 
 
-def assert_cuda_agrees(function, *tensors):
-    """The same bits on CUDA, without a moment's waiting for it."""
-    batch = len(tensors[0])
-    expected = outputs(function(*tensors, draws_of(batch)))
-    on_device = [tensor.cuda() for tensor in tensors]
-    draws = draws_of(batch, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
+@contextmanager
+def no_waiting():
+    """Inside, whatever waits for the CUDA device raises."""
+    with warnings.catch_warnings():
+        # torch says once in a process that this mode does not see everything
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
     try:
-        found = outputs(function(*on_device, draws))
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def same_bits(one, other):
+    """Whether two CPU tensors are alike in dtype, shape and every bit, also of zeros and NaNs."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    first, second = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+    return first.equal(second)
+
+
+def assert_cuda_agrees(function, *tensors, start=1000):
+    """The same bits on CUDA, without a moment's waiting for it."""
+    batch = len(tensors[0])
+    expected = outputs(function(*tensors, draws_of(batch, start=start)))
+    on_device = [tensor.cuda() for tensor in tensors]
+    draws = draws_of(batch, start=start, device="cuda")
+    with no_waiting():
+        found = outputs(function(*on_device, draws))
     for one, other in zip(found, expected, strict=True):
         assert one.device.type == "cuda"
-        assert one.cpu().equal(other)
+        assert same_bits(one.cpu(), other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from augmenting import NO_CUDA
 
 from distkit.data import Draws
 from distkit.data.augment import (
@@ -20,7 +21,6 @@ from distkit.data.augment import (
 )
 from distkit.errors import DataError
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 
 
@@ -157,12 +157,3 @@ def test_normalize_is_that_of_torchvision():
     assert got.dtype == torch.float32
     expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.gpu
-@NO_CUDA
-def test_normalize_rounds_alike_on_cuda():
-    images = images_of(64)
-    constants = normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-    cuda = normalize(images.cuda(), *(constant.cuda() for constant in constants))
-    assert cuda.cpu().equal(normalize(images, *constants))

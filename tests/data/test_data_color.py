@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from augmenting import NO_CUDA, assert_cuda_agrees, assert_split_changes_nothing, draws_of, images_of, smooth_images
+from augmenting import assert_split_changes_nothing, draws_of, images_of, smooth_images
 
 from distkit.data.augment import (
     ColorJitter,
@@ -106,10 +106,3 @@ def test_what_does_not_fit_is_refused():
     for wrong in ({"brightness": -0.1}, {"contrast": 64.0}, {"hue": 0.6}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             ColorJitter(**wrong)
-
-
-@pytest.mark.gpu
-@NO_CUDA
-@pytest.mark.parametrize("channels", [1, 3])
-def test_cuda_agrees(channels):
-    assert_cuda_agrees(JITTER.apply, images_of(64, channels, 32, 31))

@@ -163,18 +163,3 @@ def test_the_global_generator_is_left_alone():
     before = torch.random.get_rng_state()
     Draws(0, POSITIONS[:10]).uniform("x", 2)
     assert torch.random.get_rng_state().equal(before)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cpu_and_cuda_draw_the_same_bits():
-    positions = torch.cat([POSITIONS, POSITIONS + 2**47])
-    cpu, cuda = Draws(7, positions), Draws(7, positions.cuda())
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = [cuda.bits("a", 3), cuda.uniform("b"), cuda.integers("c", -5, 90, 2), cuda.bernoulli("d", 0.3)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    expected = [cpu.bits("a", 3), cpu.uniform("b"), cpu.integers("c", -5, 90, 2), cpu.bernoulli("d", 0.3)]
-    for one, other in zip(found, expected, strict=True):
-        assert one.cpu().equal(other)

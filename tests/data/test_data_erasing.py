@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from augmenting import NO_CUDA, assert_cuda_agrees, assert_split_changes_nothing, draws_of, images_of
+from augmenting import assert_split_changes_nothing, draws_of, images_of
 
 from distkit.data.augment import RandomErasing, erase, inside, noise
 from distkit.errors import ConfigError, DataError
@@ -77,11 +77,3 @@ def test_what_does_not_fit_is_refused():
     for wrong in ({"p": 2.0}, {"scale": (0.5, 0.1)}, {"fill": "pink"}):
         with pytest.raises(ConfigError):
             RandomErasing(**wrong)
-
-
-@pytest.mark.gpu
-@NO_CUDA
-@pytest.mark.parametrize("erasing", [NOISE, RandomErasing()])
-def test_cuda_agrees(erasing):
-    erasing.apply(images_of(2).cuda(), draws_of(2, device="cuda"))
-    assert_cuda_agrees(erasing.apply, images_of(64, 3, 32, 31))

@@ -156,22 +156,3 @@ def test_one_core_is_fast_enough():
     finally:
         torch.set_num_threads(threads)
     assert 500 / statistics.median(seconds) > 60_000
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("mode", ["zero", "reflect"])
-def test_cuda_makes_the_same_pixels_without_waiting(mode):
-    augmentation = Augmentation(crop_padding=4, padding_mode=mode, flip=True, cutout=6)
-    cpu = dataset_of(augmentation=augmentation)
-    cuda = cpu.to("cuda")
-    positions = torch.arange(100)
-    on_device = positions.cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        got, labels = cuda.augment(cuda.fetch(positions), Draws(3, on_device))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    expected, _ = cpu.augment(cpu.fetch(positions), Draws(3, positions))
-    assert got.cpu().equal(expected)
-    assert labels.device.type == "cuda"

@@ -2,6 +2,7 @@
 
 import random
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -204,7 +205,6 @@ class Dies(Numbers):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
         import os
-        import signal
 
         if index == 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -216,6 +216,26 @@ def test_a_killed_worker_is_named_quickly() -> None:
     start = time.monotonic()
     with pytest.raises(TrainingError, match=r"worker died.*\n.*memory"):
         read(loader, [0, 1, 2])
+    assert time.monotonic() - start < 15
+
+
+def test_a_killed_worker_is_seen_when_its_signal_is_not() -> None:
+    """As when SIGCHLD comes just before the main thread waits: another thread takes it, and the wait goes on."""
+    loader, done, start = (
+        open_loader(Dies(8), 4, 4, 1, 0, DataConfig(num_workers=1)),
+        threading.Event(),
+        time.monotonic(),
+    )
+    taker = threading.Thread(target=done.wait)
+    taker.start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    try:
+        with pytest.raises(TrainingError, match=r"worker died.*\n.*memory"):
+            read(loader, [0, 1, 2])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        done.set()
+        taker.join()
     assert time.monotonic() - start < 15
 
 

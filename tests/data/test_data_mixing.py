@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from augmenting import NO_CUDA, assert_cuda_agrees, assert_split_changes_nothing, draws_of, images_of
+from augmenting import assert_split_changes_nothing, draws_of, images_of
 
 from distkit.data.augment import CutMix, MixUp, beta_table, cutmix, mixup, partner_draws, partners
 from distkit.errors import ConfigError, DataError
@@ -114,13 +114,3 @@ def test_impossible_alphas_are_refused(make):
     for alpha in (0.0, -1.0, float("nan"), 1e9):
         with pytest.raises(ConfigError, match="alpha"):
             make(alpha=alpha)
-
-
-@pytest.mark.gpu
-@NO_CUDA
-@pytest.mark.parametrize("mix", [MixUp(alpha=0.2), CutMix()])
-def test_cuda_agrees(mix):
-    images, others = images_of(64).float().sub_(120).mul_(0.013), images_of(64, seed=1).float().sub_(120).mul_(0.013)
-    mix.apply(images.cuda(), others.cuda(), draws_of(64, device="cuda"))
-    assert_cuda_agrees(mix.apply, images, others)
-    assert_cuda_agrees(lambda same, draws: partners(draws, 50_000), images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from augmenting import NO_CUDA, assert_cuda_agrees, assert_split_changes_nothing, draws_of, images_of
+from augmenting import assert_split_changes_nothing, draws_of, images_of
 
 from distkit.data.augment import PairGeometry, RandomResizedCrop
 from distkit.data.augment.resample import resized_crop_nearest
@@ -76,12 +76,3 @@ def test_what_does_not_fit_is_refused():
         PairGeometry(crop_padding=-1)
     with pytest.raises(ConfigError, match="padding-mode"):
         PairGeometry(padding_mode="edge")
-
-
-@pytest.mark.gpu
-@NO_CUDA
-@pytest.mark.parametrize("geometry", [MOVES, EVERYTHING])
-def test_cuda_agrees(geometry):
-    images, masks = images_of(64, 3, 24, 24), images_of(64, 1, 24, 24, seed=1)[:, 0]
-    geometry.apply(images.cuda(), masks.cuda(), draws_of(64, device="cuda"))
-    assert_cuda_agrees(geometry.apply, images, masks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from augmenting import NO_CUDA, assert_cuda_agrees, assert_split_changes_nothing, draws_of, images_of
+from augmenting import assert_split_changes_nothing, draws_of, images_of
 
 from distkit.data.augment import RandomResizedCrop, resized_crop, resized_crop_nearest
 from distkit.errors import ConfigError, DataError
@@ -87,14 +87,3 @@ def test_what_cannot_be_resampled_is_refused():
     for wrong in ({"size": (0, 4)}, {"size": (4, 4), "scale": (0.0, 1.0)}, {"size": (4, 4), "ratio": (2.0, 1.0)}):
         with pytest.raises(ConfigError):
             RandomResizedCrop(**wrong)
-
-
-@pytest.mark.gpu
-@NO_CUDA
-@pytest.mark.parametrize("image", [(40, 50), (300, 30)])
-def test_cuda_agrees(image):
-    CROP.apply(images_of(2, 3, *image).cuda(), draws_of(2, device="cuda"))
-    assert_cuda_agrees(CROP.apply, images_of(64, 3, *image))
-    assert_cuda_agrees(
-        lambda masks, draws: resized_crop_nearest(masks, CROP.boxes(draws, *image), CROP.size), images_of(64, 1, *image)
-    )

@@ -83,7 +83,8 @@ def cutmix(images: Tensor, other_images: Tensor, boxes: Tensor) -> tuple[Tensor,
     height, width = images.shape[2:]
     mixed = torch.where(inside(boxes, height, width), other_images, images)
     own = height * width - boxes[:, 2] * boxes[:, 3]
-    return mixed, own.to(torch.float64).div_(height * width).to(torch.float32)
+    # CUDA divides by a number as it multiplies by the reciprocal; up to 2^24 pixels the float32 is that of a division.
+    return mixed, own.to(torch.float64).mul_(1 / (height * width)).to(torch.float32)
 
 
 @lru_cache(maxsize=8)
