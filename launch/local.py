@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 try:
@@ -104,7 +105,7 @@ class Ranks:
             for rank, environment in enumerate(environments):
                 # a session of its own: it can be ended with all that it started, and a terminal's Ctrl-C comes once
                 process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
-                                           preexec_fn=die_with_parent)  # fmt: skip
+                                           preexec_fn=partial(die_with_parent, os.getpid()))  # fmt: skip
                 self.processes.append(process)
                 self.running[rank] = process
             while self.running:

@@ -53,11 +53,11 @@ TIMED = {"samples_per_second", "data_wait_seconds", "seconds", "mfu"}
 
 
 def train(
-    folder: Path, more: Sequence[str] = (), fault: str = "", world_size: int = 2, timeout: float = 90
+    folder: Path, more: Sequence[str] = (), fault: str = "", world_size: int = 2, timeout: float = 120
 ) -> list[Ended]:
     env = {"DISTKIT_FAULT": fault} if fault else {}
     argv = [*FLAGS, *more, "--run-dir", str(folder / "run")]
-    return run_recipe_cli(argv, folder, recipe=TINY, world_size=world_size, env=env, timeout=90)
+    return run_recipe_cli(argv, folder, recipe=TINY, world_size=world_size, env=env, timeout=timeout)
 
 
 def ended_well(ranks: list[Ended]) -> None:
@@ -103,10 +103,44 @@ def test_killed_at_any_point_it_ends_the_same(point: str, rank: int, how: str, s
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.startswith((".", "lease"))) == []
 
 
+SHARDED = {
+    "fsdp": ["--strategy", "fsdp"],
+    "zero1": ["--strategy", "zero1"],
+    "zero3": ["--strategy", "zero3"],
+}
+#: In fp32 and without BatchNorm, which not every strategy takes.
+PLAIN = ["--precision", "fp32", "--no-batch-norm"]
+
+
+@pytest.fixture(scope="module", params=SHARDED)
+def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    flags = [*PLAIN, *SHARDED[request.param]]
+    ended_well(train(folder, flags))
+    return flags, folder
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault", ["half_shard:1:10", "before_vote:0:10", "after_manifest:0:10", "after_rename:1:10", "in_retention:0:10"]
+)
+def test_sharded_runs_killed_at_some_points_end_the_same(
+    fault: str, sharded: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    flags, straight = sharded
+    assert train(tmp_path, flags, fault=f"{fault}:kill")[int(fault.split(":")[1])].returncode == KILLED
+    ended_well(train(tmp_path, flags))
+    nothing_half(tmp_path)
+    assert digest(tmp_path) == digest(straight)
+    assert metric_lines(tmp_path) == metric_lines(straight)
+
+
 @pytest.mark.distributed
 def test_killed_again_and_again(straight: Path, tmp_path: Path) -> None:
     for point in ("step:1:3", "half_shard:0:5", "after_rename:1:5", "before_vote:1:10", "step:0:14", "staging:1:20"):
-        train(tmp_path, fault=f"{point}:kill")
+        rank = int(point.split(":")[1])
+        assert train(tmp_path, fault=f"{point}:kill")[rank].returncode == KILLED, point
     ended_well(train(tmp_path))
     assert digest(tmp_path) == digest(straight)
     assert metric_lines(tmp_path) == metric_lines(straight)

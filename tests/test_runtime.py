@@ -2,12 +2,18 @@
 
 import os
 import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from harness import run_ranks
+from harness import ROOT, run_ranks
 
 from distkit.config import TrainConfig
 from distkit.errors import ConfigError, DataError, LaunchError, RankFailedError
@@ -178,3 +184,44 @@ def silent_peer() -> str:
 def test_a_rank_that_does_not_answer_is_told_in_one_line() -> None:
     said, _ = run_ranks(silent_peer, 2)
     assert said == "another rank did not answer within --timeout-seconds: it hangs, or is far behind"
+
+
+OWNED = """
+import multiprocessing, os, sys, time
+from distkit.runtime.parent import die_with_parent
+
+
+def work(owner, path):
+    die_with_parent(owner)
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    context.Process(target=work, args=(os.getpid(), sys.argv[2]), daemon=True).start()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_ends_with_its_owner_however_it_was_started(method: str, tmp_path: Path) -> None:
+    (tmp_path / "owned.py").write_text(OWNED)
+    said = tmp_path / "pid"
+    command = [sys.executable, str(tmp_path / "owned.py"), method, str(said)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as owner:
+        try:
+            wait_until(lambda: said.exists() and bool(said.read_text()))
+            worker = psutil.Process(int(said.read_text()))
+            assert worker.is_running()
+        finally:
+            owner.kill()
+    wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

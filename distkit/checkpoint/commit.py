@@ -149,7 +149,9 @@ def _decide(
 
 
 def describe(error: BaseException) -> str:
-    """One line: an OSError in the words of the system, others with their kind."""
+    """One line: an OSError in the words of the system, one of ours as it is, others with their kind."""
+    if isinstance(error, CheckpointError):
+        return str(error).splitlines()[0]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
     return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -176,6 +178,8 @@ def _first_error(errors: list[str | None]) -> str | None:
 
 
 def _make(target: Path) -> None:
+    if target.is_symlink() or target.is_file():
+        target.unlink()
     shutil.rmtree(target, ignore_errors=True)  # of a run that was killed here
     target.mkdir(mode=0o700)
 

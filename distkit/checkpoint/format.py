@@ -183,11 +183,15 @@ def _manifest(value: Mapping[str, object]) -> Manifest:
     if STATE not in files:
         raise ValueError(f"no {STATE}")
     tensors = cast(dict[str, dict[str, object]], value["tensors"])
+    world_size = _count(value["world_size"])
+    for name in files.keys() - {STATE}:
+        if f"-of-{world_size:05d}-" not in name:
+            raise ValueError(f"{name} on {world_size} ranks")
     return Manifest(
         step=_count(value["step"]),
         recipe=_text(value["recipe"]),
         strategy=_text(value["strategy"]),
-        world_size=_count(value["world_size"]),
+        world_size=world_size,
         created=_text(value["created"]),
         versions={_text(k): _text(v) for k, v in cast(dict[str, str], value["versions"]).items()},
         files=files,

@@ -7,9 +7,11 @@ and that state belongs to one rank of one world. A run can be continued with the
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -201,7 +203,7 @@ class IterableSource:
                     # Of its own, because torch's global one belongs to the model; another one on each rank and after
                     # each resume, or random transforms would repeat.
                     generator=torch.Generator().manual_seed(derive_seed(self.seed, "iterable", self.rank, self._next)),
-                    worker_init_fn=_start_worker,
+                    worker_init_fn=partial(_start_worker, os.getpid()),
                 )
             if self._restored is not None:
                 self._loader.load_state_dict(self._restored)
@@ -209,8 +211,8 @@ class IterableSource:
         return self._batches
 
 
-def _start_worker(_worker_id: int) -> None:
-    die_with_parent()
+def _start_worker(owner: int, _worker_id: int) -> None:
+    die_with_parent(owner)
 
 
 def _not_json(got: object) -> DataError:

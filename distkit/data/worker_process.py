@@ -17,14 +17,17 @@ from distkit.runtime.parent import die_with_parent
 _held_by_worker: list[torch.inference_mode] = []
 
 
-def start_worker(_worker_id: int) -> None:
+def start_worker(owner: int, _worker_id: int) -> None:
     """Make a worker quick; what is gained pays for seeding three generators a sample (14 µs).
 
     Python's collector keeps off what was inherited: scanning that costs time and copies its pages. And the whole
     process is in inference mode: transforms are many small operations, each of which autograd would look at. A data set
     that needs gradients opens `torch.inference_mode(False)`.
+
+    Args:
+        owner: the process that it works for, and must not outlive.
     """
-    die_with_parent()
+    die_with_parent(owner)
     gc.freeze()
     mode = torch.inference_mode()
     mode.__enter__()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
 import time
 import traceback
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -251,7 +253,7 @@ class _WorkerBatches:
                 prefetch_factor=fetcher.depth if workers else None,
                 timeout=min(fetcher.timeout_seconds, LOOK_SECONDS) if workers else 0,
                 collate_fn=first_of,
-                worker_init_fn=start_worker,
+                worker_init_fn=partial(start_worker, os.getpid()),
                 pin_memory=fetcher.make.device.type == "cuda",
                 # its own: the global generator must not be consumed here
                 generator=torch.Generator(),

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from distkit.checkpoint.retention import sweep
+from distkit.checkpoint.retention import list_checkpoints, sweep
+from distkit.checkpoint.write import sync_folder
 from distkit.errors import ConfigError, TrainingError
 from distkit.runtime.lease import Lease
 
@@ -91,6 +92,8 @@ class RunDirectory:
             self.attempt = self._last_attempt() + 1
             if saves:
                 self.checkpoints.mkdir(exist_ok=True)
+                sync_folder(self.path)  # or a power cut leaves checkpoints that nothing leads to
+                sync_folder(self.path.parent)
                 sweep(self.checkpoints)
                 probe(self.checkpoints)
             write_json(self.path / "config.json", config)
@@ -115,7 +118,7 @@ class RunDirectory:
 
     def holds_run(self) -> bool:
         """True when a run was started here."""
-        return (self.path / "config.json").exists()
+        return holds_run(self.path)
 
     def _status(self) -> Mapping[str, object]:
         file = self.path / "status.json"
@@ -166,6 +169,15 @@ class RunDirectory:
                 raise TrainingError(f"cannot write {self.path / name}: {error.strerror or error}") from error
 
 
+def holds_run(path: Path) -> bool:
+    """True for a directory in which a run was started, or that has the checkpoints of one.
+
+    Raises:
+        ConfigError: its checkpoints cannot be listed.
+    """
+    return (path / "config.json").exists() or bool(list_checkpoints(path / "checkpoints"))
+
+
 def probe(folder: Path) -> None:
     """Write and remove a file; OSError where that is not possible, before the first step and not at the first save."""
     file = folder / f".tmp-probe-{os.getpid()}"
@@ -184,7 +196,7 @@ def check_usable(path: Path, *, resumes: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--run-dir {path} is a file", expected="a directory, or a path that does not exist",
                           fix=f"--run-dir {path}-run")  # fmt: skip
-    if not resumes and (path / "config.json").exists():
+    if not resumes and holds_run(path):
         raise ConfigError(
             f"--run-dir {path} already holds a run",
             expected="an empty directory, or a path that does not exist",

@@ -30,7 +30,8 @@ def build_saver(run: Run, source: int | None) -> Saver:
 
 def remove_old(folder: Path, config: CheckpointConfig, best: Best, source: int | None, step: int) -> None:
     """Remove what the configuration does not keep; never the one just made, nor the one the run came from."""
-    steps = list_checkpoints(folder)
+    # newer ones are not of this run, and must not take the places of its own
+    steps = [other for other in list_checkpoints(folder) if other <= step]
     scores = {}
     for other in steps if config.keep_best is not None else ():
         with suppress(CheckpointError):  # one that cannot be read is not the best

@@ -176,6 +176,15 @@ def test_a_tensor_that_changes_its_form_is_planned_anew(tmp_path: Path) -> None:
         )
 
 
+def test_a_file_in_the_place_of_a_save_is_no_obstacle(tmp_path: Path) -> None:
+    saver = saver_in(tmp_path, runtime_here(), asynchronous="off")
+    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={"parts": {}})
+    (tmp_path / ".tmp-step-000000001").write_text("a file")
+    (tmp_path / ".tmp-step-000000002").symlink_to(tmp_path)
+    assert [saver.save(step, snapshot)[0].error for step in (1, 2)] == [None, None]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001", "step-000000002"]
+
+
 def test_failures_in_a_row_end_the_run_and_others_do_not(tmp_path: Path) -> None:
     saver = saver_in(tmp_path / "missing", runtime_here(), asynchronous="off", max_failures=2)
     snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={"parts": {}})

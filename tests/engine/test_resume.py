@@ -360,6 +360,13 @@ def test_a_completed_run_without_checkpoints_is_not_begun_again(tmp_path: Path) 
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+def test_checkpoints_without_a_configuration_are_a_run_all_the_same(tmp_path: Path) -> None:
+    train(tmp_path, FULL)
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        build_run(tmp_path, replace(FULL, resume=ResumeConfig(source="never")))
+
+
 def test_a_completed_run_whose_checkpoints_are_damaged_is_still_finished(tmp_path: Path) -> None:
     train(tmp_path, FULL)
     for manifest in (tmp_path / "run" / "checkpoints").glob("*/MANIFEST.json"):

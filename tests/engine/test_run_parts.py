@@ -166,6 +166,7 @@ def test_what_a_killed_run_left_half_made_is_swept(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run", writes=True)
     for name in (".tmp-step-000000005", ".trash-step-000000001", "step-000000003"):
         (directory.checkpoints / name).mkdir(parents=True)
+    directory.claim()
     directory.create({}, {}, saves=True)
     directory.release()
     assert [path.name for path in directory.checkpoints.iterdir()] == ["step-000000003"]
