@@ -1,5 +1,6 @@
 """Real ranks: groups, agreement, seeds."""
 
+import contextlib
 import os
 import random
 import subprocess
@@ -153,6 +154,24 @@ def test_seeded_leaves_the_generators_as_they_were() -> None:
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
     with seeded(9):
         assert (random.random(), np.random.rand(), torch.rand(()).item()) == inside
+
+
+def test_seeded_asks_this_process_s_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fork_rng(devices: object = None) -> contextlib.AbstractContextManager[None]:
+        asked.append(devices)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    with seeded(1):
+        pass
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
+    with seeded(1):
+        pass
+    assert asked == [[], [5]] if not torch.cuda.is_available() else asked[1] == [5]
 
 
 def test_git_revision(tmp_path: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from distkit.checkpoint.format import DTYPES
 from distkit.checkpoint.plan import Piece
+
+#: cudaHostRegisterPortable: pinned for every GPU of the process.
+PORTABLE = 1
 
 
 class Image:
@@ -43,13 +47,45 @@ class Image:
                 place.copy_(value_of(piece), non_blocking=True)
 
 
+class _Memory(mmap.mmap):
+    """Memory of this process alone, in huge pages where Linux has them; pinned by CUDA as long as it lives."""
+
+    _unpin: Callable[[], None] | None = None
+
+    def pin(self, device: torch.device) -> None:
+        """Let the GPU copy here by itself.
+
+        torch's own pinned memory is rounded up to a power of two, and kept when nobody needs it any more.
+
+        Raises:
+            RuntimeError: the driver cannot.
+        """
+        here, process = torch.frombuffer(self, dtype=torch.uint8).data_ptr(), os.getpid()
+        cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device):  # a thread begins on GPU 0, which may be another rank's
+            error = int(cuda.cudaHostRegister(here, len(self), PORTABLE))
+        if error:
+            raise RuntimeError(f"CUDA cannot pin {len(self):,} bytes of this machine's memory: error {error}")
+
+        def unpin() -> None:
+            if os.getpid() == process:
+                with torch.cuda.device(device):
+                    cuda.cudaHostUnregister(here)
+
+        self._unpin = unpin
+
+    def __del__(self) -> None:
+        if self._unpin is not None:
+            self._unpin()
+
+
 def allocate(nbytes: int, device: torch.device) -> Tensor:
     """uint8 [nbytes] on the host, aligned to a page for direct writes; pinned where copies come from CUDA."""
-    if device.type == "cuda":
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     # private: Linux gives huge pages to shared memory only where an administrator said so
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = _Memory(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)  # a fault, and a segment of a direct write, for 2 MiB instead of 4 KiB
         memory.madvise(mmap.MADV_DONTFORK)  # a worker forked later would make the next save copy each page
+    if device.type == "cuda":
+        memory.pin(device)
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from distkit.checkpoint.format import MAX_STATE_BYTES, STATE, Manifest, Shard, TensorEntry
+from distkit.checkpoint.image import allocate
 from distkit.checkpoint.plan import dtype_name
 from distkit.checkpoint.verify import OpenFile, in_threads, list_contents, open_file, read_header, read_small
 from distkit.errors import CheckpointError
@@ -109,10 +110,10 @@ class _Reader:
             blocks = [piece for block in self._plan(tensors) for piece in block.pieces()]
         staged = [block for block in blocks if not block.is_direct()]
         size = max((block.span() for block in staged), default=0)
-        pinned = any(block.target.is_cuda for block in staged)
+        device = next((block.target.device for block in staged if block.target.is_cuda), torch.device("cpu"))
 
         def read(batches: Iterable[list[_Block]]) -> None:
-            staging = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            staging = allocate(max(size, 1), device)
             for batch in batches:
                 with open_file(self._directory, batch[0].file) as file:
                     for block in batch:

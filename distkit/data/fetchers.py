@@ -50,7 +50,10 @@ class BatchMaker:
 
     def __call__(self, request: Request) -> Batch:
         """The finished batch."""
-        return self.finish(self.dataset.fetch(torch.from_numpy(request.indices)), request)
+        indices = torch.from_numpy(request.indices)
+        if self.device.type == "cuda":
+            indices = indices.pin_memory()  # a copy from other memory may wait for the device
+        return self.finish(self.dataset.fetch(indices), request)
 
     def finish(self, batch: Batch, request: Request) -> Batch:
         """A fetched batch, moved, augmented and laid out."""

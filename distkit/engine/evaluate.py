@@ -26,7 +26,7 @@ def evaluate(run: Run, loader: EvaluationLoader) -> Means:
         TrainingError: not every sample was counted exactly once.
     """
     strategy = run.strategy
-    meter = Meter(run.runtime)
+    meter = Meter(run.runtime, copies=strategy.reuses_outputs)
     strategy.synchronize_buffers_(run.ema.averaged_buffers if run.ema is not None else ())
     modes = {module: module.training for module in strategy.module.modules()}
     strategy.module.eval()

@@ -67,10 +67,14 @@ class Meter:
     A microbatch only leaves references to its 0-dim tensors: adding each up at once would cost a kernel a value in
     every step (6 to 10 µs on a CPU). Sums are float64 where the device has it: float32 stops
     counting exactly at 2^24.
+
+    Args:
+        runtime: this process.
+        copies: copy them instead, because the next forward writes over them (Strategy.reuses_outputs).
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, *, copies: bool = False) -> None:
+        self._runtime, self._copies = runtime, copies
         self._dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
         self._checked = False
         self._reset()
@@ -91,7 +95,11 @@ class Meter:
             self._checked = True
         # detached, or the whole graph of the microbatch would be kept alive
         sums = {name: value.detach() if value.requires_grad else value for name, value in output.sums.items()}
-        self._pending.append((LossOutput(output.loss.detach(), sums, output.weight), samples))
+        kept = LossOutput(output.loss.detach(), sums, output.weight)
+        if self._copies:
+            sums = {name: value.clone() for name, value in sums.items()}
+            kept = LossOutput(kept.loss.clone(), sums, None if kept.weight is None else kept.weight.detach().clone())
+        self._pending.append((kept, samples))
         if len(self._pending) == FOLD_EVERY:
             self._fold()
 

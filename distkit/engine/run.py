@@ -168,7 +168,7 @@ class Run:
     data_wait_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.meter = Meter(self.runtime)
+        self.meter = Meter(self.runtime, copies=self.strategy.reuses_outputs)
         if self.utilization is not None:
             self.loader = _FirstBatch(self, self.utilization)
 

@@ -119,6 +119,40 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
+def attend_fast(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention by the kernel that torch prefers."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
+
+
+@torch.compiler.disable(reason="only outside of compiled code does it give the same bits each time (--deterministic)")  # type: ignore[no-untyped-call, untyped-decorator]
+def attend_alike(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """The same by kernels whose backward adds up in one order.
+
+    Told to warn where an operation has no such kernel, torch takes the others here, though it has both, and says so
+    (aten/src/ATen/native/transformers/cuda/attention_backward.cu). So it is told to refuse, around this operation.
+    """
+    told = torch.get_deterministic_debug_mode()
+
+    def refuse(*_: object) -> None:
+        torch.set_deterministic_debug_mode("error")
+
+    def as_told(*_: object) -> None:
+        torch.set_deterministic_debug_mode(told)
+
+    refuse()
+    try:
+        mixed = attend_fast(query, key, value, dropout)
+    finally:
+        as_told()
+    node = mixed.grad_fn
+    if node is not None and "ScaledDotProduct" not in node.name():
+        node = node.next_functions[0][0]  # what pads an odd head_dim also cuts the result
+    if node is not None:
+        node.register_prehook(refuse)
+        node.register_hook(as_told)
+    return mixed
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """Causal torch.nn.functional.scaled_dot_product_attention, all [B, heads, T, head_dim].
 
@@ -126,7 +160,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     tokens in windows of 64, forward and backward, torch 2.15).
     """
     if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
+        if query.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+            alike: Tensor = attend_alike(query, key, value, dropout)
+            return alike
+        return attend_fast(query, key, value, dropout)
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(

@@ -70,7 +70,8 @@ class Runtime:
         if self.device.type != "cuda":
             self.wait()
             return lambda: None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # who waits in another thread leaves the core to this one
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record()
         return event.synchronize
 

@@ -28,7 +28,9 @@ def seed_everything(seed: int) -> None:
 def seeded(seed: int) -> Iterator[None]:
     """Inside, the global generators start from `seed`; outside they are as they were."""
     python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # of the GPUs this process's own: left to itself torch asks all of them, and warns of that
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices):
         seed_everything(seed)
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from distkit.config import TrainConfig
+from distkit.config import TrainConfig, split_batch
 from distkit.errors import ConfigError
 from distkit.optim import (
     allocate_optimizer_state,
@@ -23,6 +24,7 @@ from distkit.optim import (
     optimizer_tensors,
 )
 from distkit.runtime.process import Runtime
+from distkit.strategies.blocks import captures_graphs, refuse_accumulation
 from distkit.strategies.parameters import GradientWatch, state_tensors
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Strategy(ABC):
         optimizer: the raw torch optimizer.
         scaler: fp16's gradient scaler; passes everything through in the other precisions.
         skipped: updates that fp16 skipped, a 0-dim float32 tensor on the device.
+        reuses_outputs: a forward writes over what the one before returned, as CUDA graphs do.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Strategy(ABC):
         self.config, self.runtime = config, runtime
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == "fp16")
         self.skipped = torch.zeros((), device=runtime.device)
+        self.reuses_outputs = runtime.device.type == "cuda" and captures_graphs(config)
         self._autocast = self._make_autocast()
         self._parameters: list[nn.Parameter] = []
         self._first_gradients: GradientWatch | None = None
@@ -78,8 +82,13 @@ class Strategy(ABC):
         dtype = AUTOCAST.get(self.config.precision)
         if dtype is None:
             return nullcontext()
+        device = self.runtime.device
+        # torch would emulate it, at a fraction of the speed of fp32
+        if dtype is torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+            raise ConfigError("--precision bf16 needs an NVIDIA GPU of compute capability 8.0 or later",
+                              got=torch.cuda.get_device_name(device), fix="--precision fp16")  # fmt: skip
         # weights change every step, and accumulation re-enters: torch drops the cast copies at each exit
-        return torch.autocast(self.runtime.device.type, dtype=dtype)
+        return torch.autocast(device.type, dtype=dtype)
 
     def precision(self) -> AbstractContextManager[object]:
         """The context in which forward passes run."""
@@ -285,6 +294,8 @@ class Strategy(ABC):
         if config.precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
             raise ConfigError("--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or later",
                               got=f"device {device}", fix="--precision fp32")  # fmt: skip
+        if self.reuses_outputs:
+            refuse_accumulation(config, split_batch(config, self.runtime.world_size).accum_steps)
         if self.needs_closure and config.channels_last:
             raise ConfigError("--optim.name lbfgs needs contiguous weights", expected="no --channels-last",
                               fix="--no-channels-last")  # fmt: skip
@@ -296,7 +307,13 @@ class Strategy(ABC):
 
 def set_fp32_precision(precision: str) -> None:
     """fp32 means IEEE fp32, also in cuDNN's convolutions, where torch's default is tf32 (torch.backends docs)."""
-    choice = "tf32" if precision == "tf32" else "ieee"
+    tf32 = precision == "tf32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there are newer names
+        # who asks by the older names (inductor's convolutions, cudnn.flags) gets an error where the two say different
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+    choice = "tf32" if tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = choice
     torch.backends.cudnn.conv.fp32_precision = choice  # type: ignore[attr-defined]
     torch.backends.cudnn.rnn.fp32_precision = choice  # type: ignore[attr-defined]

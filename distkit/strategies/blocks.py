@@ -107,6 +107,30 @@ def _recomputed(forward: Callable[..., object], *args: object, **kwargs: object)
     return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
 
+def captures_graphs(config: TrainConfig) -> bool:
+    """Whether what `compile_` makes runs in CUDA graphs on a GPU (torch._inductor.list_mode_options)."""
+    if not config.compile:
+        return False
+    return config.compile_backend == "cudagraphs" or (
+        config.compile_backend == "inductor" and config.compile_mode != "default"
+    )
+
+
+def refuse_accumulation(config: TrainConfig, accum_steps: int) -> None:
+    """CUDA graphs give gradients in memory of their own, over which the next microbatch writes.
+
+    Seen by others (https://github.com/pytorch/pytorch/issues/169545 and 96693): an error, or silently wrong sums.
+
+    Raises:
+        ConfigError: there is a next microbatch.
+    """
+    if accum_steps > 1:
+        typed = "backend cudagraphs" if config.compile_backend == "cudagraphs" else f"mode {config.compile_mode}"
+        raise ConfigError(f"--compile-{typed} captures CUDA graphs, which cannot add up gradients of {accum_steps} "
+                          "microbatches", expected="one microbatch a step on each rank", got=accum_steps,
+                          fix="--compile-mode default --compile-backend inductor, or no --microbatch-size")  # fmt: skip
+
+
 def compile_(model: nn.Module, config: TrainConfig, scope: str) -> None:
     """torch.compile, in place: of `model`'s call (whole), or of the forward of each repeated block.
 

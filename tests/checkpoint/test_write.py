@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import hashlib
 import os
 from pathlib import Path
@@ -55,6 +57,45 @@ def test_staging_lies_in_private_memory_for_which_huge_pages_are_asked() -> None
     # hg: huge pages asked for; dc: not copied into a worker that is forked; sh: shared, which gets no huge pages
     assert {"hg", "dc"} <= set(flags)
     assert "sh" not in flags
+
+
+class Runtime:
+    """CUDA's calls for host memory."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error, self.pinned, self.asked = error, {}, 0
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        self.asked += nbytes
+        if not self.error:
+            self.pinned[address] = (nbytes, flags)
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.pinned[address]
+        return 0
+
+
+def test_staging_for_a_gpu_is_pinned_to_the_byte_and_as_long_as_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, here = Runtime(), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: here.append(device) or contextlib.nullcontext())
+    gpu = torch.device("cuda", 3)
+    buffer = allocate(5 * 2**20 + 1, gpu)
+    assert runtime.pinned == {buffer.data_ptr(): (5 * 2**20 + 1, 1)}
+    assert here == [gpu]
+    part = buffer[7:9].fill_(1)
+    del buffer
+    gc.collect()
+    assert runtime.pinned
+    del part
+    gc.collect()
+    assert not runtime.pinned
+    assert here == [gpu, gpu]
+    runtime.error = 2
+    with pytest.raises(RuntimeError, match=r"cannot pin 4,096 bytes .* error 2"):
+        allocate(4096, gpu)
+    assert runtime.asked == 5 * 2**20 + 1 + 4096
 
 
 def test_a_file_system_without_direct_writes(tmp_path: Path) -> None:

@@ -50,6 +50,19 @@ def test_meter_means_over_unequal_batches_and_many_folds() -> None:
         meter.reduce()
 
 
+def test_meter_copies_what_the_next_forward_writes_over() -> None:
+    meter = Meter(RUNTIME, copies=True)
+    loss, count, weight = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for value in (1.0, 2.0, 3.0):
+        loss.fill_(value)
+        count.fill_(2 * value)
+        weight.fill_(value)
+        meter.add(LossOutput(loss, {"correct": count}, weight), 2)
+    means = meter.reduce()
+    assert means.loss == pytest.approx(14 / 6)
+    assert means.metrics == {"correct": pytest.approx(12 / 6)}
+
+
 def test_meter_means_over_weights_and_a_metric_that_is_not_always_there() -> None:
     meter = Meter(RUNTIME)
     meter.add(LossOutput(torch.tensor(2.0), weight=torch.tensor(3)), 2)

@@ -9,11 +9,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from distkit.errors import ConfigError
 from distkit.losses import chunked_cross_entropy, token_cross_entropy
 from distkit.models import GPT, Block, GPTConfig, generate
-from distkit.models.gpt import ACTIVATIONS, rotary_tables, rotate
+from distkit.models.gpt import ACTIVATIONS, attend_alike, attend_fast, rotary_tables, rotate
 
 SMALL = GPTConfig(vocab_size=29, context_length=16, num_layers=2, num_heads=2, dim=16)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -242,3 +244,42 @@ def test_generate_is_a_function_of_its_generator_and_checks_its_arguments() -> N
             generate(model, start, **{"num_new": 1, **bad})
     with pytest.raises(ConfigError, match="generate"):
         generate(model, start[:, :0], 1)
+
+
+class AttentionModes(TorchDispatchMode):
+    """In which mode of determinism attention's kernels are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[bool, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if "scaled_dot_product" in str(func):
+            self.seen.append(("backward" in str(func), torch.get_deterministic_debug_mode()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 20])
+def test_attention_asks_for_one_order_of_sums_in_the_backward_too(recomputed: bool, head_dim: int) -> None:
+    q, k, v = (torch.randn(2, 2, 8, head_dim, requires_grad=True) for _ in range(3))
+    before = torch.get_deterministic_debug_mode()
+    try:
+        torch.set_deterministic_debug_mode("warn")
+        with AttentionModes() as modes:
+            call = (
+                checkpoint(attend_alike, q, k, v, 0.0, use_reentrant=False)
+                if recomputed
+                else attend_alike(q, k, v, 0.0)
+            )
+            assert torch.get_deterministic_debug_mode() == 1
+            (2 * call).sum().backward()
+        assert torch.get_deterministic_debug_mode() == 1
+    finally:
+        torch.set_deterministic_debug_mode(before)
+    # 2: what adds up in any order is refused, though everything else may
+    assert modes.seen == [(False, 2)] * (1 + recomputed) + [(True, 2)]
+    mine = [t.grad for t in (q, k, v)]
+    q, k, v = (t.detach().clone().requires_grad_() for t in (q, k, v))
+    (2 * attend_fast(q, k, v, 0.0)).sum().backward()
+    assert all(torch.equal(a, b.grad) for a, b in zip(mine, (q, k, v), strict=True))
