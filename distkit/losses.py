@@ -156,7 +156,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             log_p = F.log_softmax(F.linear(hidden[part], weight), dim=1, dtype=wide)
-            total += F.nll_loss(log_p, targets[part], ignore_index=ignore_index, reduction="sum")
+            # not in place: compiled by torch 2.11, what is changed in place and returned has a gradient of zeros
+            total = total + F.nll_loss(log_p, targets[part], ignore_index=ignore_index, reduction="sum")
             if differentiate:
                 label = targets[part][:, None]
                 slope = log_p.exp_().add_(classes == label, alpha=-1).mul_(label != ignore_index).to(hidden.dtype)

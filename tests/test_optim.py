@@ -272,7 +272,8 @@ def test_fused_kernels_are_taken_on_the_cpu(name: str) -> None:
     config = OptimConfig(name=name, lr=0.1)  # type: ignore[arg-type]
     optimizer = build_optimizer(config, default_param_groups(model, config))
     assert all(group["fused"] for group in optimizer.param_groups)
-    assert skips_on_device(optimizer)
+    # torch 2.11's fused adagrad does not
+    assert skips_on_device(optimizer) or name == "adagrad"
 
 
 def test_no_fused_kernel() -> None:

@@ -40,7 +40,7 @@ from distkit.assemble import assemble  # noqa: E402
 from distkit.commands.generate import load_recipe  # noqa: E402
 from distkit.config import CheckpointConfig, ObserveConfig, TrainConfig  # noqa: E402
 from distkit.data import SampleStream  # noqa: E402
-from distkit.engine.fit import opened, report  # noqa: E402
+from distkit.engine.fit import opened, report, settle_utilization  # noqa: E402
 from distkit.engine.flops import Outline, find_peak  # noqa: E402
 from distkit.engine.run import Run  # noqa: E402
 from distkit.engine.train_step import due, train_step  # noqa: E402
@@ -173,6 +173,7 @@ def loss_of(run: Run, arm: Arm, count: int) -> float:
     """Mean loss of the first `count` steps, of which the first ones compile; nothing is reported yet."""
     arm(count)
     means = run.meter.reduce()
+    settle_utilization(run)  # once, and at the first report otherwise
     return means.loss
 
 

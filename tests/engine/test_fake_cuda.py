@@ -17,6 +17,7 @@ import pytest
 import torch
 from harness import ROOT
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,6 +81,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Copies]:
         assert all(isinstance(value, float | bool | Tensor | None) for value in settings.values())
 
     torch._C._ensureCUDADeviceGuardSet()  # one that does nothing; FakeTensorMode sets it where it sees no GPU
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     # in place of the parameter: a fake one cannot be changed
     monkeypatch.setattr(nn.Module, "to", lambda module, *device, **layout: moved(module, **layout))
