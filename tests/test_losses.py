@@ -220,3 +220,19 @@ def test_shapes_and_ranges_are_checked() -> None:
         dice_loss(logits, logits, smooth=0)
     with pytest.raises(ConfigError, match="gamma"):
         focal_loss(logits, logits, gamma=-1)
+
+
+# torch 2.11 makes one when it compiles `apply`
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+def test_chunked_gradients_are_the_same_compiled() -> None:
+    torch._dynamo.reset()
+    targets = torch.arange(24).view(2, 12) % 7
+    found = []
+    for function in (chunked_cross_entropy, torch.compile(chunked_cross_entropy, backend="eager", fullgraph=True)):
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((2, 12, 5), (7, 5)))
+        loss, _ = function(hidden, weight, targets, chunk_tokens=10)
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, weight.grad))
+    assert all(part.abs().sum() > 0 for part in found[0])
+    torch.testing.assert_close(found[1], found[0])
