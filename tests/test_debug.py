@@ -137,6 +137,7 @@ def test_sums_that_are_no_tensors_are_named(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch 2.11 warns all the same
 def test_sparse_gradients_can_be_debugged() -> None:
     sparse = torch.sparse_coo_tensor(torch.tensor([[0, 1]]), torch.tensor([1.0, float("inf")]), (3,),
                                      check_invariants=True)  # fmt: skip
