@@ -7,21 +7,28 @@ Made by tests/tiny.py on 2 ranks with: --num-steps 12 --microbatch-size 2 --drop
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
+import golden_run
 import pytest
 import torch
 from harness import run_ranks
 from tiny import BASE, TinyConfig, build_run
+from tiny_gpt import GPTTrainConfig
 
+from distkit.assemble import assemble
 from distkit.checkpoint.digest import state_digest
 from distkit.checkpoint.inspect import digest
 from distkit.checkpoint.read import iterate, read_state
 from distkit.checkpoint.verify import verify
-from distkit.config import OptimConfig, ResumeConfig
+from distkit.config import OptimConfig, ResumeConfig, StrategyName
 from distkit.engine.fit import fit
 from distkit.engine.state import restore
+from distkit.runtime import read_topology
+from distkit.runtime.process import start
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "step-000000010"
 DIGEST = "198fe0d9e1601f6dcd1cf9a2e1a9db06634d091dd6ee25e5e89134ffc4279860"
@@ -69,3 +76,50 @@ def test_its_averages_are_those_of_the_weights() -> None:
     names = {name.removeprefix("ema/") for name in tensors if name.startswith("ema/")}
     assert names == {n.removeprefix("model/") for n in tensors if n.startswith("model/")} - {"1.num_batches_tracked"}
     assert all(torch.isfinite(tensors[f"ema/{name}"]).all() for name in names)
+
+
+SHARDED = GOLDEN.parent / "sharded" / GOLDEN.name
+SHARDED_DIGEST = "095df3f3158d79f9f8bb612439d6061b783e57ba539f4c0a25b2cffa6921e66f"
+GOLDEN_RUN = replace(golden_run.BASE, resume=ResumeConfig(source=str(SHARDED)))
+
+
+def test_one_of_three_ranks_in_shards_verifies_and_says_what_it_is() -> None:
+    manifest = verify(SHARDED)
+    assert (manifest.step, manifest.recipe, manifest.strategy, manifest.world_size) == (10, "golden", "fsdp", 3)
+    assert digest(SHARDED) == SHARDED_DIGEST
+    assert [shard.offsets for shard in manifest.tensors["model/embedding.weight"].shards] == [(0, 0), (18, 0), (36, 0)]
+    assert manifest.tensors["model/rows"].shards[2].key == "model/rows@32768,0"
+    tensors = dict(iterate(SHARDED, manifest))
+    assert len(tensors) == 126
+    assert float(tensors["model/embedding.weight"].double().sum()) == pytest.approx(0.42565760493744165, abs=1e-12)
+    assert torch.equal(tensors["model/rows"].flatten(), torch.arange(3 * 65_536, dtype=torch.int32))
+    assert torch.equal(tensors["model/halves"], torch.linspace(-1, 1, 7).bfloat16())
+    assert tensors["model/nothing"].shape == (0, 3)
+    assert tensors["extra/counter"].tolist() == [20]
+    state = read_state(SHARDED)
+    assert state["aliases"] == {"head.weight": "embedding.weight"}
+    assert state["data"] == "242da2c7359e6fb0"
+    parts = cast(dict[str, dict[str, object]], state["parts"])
+    assert parts["extra"] == {"": {"forwards": 20}}
+    assert parts["plateau"] == {"factor": 0.25, "num_bad": 0, "best": 3.829679330190023}
+
+
+def resume_sharded(folder: str, config: GPTTrainConfig) -> tuple[str, int, int, int]:
+    config = replace(config, run_dir=Path(folder) / "run")
+    run = assemble(golden_run.RECIPE, config, start(config, read_topology(os.environ)))
+    assert run.restored_from is not None
+    restore(run, run.restored_from)
+    found = state_digest(run.learned_tensors())
+    module = cast(golden_run.Model, run.strategy.module)
+    forwards, count = module.forwards, int(module.counter.count)
+    fit(run)
+    run.directory.release()
+    run.runtime.close()
+    return found, forwards, count, run.progress.step
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("world_size", "strategy"), [(1, "single"), (2, "ddp"), (3, "fsdp")])
+def test_a_run_goes_on_from_shards(world_size: int, strategy: StrategyName, tmp_path: Path) -> None:
+    config = replace(GOLDEN_RUN, strategy=strategy)
+    assert run_ranks(resume_sharded, world_size, str(tmp_path), config) == [(SHARDED_DIGEST, 20, 20, 12)] * world_size
