@@ -93,8 +93,11 @@ def read(dataset, device):
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_resident_sets_send_their_indices_to_the_device_and_nothing_else(name):
+def test_resident_sets_send_their_indices_to_the_device_and_nothing_else(name, monkeypatch):
     make, augmentation = DATASETS[name]
+    pinned = []
+    # pinning wants a driver
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     expected = read(make("cpu", augmentation), torch.device("cpu"))
     with stand_in() as device:
         on_device = make("cuda", augmentation)
@@ -102,6 +105,7 @@ def test_resident_sets_send_their_indices_to_the_device_and_nothing_else(name):
         before = device.copies
         found = read(on_device, CUDA)
         assert device.copies == before + len(REQUESTS)
+        assert len(pinned) == 2 * len(REQUESTS)
     for batch, other in zip(found, expected, strict=True):
         for mine, theirs in zip(batch, other, strict=True):
             assert same_bits(to_host(mine), theirs)
