@@ -22,7 +22,7 @@ from distkit.data.batch import Batch, to_device
 from distkit.data.draws import Draws
 from distkit.data.endless import Build, EndlessSamples
 from distkit.data.stream import microbatch_start
-from distkit.data.worker_process import worker_errors
+from distkit.data.worker_process import iterator_of, worker_errors
 from distkit.errors import ConfigError, DataError
 from distkit.runtime.parent import die_with_parent
 from distkit.runtime.seeding import derive_seed
@@ -207,7 +207,7 @@ class IterableSource:
                 )
             if self._restored is not None:
                 self._loader.load_state_dict(self._restored)
-            self._batches = iter(self._loader)
+            self._batches = iterator_of(self._loader)
         return self._batches
 
 

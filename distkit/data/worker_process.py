@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from distkit.errors import TrainingError
 from distkit.runtime.parent import die_with_parent
 
+T = TypeVar("T")
 #: A mode ends when nothing refers to it any more.
 _held_by_worker: list[torch.inference_mode] = []
 
@@ -32,6 +35,19 @@ def start_worker(owner: int, _worker_id: int) -> None:
     mode = torch.inference_mode()
     mode.__enter__()
     _held_by_worker.append(mode)
+
+
+def iterator_of(loader: Iterable[T]) -> Iterator[T]:
+    """`iter(loader)`; where a worker dies while torch still starts them, the others are ended before that is told."""
+    try:
+        return iter(loader)
+    except RuntimeError as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            # torch's handler of SIGCHLD raises anywhere in its constructor, and nothing but the frames has it then
+            shutdown = getattr(frame.f_locals.get("self"), "_shutdown_workers", None)
+            if shutdown is not None:
+                shutdown()
+        raise
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from distkit.data.batch import Batch, map_leaves, map_tensors
 from distkit.data.dataset import Indexable
 from distkit.data.fetchers import Batches, BatchMaker
 from distkit.data.requests import Request
-from distkit.data.worker_process import start_worker, worker_errors
+from distkit.data.worker_process import iterator_of, start_worker, worker_errors
 from distkit.errors import DataError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -224,19 +224,6 @@ class WorkerFetcher:
         return _WorkerBatches(self, requests)
 
 
-def _started(loader: DataLoader[object]) -> Iterator[Read]:
-    """`iter(loader)`; where a worker dies while torch still starts them, the others are ended before that is told."""
-    try:
-        return iter(loader)
-    except RuntimeError as error:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            # torch's handler of SIGCHLD raises anywhere in its constructor, and nothing but the frames has it then
-            shutdown = getattr(frame.f_locals.get("self"), "_shutdown_workers", None)
-            if shutdown is not None:
-                shutdown()
-        raise
-
-
 class _WorkerBatches:
     def __init__(self, fetcher: WorkerFetcher, requests: Iterator[Request]) -> None:
         self._fetcher = fetcher
@@ -258,7 +245,7 @@ class _WorkerBatches:
                 # its own: the global generator must not be consumed here
                 generator=torch.Generator(),
             )
-            self._reads: Iterator[Read] | None = _started(loader)
+            self._reads: Iterator[Read] | None = iterator_of(loader)
 
     def _pairs(self, requests: Iterator[Request]) -> Iterator[list[tuple[int, int]]]:
         for request in requests:
