@@ -181,9 +181,9 @@ def metric_lines(run_dir: Path) -> Iterator[dict[str, object]]:
 
 
 def compare_checkpoints(straight: Path, resumed: Path) -> list[str]:
-    """The first step at which both runs saved and a tensor differs, with its first tensors."""
+    """The first step at which both runs saved and the state differs, with its first tensors and values."""
     from distkit.checkpoint.format import step_name
-    from distkit.checkpoint.inspect import differing_tensors
+    from distkit.checkpoint.inspect import diff
     from distkit.checkpoint.retention import list_checkpoints
 
     folders = straight / "checkpoints", resumed / "checkpoints"
@@ -191,9 +191,9 @@ def compare_checkpoints(straight: Path, resumed: Path) -> list[str]:
     if not steps[0] or steps[0] != steps[1]:
         return [f"checkpoints of steps {steps[0]} in the straight run, {steps[1]} in the resumed one"]
     for step in steps[0]:
-        lines = differing_tensors(folders[0] / step_name(step), folders[1] / step_name(step), limit=5)
-        if lines:
-            return [f"step {step}: the first checkpoint that differs", *lines]
+        found = diff(folders[0] / step_name(step), folders[1] / step_name(step), limit=5)
+        if not found.equal:
+            return [f"step {step}: the first checkpoint that differs", *found.tensors, *found.values]
     return []
 
 

@@ -107,3 +107,9 @@ def test_comparing_checkpoints_names_the_first_step_and_tensor(tmp_path: Path) -
     assert "step 2" in found[0]
     assert "model/x" in found[1]
     assert len(found) == 2
+    # and numbers that are no tensors
+    for name, best in (("c", 0.5), ("d", 0.25)):
+        state = {"version": 1, "step": 1, "parts": {"plateau": {"best": best}, "clock": {"seconds": best}}}
+        write_checkpoint(tmp_path / name / "checkpoints", 1, {"model/w": torch.zeros(3)}, state=state)
+    found = compare_checkpoints(tmp_path / "c", tmp_path / "d")
+    assert found == ["step 1: the first checkpoint that differs", "state.json: parts.plateau.best: 0.5 and 0.25"]
