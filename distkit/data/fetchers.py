@@ -47,13 +47,18 @@ class BatchMaker:
     def __init__(self, dataset: Dataset, seed: int, device: torch.device, channels_last: bool) -> None:
         self.dataset, self.seed, self.device, self.channels_last = dataset, seed, device, channels_last
         self._augment = dataset.augment if isinstance(dataset, Augments) else None
+        # a copy from other memory may wait for the device
+        self._read = self._read_pinned if device.type == "cuda" else self._read_plain
 
     def __call__(self, request: Request) -> Batch:
         """The finished batch."""
-        indices = torch.from_numpy(request.indices)
-        if self.device.type == "cuda":
-            indices = indices.pin_memory()  # a copy from other memory may wait for the device
-        return self.finish(self.dataset.fetch(indices), request)
+        return self.finish(self._read(request), request)
+
+    def _read_plain(self, request: Request) -> Batch:
+        return self.dataset.fetch(torch.from_numpy(request.indices))
+
+    def _read_pinned(self, request: Request) -> Batch:
+        return self.dataset.fetch(torch.from_numpy(request.indices).pin_memory())
 
     def finish(self, batch: Batch, request: Request) -> Batch:
         """A fetched batch, moved, augmented and laid out."""
