@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from distkit.runtime.buffers import buffer_slots
 from distkit.runtime.shards import local_part
 
 
@@ -32,9 +33,9 @@ class Ema:
         tensors = tensors or {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.decay = decay
         averaged = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-        slots = dict(_buffer_slots(model))
-        for name, (owner, key) in slots.items():
-            if key in owner._non_persistent_buffers_set:  # a cache: the layer makes it, of any form
+        slots = {slot.name: slot for slot in buffer_slots(model)}
+        for name, slot in slots.items():
+            if not slot.persistent:
                 averaged.pop(name, None)
         self._live = {name: tensor.detach() for name, tensor in averaged.items()}
         self.shadow = {name: tensor.clone() for name, tensor in self._live.items()}
@@ -45,7 +46,7 @@ class Ema:
         self._shadow_list = [local_part(tensor) for tensor in self.shadow.values()]
         places = {name: index for index, name in enumerate(self._live)}
         # a layer may put another tensor into its buffer (self.count = self.count + 1)
-        self._slots = [(places[name], owner._buffers, key) for name, (owner, key) in slots.items() if name in places]
+        self._slots = [(places[name], slot.owner._buffers, slot.key) for name, slot in slots.items() if name in places]
 
     @torch.no_grad()
     def update_(self, step: int) -> None:
@@ -92,9 +93,3 @@ class Ema:
             raise KeyError(f"names differ: {sorted(state.keys() ^ self.shadow.keys())}")
         for name, tensor in state.items():
             self.shadow[name].copy_(tensor)
-
-
-def _buffer_slots(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    for prefix, owner in model.named_modules():
-        for key in owner._buffers:
-            yield f"{prefix}.{key}" if prefix else key, (owner, key)

@@ -81,7 +81,7 @@ def test_a_full_disk_ends_no_run_before_its_time(how: str, tmp_path: Path) -> No
 
 
 FILLS = """
-import os, sys, time
+import contextlib, os, sys, time
 from dataclasses import replace
 
 sys.path.insert(0, os.environ["TINY"])
@@ -97,11 +97,9 @@ def compute_loss(config, model, batch):
         while not (config.run_dir / "checkpoints" / "step-000000005").exists():
             time.sleep(0.01)
         with open(config.run_dir.parent / "fill", "wb", buffering=0) as file:
-            try:
-                while file.write(bytes(4096)):
-                    pass
-            except OSError:
-                pass
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
     return tiny.compute_loss(config, model, batch)
 
 

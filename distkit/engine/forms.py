@@ -8,13 +8,14 @@ form from the first step to the last, or no resume could take them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 from torch import Tensor, nn
 
 from distkit.checkpoint.plan import check_storable, dtype_name
 from distkit.errors import CheckpointError, ConfigError
+from distkit.runtime.buffers import buffer_slots
 
 Form = tuple[str, tuple[int, ...]]
 
@@ -29,13 +30,14 @@ def check_keepable(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigError: naming the tensor or module.
     """
+    extra, values = split_extra(extra_states(module))
     try:
-        check_storable(tensors)
+        check_storable({**tensors, **extra})
     except CheckpointError as error:
         raise ConfigError(str(error), expected="tensors that safetensors can hold and a resume can write to",
                           fix="another dtype, .contiguous(), or --no-checkpoint.enabled") from error  # fmt: skip
-    for name, state in extra_states(module).items():
-        if not isinstance(state, Tensor) and not _is_json(state):
+    for name, state in values.items():
+        if not _is_json(state):
             raise ConfigError(f"get_extra_state of {name or 'the model'} gives what a checkpoint cannot hold",
                               expected="a tensor, or what JSON gives back as it is",
                               got=type(state).__name__, fix="--no-checkpoint.enabled")  # fmt: skip
@@ -53,16 +55,10 @@ def form_of(tensor: Tensor) -> Form:
     return dtype_name(tensor), tuple(tensor.shape)
 
 
-def _buffers(module: nn.Module, *, persistent: bool) -> Iterator[tuple[str, Tensor | None]]:
-    for prefix, owner in module.named_modules():
-        for key, buffer in owner._buffers.items():
-            if (key not in owner._non_persistent_buffers_set) == persistent:
-                yield f"{prefix}.{key}" if prefix else key, buffer
-
-
 def kept_forms(module: nn.Module) -> dict[str, Form]:
     """Names and forms of the buffers that a state dict has, too."""
-    return {name: form_of(buffer) for name, buffer in _buffers(module, persistent=True) if buffer is not None}
+    found = {slot.name: slot.tensor for slot in buffer_slots(module) if slot.persistent}
+    return {name: form_of(tensor) for name, tensor in found.items() if tensor is not None}
 
 
 def check_forms(module: nn.Module, before: Mapping[str, Form], step: int) -> None:
@@ -95,7 +91,8 @@ def caches_of_another_form(module: nn.Module, live: Mapping[str, Form], saved: M
         module: the model.
         live, saved: forms of the tensors of this run and of a checkpoint, by names such as `model/rope.cache`.
     """
-    names = [f"{part}/{name}" for name, _ in _buffers(module, persistent=False) for part in ("model", "ema")]
+    caches = [slot.name for slot in buffer_slots(module) if not slot.persistent]
+    names = [f"{part}/{name}" for name in caches for part in ("model", "ema")]
     return {name for name in names if live.get(name) != saved.get(name)}
 
 
@@ -116,11 +113,7 @@ def set_extra_states(module: nn.Module, states: Mapping[str, object]) -> None:
             owner.set_extra_state(cast(Tensor, states[name]))  # torch types it so, and documents any value
 
 
-def extra_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Those that are tensors, as `extra/MODULE`."""
-    return {f"extra/{name}": state for name, state in extra_states(module).items() if isinstance(state, Tensor)}
-
-
-def extra_values(module: nn.Module) -> dict[str, object]:
-    """The others, by module."""
-    return {name: state for name, state in extra_states(module).items() if not isinstance(state, Tensor)}
+def split_extra(states: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Extra states that are tensors, as `extra/MODULE`, and the others, by module."""
+    tensors = {f"extra/{name}": state for name, state in states.items() if isinstance(state, Tensor)}
+    return tensors, {name: state for name, state in states.items() if not isinstance(state, Tensor)}

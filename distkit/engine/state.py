@@ -24,10 +24,9 @@ from distkit.engine.forms import (
     Form,
     caches_of_another_form,
     extra_states,
-    extra_tensors,
-    extra_values,
     form_of,
     set_extra_states,
+    split_extra,
 )
 from distkit.engine.meter import Meter
 from distkit.engine.run import Run
@@ -80,12 +79,13 @@ def snapshot(run: Run) -> Snapshot:
     strategy, rank = run.strategy, run.runtime.rank
     strategy.synchronize_buffers_(run.ema.averaged_buffers if run.ema is not None else ())
     optimizer = strategy.optimizer_tensors()
+    extra, extra_values = split_extra(extra_states(strategy.module))
     observers: dict[str, str] = {}
     for observer in run.observers:
         observers |= observer.state_dict()
     values = {name: part.state_dict() for name, part in parts(run).items()}
     return Snapshot(
-        shared=live_tensors(run) | extra_tensors(strategy.module) | _prefixed("optimizer", optimizer),
+        shared=live_tensors(run) | extra | _prefixed("optimizer", optimizer),
         own=_prefixed(f"rng/{rank:05d}", capture_rng(run.runtime.device))
         | _prefixed(f"meter/{rank:05d}", run.meter.state_tensors()),
         values={
@@ -98,7 +98,7 @@ def snapshot(run: Run) -> Snapshot:
             "config": to_json(run.config),
             "parts": values
             | {"observers": observers, "optimizer": strategy.optimizer_structure()}
-            | {"extra": extra_values(strategy.module)},
+            | {"extra": extra_values},
         },
         own_values={} if run.data_state is None else {"data": run.data_state.state_dict()},
     )

@@ -228,12 +228,14 @@ def odd(kind: str) -> type[nn.Module]:
                 self.register_buffer(kind, values[kind]())
 
         def get_extra_state(self) -> object:
+            if kind == "tensor":
+                return torch.zeros(3, dtype=torch.complex128)
             return {1, 2} if kind == "set" else {1: "not text"} if kind == "dict" else None
 
     return Odd
 
 
-@pytest.mark.parametrize("kind", ["complex128", "expanded", "sparse", "a\nname", "set", "dict"])
+@pytest.mark.parametrize("kind", ["complex128", "expanded", "sparse", "a\nname", "set", "dict", "tensor"])
 def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(kind: str, tmp_path: Path) -> None:
     says = "get_extra_state of the model" if kind in ("set", "dict") else "which a checkpoint cannot|printed|expanded"
     with pytest.raises(ConfigError, match=says):

@@ -37,7 +37,7 @@ def test_fp32_is_the_same_by_every_name(precision: str) -> None:
         assert torch.backends.cudnn.allow_tf32 is tf32
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
-            pass
+            assert torch.backends.cudnn.allow_tf32 is tf32
     set_fp32_precision(precision)
     found = {torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision,
              torch.backends.cudnn.rnn.fp32_precision}  # fmt: skip
