@@ -37,15 +37,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from distkit.checkpoint.format import step_name
-from distkit.checkpoint.image import allocate
 from distkit.checkpoint.plan import piece_of
 from distkit.checkpoint.read import load_tensors
 from distkit.checkpoint.restore import open_verified
 from distkit.checkpoint.saver import Saver, Snapshot
+from distkit.checkpoint.shard_file import allocate
 from distkit.config import CheckpointConfig, TrainConfig
 from distkit.runtime import read_topology
+from distkit.runtime.local_ranks import free_port, rank_environment
 from distkit.runtime.process import Runtime, start
-from distkit.verify_resume import free_port, rank_environment
 
 TENSORS, ROWS, COLUMNS = 40, 3_200, 1_000
 MEGABYTES = TENSORS * ROWS * COLUMNS * 4 / 1e6

@@ -36,11 +36,11 @@ from torchvision.transforms import v2
 
 from distkit.config import BatchSplit, DataConfig, Placement
 from distkit.data import Augmentation, Draws, ImageDataset, SampleStream, as_dataset, synthetic
-from distkit.data.images import CIFAR10_MEAN, CIFAR10_STD
-from distkit.data.loader import Loader
-from distkit.data.placement import Reading, place
-from distkit.data.tokens import TokenDataset
-from distkit.permutation import permute
+from distkit.data.reading.loader import Loader
+from distkit.data.reading.placement import Reading, place
+from distkit.data.sets.images import CIFAR10_MEAN, CIFAR10_STD
+from distkit.data.sets.tokens import TokenDataset
+from distkit.data.stream.permutation import permute
 
 CPU = torch.device("cpu")
 BATCH, PADDING = 500, 4

@@ -71,10 +71,10 @@ from distkit.losses import LossOutput, chunked_cross_entropy
 from distkit.models import GPT, GPTConfig
 from distkit.recipe import Recipe
 from distkit.runtime import read_topology
+from distkit.runtime.local_ranks import free_port, rank_environment
 from distkit.runtime.process import start
 from distkit.runtime.seeding import derive_seed, seeded
-from distkit.runtime.shards import local_part
-from distkit.verify_resume import free_port, rank_environment
+from distkit.tensors.shards import local_part
 
 SHAPE = GPTConfig(vocab_size=4_096, context_length=64, num_layers=5, num_heads=4, dim=256)
 BATCH, STEPS, REPORT_EVERY, SEED = 8, 12, 5, 0

@@ -30,7 +30,7 @@ from distkit.config import CheckpointConfig, ObserveConfig, OptimConfig, Schedul
 from distkit.data import SampleStream
 from distkit.engine.fit import opened, report
 from distkit.engine.run import Run
-from distkit.engine.saving import save, save_due
+from distkit.engine.save import save, save_due
 from distkit.engine.train_step import due, train_step
 from distkit.losses import LossOutput
 from distkit.recipe import Recipe

@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 
 from distkit.config import BatchSplit, CheckpointConfig, TrainConfig, split_batch, to_json
 from distkit.data import Dataset, as_dataset
-from distkit.data.fingerprint import fingerprint_of
-from distkit.data.iterable import IterableData, IterableSource
-from distkit.data.loader import EvaluationLoader
-from distkit.data.placement import Placed, Reading, Training, open_training, place, summary_of
+from distkit.data.reading.iterable import IterableData, IterableSource
+from distkit.data.reading.loader import EvaluationLoader
+from distkit.data.reading.placement import Placed, Reading, Training, open_training, place, summary_of
+from distkit.data.sets.fingerprint import fingerprint_of
 from distkit.ema import Ema
 from distkit.engine.flops import describe_peak, outline_utilization
 from distkit.engine.forms import check_keepable, kept_forms
-from distkit.engine.origin import check_not_completed, find_origin, settle_origin
+from distkit.engine.resume import check_not_completed, find_origin, settle_origin
 from distkit.engine.run import Best, Run
 from distkit.engine.run_dir import RunDirectory, check_usable
 from distkit.engine.state import check_fits, live_tensors, read_strictly

@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from distkit.runtime.buffers import buffer_slots
-from distkit.runtime.shards import local_part
+from distkit.tensors.buffers import buffer_slots
+from distkit.tensors.shards import local_part
 
 
 class Ema:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset as TorchDataset
 
     from distkit.data import Dataset
-    from distkit.data.iterable import IterableData
+    from distkit.data.reading.iterable import IterableData
     from distkit.losses import LossOutput
     from distkit.optim import ParamGroup
     from distkit.schedules import Schedule

@@ -16,8 +16,7 @@ from pathlib import Path
 
 try:
     from distkit.errors import ConfigError
-    from distkit.runtime.parent import die_with_parent
-    from distkit.verify_resume import free_port, rank_environment
+    from distkit.runtime.local_ranks import die_with_parent, free_port, rank_environment
 except ModuleNotFoundError as error:
     message = f"{sys.executable} has no {error.name}\n  type:     PYTHON=.venv/bin/python launch/local.sh -n 2 RECIPE"
     print(f"launch/local.sh: {message}", file=sys.stderr)

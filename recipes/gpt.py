@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distkit.config import CheckpointConfig, DataConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
 from distkit.config.check import require, require_number
 from distkit.data import TokenDataset, encode_text_file, read_vocabulary
-from distkit.data.text import Level, Vocabulary
+from distkit.data.sets.text import Level, Vocabulary
 from distkit.errors import DataError
 from distkit.losses import LossOutput, chunked_cross_entropy
 from distkit.metrics import expected_initial_loss

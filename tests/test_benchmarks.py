@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from harness import ROOT, SHARED_DATA
+from support.harness import ROOT, SHARED_DATA
 
 CIFAR = SHARED_DATA / "cifar10-jpeg.tar.xz"
 TEXT = SHARED_DATA / "tinyshakespeare.txt"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from harness import ROOT
 from PIL import Image
+from support.harness import ROOT
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [

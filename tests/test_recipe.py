@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import RECIPE, ROOT, Ended, run_recipe_cli
+from support.harness import RECIPE, ROOT, Ended, run_recipe_cli
 
 #: A run of seconds: synthetic images, few steps.
 SHORT = [

@@ -41,11 +41,14 @@ from distkit.commands.generate import load_recipe  # noqa: E402
 from distkit.config import CheckpointConfig, ObserveConfig, TrainConfig  # noqa: E402
 from distkit.data import SampleStream  # noqa: E402
 from distkit.engine.fit import opened, report, settle_utilization  # noqa: E402
-from distkit.engine.flops import Outline, find_peak  # noqa: E402
+from distkit.engine.flops import (  # noqa: E402
+    Outline,
+    device_name,
+    find_peak,
+)
 from distkit.engine.run import Run  # noqa: E402
 from distkit.engine.train_step import due, train_step  # noqa: E402
 from distkit.runtime import Topology  # noqa: E402
-from distkit.runtime.peaks import device_name  # noqa: E402
 from distkit.runtime.process import start  # noqa: E402
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from distkit.runtime.shards import whole
+from distkit.tensors.shards import whole
 
 
 class StateDigest:

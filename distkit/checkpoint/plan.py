@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from distkit.checkpoint.format import DTYPES, Shard, TensorEntry, shard_name
 from distkit.errors import CheckpointError
-from distkit.runtime.flat_shard import FlatShard
-from distkit.runtime.shards import local_part
+from distkit.tensors.flat_shard import FlatShard
+from distkit.tensors.shards import local_part
 
 #: Replicated tensors of at least this many bytes a rank are cut into rows; smaller ones go whole to some rank.
 SPREAD_BYTES = 2**18

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from distkit.checkpoint.format import MAX_STATE_BYTES, STATE, Manifest, Shard, TensorEntry
-from distkit.checkpoint.image import allocate
 from distkit.checkpoint.plan import dtype_name
+from distkit.checkpoint.shard_file import allocate
 from distkit.checkpoint.verify import OpenFile, in_threads, list_contents, open_file, read_header, read_small
 from distkit.errors import CheckpointError
 

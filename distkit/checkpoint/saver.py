@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from distkit.checkpoint.commit import Contents, Job, Outcome, as_bytes, commit, describe
-from distkit.checkpoint.image import Image, allocate
 from distkit.checkpoint.plan import Layout, Piece, dtype_name, global_layout, local_plan, piece_of
+from distkit.checkpoint.shard_file import Image, allocate
 from distkit.config import CheckpointConfig
 from distkit.errors import CheckpointError, RankFailedError
 from distkit.runtime.faults import fault

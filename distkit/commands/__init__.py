@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import distkit
-from distkit.commands import checkpoint, data, generate, resume, show
+from distkit.commands import checkpoint, data, generate, show, verify_resume
 from distkit.commands.parser import Answer
 from distkit.errors import ConfigError, DistkitError, nearest
 
@@ -80,5 +80,5 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], str | Answer]] = {
     "data": data.command,
     "checkpoint": checkpoint.command,
     "generate": generate.command,
-    "verify-resume": resume.command,
+    "verify-resume": verify_resume.command,
 }

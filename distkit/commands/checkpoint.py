@@ -70,26 +70,26 @@ def _add_export(parser: Parser) -> None:
 
 
 def _list(typed: argparse.Namespace) -> Answer:
-    from distkit.checkpoint.listing import list_run
+    from distkit.commands.tools.list import list_run
 
     return Answer(list_run(typed.run, as_json=typed.json), 0)
 
 
 def _show(typed: argparse.Namespace) -> Answer:
-    from distkit.checkpoint.listing import show
+    from distkit.commands.tools.list import show
 
     return Answer(show(typed.path, tensors=typed.tensors), 0)
 
 
 def _verify(typed: argparse.Namespace) -> Answer:
-    from distkit.checkpoint.listing import check
+    from distkit.commands.tools.list import check
 
     text, sound = check(typed.path, every=typed.all)
     return Answer(text, 0 if sound else 1)
 
 
 def _diff(typed: argparse.Namespace) -> Answer:
-    from distkit.checkpoint.inspect import diff
+    from distkit.commands.tools.diff import diff
 
     found = diff(typed.first, typed.second, limit=typed.limit)
     verdict = "equal, bit for bit" if found.equal else "different"
@@ -98,14 +98,14 @@ def _diff(typed: argparse.Namespace) -> Answer:
 
 
 def _digest(typed: argparse.Namespace) -> Answer:
-    from distkit.checkpoint.inspect import digest
+    from distkit.commands.tools.diff import digest
 
     return Answer(digest(typed.path), 0)
 
 
 def _prune(typed: argparse.Namespace) -> Answer:
-    from distkit.checkpoint.prune import prune
     from distkit.checkpoint.retention import Retention
+    from distkit.commands.tools.prune import prune
 
     best = {"--keep-best": typed.keep_best, "--metric": typed.metric, "--mode": typed.mode}
     missing = [name for name, value in best.items() if value is None]
@@ -117,7 +117,7 @@ def _prune(typed: argparse.Namespace) -> Answer:
 
 
 def _export(typed: argparse.Namespace) -> Answer:
-    from distkit.checkpoint.export import export, parse_size
+    from distkit.commands.tools.export import export, parse_size
 
     size = None if typed.max_shard_size is None else parse_size(typed.max_shard_size)
     return Answer(export(typed.path, typed.out, ema=typed.ema, max_shard_bytes=size, precision=typed.dtype,

@@ -29,7 +29,7 @@ def command(args: Sequence[str]) -> str:
         verbs.add_parser(verb, help=text).add_argument("file", metavar="FILE", type=Path)
     typed = parser.parse_args(args)
 
-    from distkit.data import pack as packing
+    from distkit.data.packed import pack as packing
 
     if typed.verb == "pack":
         return packing.pack(typed.source, typed.out, splits=typed.split, root=typed.root, form=typed.form,

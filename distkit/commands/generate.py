@@ -34,7 +34,7 @@ def command(args: Sequence[str]) -> str:
     typed = _parser().parse_args(mine)
     _check(typed)
 
-    from distkit.checkpoint.locate import is_checkpoint, run_of
+    from distkit.commands.tools.locate import is_checkpoint, run_of
 
     run = run_of(typed.run) if is_checkpoint(typed.run) else typed.run
     if not (run / "config.json").exists():
@@ -103,8 +103,8 @@ def found_weights(path: Path, run: Path, which: Weights) -> Iterator[tuple[str, 
         CheckpointError: the checkpoint that was named is damaged, or each one of the run is.
     """
     from distkit.checkpoint.format import step_name
-    from distkit.checkpoint.locate import FOLDER, is_checkpoint
     from distkit.checkpoint.retention import list_checkpoints
+    from distkit.commands.tools.locate import FOLDER, is_checkpoint
 
     ended = run / FILES[which]
     steps = list_checkpoints(run / FOLDER)
@@ -133,7 +133,7 @@ def found_weights(path: Path, run: Path, which: Weights) -> Iterator[tuple[str, 
 
 def _export_first(candidates: Sequence[Path], out: Path, which: Weights) -> None:
     """Write the weights of the first of `candidates` that verifies; the others are named on stderr."""
-    from distkit.checkpoint.export import export
+    from distkit.commands.tools.export import export
 
     for place, directory in enumerate(candidates):
         try:
@@ -190,7 +190,7 @@ def check_data(run: Path, module: ModuleType, config: TrainConfig) -> None:
     Raises:
         ConfigError: the data set says that it is another one than the run's.
     """
-    from distkit.data.fingerprint import fingerprint_of
+    from distkit.data.sets.fingerprint import fingerprint_of
 
     environment = run / "environment.json"
     told = json.loads(environment.read_text()).get("data") if environment.exists() else None

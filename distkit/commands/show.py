@@ -36,7 +36,7 @@ def command(args: Sequence[str]) -> str:
 def _of_a_running_one(folder: Path) -> list[str]:
     """Its status was written when it began: who runs it, and how far the checkpoints go."""
     from distkit.checkpoint.retention import list_checkpoints
-    from distkit.runtime.lease import holder
+    from distkit.engine.lease import holder
 
     lines = [f"  runs as {who}" if (who := holder(folder)) else "  but no process has it: it was killed"]
     steps = list_checkpoints(folder / "checkpoints")

@@ -2,16 +2,16 @@
 
 from distkit.data.batch import Batch, ImageBatch, batch_size, map_tensors, to_device
 from distkit.data.dataset import Augments, Dataset, MapDataset, as_dataset
-from distkit.data.draws import Draws
-from distkit.data.images import CIFAR10_MEAN, CIFAR10_STD, Augmentation, ImageDataset
-from distkit.data.iterable import IterableData
-from distkit.data.masks import MaskAugmentation, MaskDataset, mask_folder
-from distkit.data.packed import PackedImages, packed
+from distkit.data.packed.read import PackedImages, open_packed
+from distkit.data.reading.iterable import IterableData
+from distkit.data.sets.images import CIFAR10_MEAN, CIFAR10_STD, Augmentation, ImageDataset
+from distkit.data.sets.masks import MaskAugmentation, MaskDataset, mask_folder
+from distkit.data.sets.text import encode_text_file, read_vocabulary
+from distkit.data.sets.tokens import TokenDataset
+from distkit.data.sets.torchvision_sets import TensorSamples, resident_images, torchvision_set
 from distkit.data.sources import cifar10, folder, load_images, synthetic
-from distkit.data.stream import SampleStream, microbatch_start
-from distkit.data.text import encode_text_file, read_vocabulary
-from distkit.data.tokens import TokenDataset
-from distkit.data.torchvision_sets import TensorSamples, resident_images, torchvision_set
+from distkit.data.stream.draws import Draws
+from distkit.data.stream.stream import SampleStream, microbatch_start
 
 __all__ = [
     "CIFAR10_MEAN",
@@ -40,7 +40,7 @@ __all__ = [
     "map_tensors",
     "mask_folder",
     "microbatch_start",
-    "packed",
+    "open_packed",
     "read_vocabulary",
     "resident_images",
     "synthetic",

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
 from distkit.data.batch import Batch, batch_size, to_device
-from distkit.data.draws import Draws
+from distkit.data.stream.draws import Draws
 from distkit.errors import DataError
 
 __all__ = ["Augments", "Batch", "Dataset", "Indexable", "MapDataset", "as_dataset", "batch_size", "to_device"]

@@ -8,11 +8,11 @@ import torch
 
 from distkit.config import DataConfig, Split
 from distkit.config.check import require_number
-from distkit.data.image_folder import load_folder
-from distkit.data.images import CIFAR10_MEAN, CIFAR10_STD, Augmentation, ImageDataset
-from distkit.data.packed import packed
-from distkit.data.synthetic import generate
-from distkit.data.torchvision_sets import torchvision_set
+from distkit.data.packed.read import open_packed
+from distkit.data.sets.image_folder import load_folder
+from distkit.data.sets.images import CIFAR10_MEAN, CIFAR10_STD, Augmentation, ImageDataset
+from distkit.data.sets.synthetic import generate
+from distkit.data.sets.torchvision_sets import torchvision_set
 from distkit.errors import DataError
 
 
@@ -48,12 +48,12 @@ def load_images(
 
 
 def packed_images(root: Path, split: Split) -> ImageDataset:
-    """ROOT/SPLIT.pack with raw images; see `distkit.data.packed`.
+    """ROOT/SPLIT.pack with raw images; see `distkit.data.packed.read`.
 
     Raises:
         DataError: there is none, or it holds encoded images, which are read one by one.
     """
-    images = packed(root, split)
+    images = open_packed(root, split)
     if isinstance(images, ImageDataset):
         return images
     raise DataError(
@@ -65,7 +65,7 @@ def packed_images(root: Path, split: Split) -> ImageDataset:
 
 
 def folder(root: Path, split: Split, cache_dir: Path | None = None, image_size: int | None = 32) -> ImageDataset:
-    """ROOT/train/CLASS/* and ROOT/test/CLASS/*, decoded once; see `distkit.data.image_folder.load_folder`."""
+    """ROOT/train/CLASS/* and ROOT/test/CLASS/*, decoded once; see `distkit.data.sets.image_folder.load_folder`."""
     tensors, class_names = load_folder(root, split, cache_dir, image_size)
     return ImageDataset(
         tensors["images"],
@@ -106,5 +106,5 @@ def synthetic(
 
 
 def cifar10(root: Path, split: Split) -> ImageDataset:
-    """CIFAR-10 (Krizhevsky 2009); see `distkit.data.torchvision_sets.torchvision_set`, which has the others too."""
+    """CIFAR-10 (Krizhevsky 2009); `torchvision_set` has the others too."""
     return torchvision_set("cifar10", root, split)

@@ -8,7 +8,7 @@ from contextlib import closing, nullcontext
 import torch
 
 from distkit.data import batch_size
-from distkit.data.loader import EvaluationLoader
+from distkit.data.reading.loader import EvaluationLoader
 from distkit.engine.meter import Means, Meter
 from distkit.engine.run import Run
 from distkit.errors import TrainingError

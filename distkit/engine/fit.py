@@ -15,7 +15,7 @@ from distkit.checkpoint.retention import list_checkpoints
 from distkit.checkpoint.weights import save_weights
 from distkit.engine.evaluate import evaluate
 from distkit.engine.run import Run
-from distkit.engine.saving import save, save_due, settle
+from distkit.engine.save import save, save_due, settle
 from distkit.engine.state import restore, restore_generators, resume_notes
 from distkit.engine.train_step import due, train_step
 from distkit.errors import NonFiniteError, TrainingError

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distkit.checkpoint.plan import check_storable, dtype_name
 from distkit.errors import CheckpointError, ConfigError
-from distkit.runtime.buffers import buffer_slots
+from distkit.tensors.buffers import buffer_slots
 
 Form = tuple[str, tuple[int, ...]]
 

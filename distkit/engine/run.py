@@ -13,7 +13,7 @@ from distkit.checkpoint.restore import Found
 from distkit.checkpoint.saver import Saver
 from distkit.config import BatchSplit, TrainConfig
 from distkit.data import Batch
-from distkit.data.loader import EvaluationLoader
+from distkit.data.reading.loader import EvaluationLoader
 from distkit.ema import Ema
 from distkit.engine.clock import Clock
 from distkit.engine.flops import Utilization

@@ -13,8 +13,8 @@ from typing import Literal
 
 from distkit.checkpoint.retention import list_checkpoints, sweep
 from distkit.checkpoint.write import sync_folder
+from distkit.engine.lease import Lease
 from distkit.errors import ConfigError, TrainingError
-from distkit.runtime.lease import Lease
 
 State = Literal["running", "completed", "preempted", "failed"]
 #: What a run writes beside its checkpoints; a FIFO or a folder in place of one would be met in the middle of a run.

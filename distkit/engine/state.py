@@ -31,7 +31,7 @@ from distkit.engine.forms import (
 from distkit.engine.meter import Meter
 from distkit.engine.run import Run
 from distkit.errors import CheckpointError, ConfigError
-from distkit.runtime.rng import capture_rng, restore_rng
+from distkit.runtime.seeding import capture_rng, restore_rng
 
 #: Fields that decide which samples a step reads: with another value it would be another run.
 FIXED = ("seed", "global_batch_size")

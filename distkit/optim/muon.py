@@ -12,7 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from distkit.errors import ConfigError
 from distkit.optim.groups import ParamGroup
-from distkit.runtime.shards import local_part, whole
+from distkit.tensors.shards import local_part, whole
 
 #: What an update takes from its group, besides the momentum.
 _SETTINGS = ("lr", "weight_decay", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")

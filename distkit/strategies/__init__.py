@@ -22,7 +22,7 @@ def _fully_sharded(config: TrainConfig, runtime: Runtime) -> Strategy:
 
 
 def _deepspeed(config: TrainConfig, runtime: Runtime) -> Strategy:
-    from distkit.strategies.deepspeed import DeepSpeed
+    from distkit.strategies.deepspeed.strategy import DeepSpeed
 
     return DeepSpeed(config, runtime)
 

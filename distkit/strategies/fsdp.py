@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 from distkit.config import FSDPConfig
 from distkit.errors import ConfigError
 from distkit.runtime.process import Runtime
-from distkit.runtime.shards import local_part
 from distkit.strategies.blocks import compile_, modules_of_class, recompute_activations_, repeated_blocks
 from distkit.strategies.parameters import refuse_scalars
 from distkit.strategies.sharded import Sharded
+from distkit.tensors.shards import local_part
 
 #: One flattens all parameters into a vector, one takes sparse gradients, and one keeps means of whole rows and columns.
 NOT_IN_SHARDS = frozenset({"lbfgs", "sparse_adam", "adafactor"})

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distkit.runtime.shards import whole
 from distkit.strategies.base import Strategy
+from distkit.tensors.shards import whole
 
 
 class Sharded(Strategy):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from writing import sealed
+from support.writing import sealed
 
 from distkit.checkpoint.format import (
     DTYPES,

@@ -12,25 +12,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import golden_run
 import pytest
 import torch
-from harness import run_ranks
-from tiny import BASE, TinyConfig, build_run
-from tiny_gpt import GPTTrainConfig
+from support import golden_run
+from support.harness import run_ranks
+from support.tiny import BASE, TinyConfig, build_run
+from support.tiny_gpt import GPTTrainConfig
 
 from distkit.assemble import assemble
 from distkit.checkpoint.digest import state_digest
-from distkit.checkpoint.inspect import digest
 from distkit.checkpoint.read import iterate, read_state
 from distkit.checkpoint.verify import verify
+from distkit.commands.tools.diff import digest
 from distkit.config import OptimConfig, ResumeConfig, StrategyName
 from distkit.engine.fit import fit
 from distkit.engine.state import restore
 from distkit.runtime import read_topology
 from distkit.runtime.process import start
 
-GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "step-000000010"
+GOLDEN = Path(__file__).parents[1] / "golden_checkpoints" / "step-000000010"
 DIGEST = "198fe0d9e1601f6dcd1cf9a2e1a9db06634d091dd6ee25e5e89134ffc4279860"
 CONFIG = replace(
     BASE, num_steps=12, microbatch_size=2, dropout=0.2, noise=0.1, batch_norm=True, ema_decay=0.9, precision="fp16",

@@ -11,15 +11,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.harness import run_ranks
+from support.writing import Box, rehash, reseal, write_checkpoint
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from writing import Box, rehash, reseal, write_checkpoint
 
 from distkit.checkpoint import read as read_module
 from distkit.checkpoint.format import DTYPES, MAX_STATE_BYTES, STATE, shard_name

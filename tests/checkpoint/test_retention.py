@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from writing import default_state, write_checkpoint
+from support.writing import default_state, write_checkpoint
 
 from distkit.checkpoint import retention
 from distkit.checkpoint.format import MANIFEST, step_name

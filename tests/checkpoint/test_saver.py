@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
+from support.harness import run_ranks
 from torch import Tensor
 
 from distkit.checkpoint import commit

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from writing import rehash, reseal, write_checkpoint
+from support.writing import rehash, reseal, write_checkpoint
 
 from distkit.checkpoint import verify as verify_module
 from distkit.checkpoint.format import MANIFEST, MAX_MANIFEST_BYTES, STATE, shard_name

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from distkit.checkpoint.commit import as_bytes
 from distkit.checkpoint.format import DTYPES
-from distkit.checkpoint.image import Image, allocate
 from distkit.checkpoint.plan import Piece, dtype_name
+from distkit.checkpoint.shard_file import Image, allocate
 from distkit.checkpoint.write import replace_file, write_file
 
 CPU = torch.device("cpu")

@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from harness import run_ranks
-from strategy_runs import CountReads
-from tiny import BASE, NUM_TEST, NUM_TRAIN, TinyConfig, Vectors, build_run
+from support import tiny
+from support.harness import run_ranks
+from support.strategy_runs import CountReads
+from support.tiny import BASE, NUM_TEST, NUM_TRAIN, TinyConfig, Vectors, build_run
 from torch import Tensor, nn
 
 from distkit.assemble import assemble
 from distkit.config import OptimConfig, ScheduleConfig, Split
 from distkit.data import SampleStream
-from distkit.data.fetchers import Batches
-from distkit.data.loader import EvaluationLoader
+from distkit.data.reading.fetchers import Batches
+from distkit.data.reading.loader import EvaluationLoader
 from distkit.engine.evaluate import evaluate, rank_range
 from distkit.engine.fit import fit
 from distkit.engine.run import Best, Run, Trackers

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from harness import ROOT
+from support.harness import ROOT
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distkit.assemble import optimizer_builder
 from distkit.config import BatchSplit, OptimConfig, TrainConfig, split_batch
 from distkit.data import ImageDataset, SampleStream
-from distkit.data.fetchers import BatchMaker, InlineFetcher
-from distkit.data.loader import EvaluationLoader, Loader
+from distkit.data.reading.fetchers import BatchMaker, InlineFetcher
+from distkit.data.reading.loader import EvaluationLoader, Loader
 from distkit.ema import Ema
 from distkit.engine.evaluate import count_batches
 from distkit.engine.meter import Meter

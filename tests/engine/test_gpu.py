@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_gpt
 import torch
+from support import tiny, tiny_gpt
 
 from distkit.assemble import assemble
 from distkit.config import CheckpointConfig, ScheduleConfig, TrainConfig

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
-from tiny import BASE, TinyConfig, build_run
+from support.harness import run_ranks
+from support.tiny import BASE, TinyConfig, build_run
 
 from distkit.checkpoint.format import step_name
 from distkit.checkpoint.restore import Found
@@ -129,7 +129,7 @@ def saved_then_killed(folder: str, config: TinyConfig, step: int) -> str:
     """On every rank: train `step` steps, save, and leave; the digest at that moment."""
     from distkit.checkpoint.digest import state_digest
     from distkit.engine.fit import opened, report, report_evaluation
-    from distkit.engine.saving import save, settle
+    from distkit.engine.save import save, settle
     from distkit.engine.train_step import due, train_step
 
     run = build_run(Path(folder), config)

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import run_ranks
+from support.harness import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

@@ -9,9 +9,9 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from strategy_runs import BASES, MISSING, differences, on_ranks
+from support import tiny
+from support.strategy_runs import BASES, MISSING, differences, on_ranks
 from torch import Tensor, nn
 
 from distkit.assemble import assemble

@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_gpt
 import torch
-from harness import run_ranks, run_recipe_cli
-from strategy_runs import BASES, ZERO, CountReads, build, differences, needs_deepspeed, on_ranks
+from support import tiny, tiny_gpt
+from support.harness import run_ranks, run_recipe_cli
+from support.strategy_runs import BASES, ZERO, CountReads, build, differences, needs_deepspeed, on_ranks
 from torch import Tensor, nn
 
 from distkit.assemble import assemble
@@ -24,8 +23,8 @@ from distkit.engine.train_step import train_step
 from distkit.errors import ConfigError, NonFiniteError
 from distkit.runtime import read_topology
 from distkit.runtime.process import start
-from distkit.runtime.shards import local_part, whole
 from distkit.strategies import Strategy
+from distkit.tensors.shards import local_part, whole
 
 pytestmark = needs_deepspeed
 TOLERANCE = 1e-5

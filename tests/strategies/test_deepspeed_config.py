@@ -8,12 +8,12 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
-import tiny
+from support import tiny
 
 from distkit.config import TrainConfig, ZeroConfig, split_batch
 from distkit.errors import ConfigError
-from distkit.strategies import deepspeed_start
-from distkit.strategies.deepspeed_config import Section, deepspeed_config
+from distkit.strategies.deepspeed import start as deepspeed_start
+from distkit.strategies.deepspeed.config import Section, deepspeed_config
 
 BASE = replace(tiny.BASE, strategy="zero2", microbatch_size=2, max_grad_norm=0.5)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from strategy_runs import BASES, MISSING, STRATEGIES, ZERO, Ended, curve, differences, on_ranks
+from support.strategy_runs import BASES, MISSING, STRATEGIES, ZERO, Ended, curve, differences, on_ranks
 
 from distkit.config import ActivationCheckpointingConfig, FSDPConfig, OptimConfig, TrainConfig
 

@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_gpt
 import torch
-from harness import run_ranks, run_recipe_cli
 from safetensors.torch import load_file
-from strategy_runs import BASES, CountReads, build, differences, needs_deepspeed, on_ranks
+from support import tiny, tiny_gpt
+from support.harness import run_ranks, run_recipe_cli
+from support.strategy_runs import BASES, CountReads, build, differences, needs_deepspeed, on_ranks
 from torch import Tensor, nn
 
 from distkit.cli import parse
@@ -25,16 +24,16 @@ from distkit.config import (
     TrainConfig,
     to_json,
 )
-from distkit.data.loader import EvaluationLoader
+from distkit.data.reading.loader import EvaluationLoader
 from distkit.engine.evaluate import evaluate
 from distkit.engine.fit import fit
 from distkit.engine.train_step import train_step
 from distkit.errors import ConfigError
 from distkit.runtime import Topology, read_topology
 from distkit.runtime.process import Runtime, start
-from distkit.runtime.shards import local_part
 from distkit.strategies import build_strategy
 from distkit.strategies.fsdp import units
+from distkit.tensors.shards import local_part
 
 SHARDED = replace(BASES["gpt"], strategy="fsdp")
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import BASE, TinyConfig
+from support.tiny import BASE, TinyConfig
 
 from distkit.errors import ConfigError
 from distkit.runtime import Topology

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_gpt
 import torch
-from harness import run_ranks
-from strategy_runs import BASES, MISSING, ZERO
+from support import tiny_gpt
+from support.harness import run_ranks
+from support.strategy_runs import BASES, MISSING, ZERO
 from torch import Tensor, nn
 
 from distkit.assemble import assemble

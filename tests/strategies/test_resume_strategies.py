@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from strategy_runs import BASES, MISSING, Ended, curve, differences, needs_deepspeed, on_ranks
+from support.strategy_runs import BASES, MISSING, Ended, curve, differences, needs_deepspeed, on_ranks
 
 from distkit.checkpoint.format import step_name
 from distkit.checkpoint.verify import read_manifest

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distkit.config.check import require
-from distkit.data.draws import Draws
+from distkit.data.stream.draws import Draws
 
 Range = tuple[float, float]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distkit.config.check import require
-from distkit.data.draws import Draws
+from distkit.data.stream.draws import Draws
 from distkit.errors import DataError
 
 #: Factors and parts of a sextant of the hue circle are whole numbers of 2^-16.

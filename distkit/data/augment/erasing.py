@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distkit.config.check import require
 from distkit.data.augment.boxes import Range, draw_boxes, inside, require_box_ranges
-from distkit.data.draws import Draws
+from distkit.data.stream.draws import Draws
 from distkit.errors import DataError
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distkit.data.draws import Draws
+from distkit.data.stream.draws import Draws
 from distkit.errors import DataError
 
 PaddingMode = Literal["zero", "reflect"]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distkit.config.check import require_number
 from distkit.data.augment.boxes import inside
-from distkit.data.draws import Draws
+from distkit.data.stream.draws import Draws
 from distkit.errors import DataError
 
 #: Entries of the inverse distribution function a share is drawn from.

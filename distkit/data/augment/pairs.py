@@ -10,7 +10,7 @@ from torch import Tensor
 from distkit.config.check import require
 from distkit.data.augment.geometry import PaddingMode, flip, random_crop, rotate90
 from distkit.data.augment.resample import RandomResizedCrop, resized_crop, resized_crop_nearest
-from distkit.data.draws import Draws
+from distkit.data.stream.draws import Draws
 from distkit.errors import DataError
 
 

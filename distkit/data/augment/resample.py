@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distkit.config.check import require
 from distkit.data.augment.boxes import Range, draw_boxes, require_box_ranges
-from distkit.data.draws import Draws
+from distkit.data.stream.draws import Draws
 from distkit.errors import DataError
 
 #: Bits of an interpolation weight: a grey level times two weights and a rounding bit stay below 2^31.

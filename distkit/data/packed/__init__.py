@@ -1,0 +1,1 @@
+"""Images packed into a few large files, written once and memory-mapped."""

@@ -1,0 +1,1 @@
+"""How samples get to the device: placements, fetchers, worker processes."""

@@ -1,0 +1,307 @@
+"""Placement `workers`: map-style data sets read in worker processes that are told which samples to read.
+
+Each sample is read with python's, numpy's and torch's global generators seeded by a key of (seed, position), so that
+augmentations written against them (torchvision v2) are a function of the position: the number of workers, ranks and
+restarts does not matter (C1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from distkit.data.batch import Batch, map_leaves, map_tensors
+from distkit.data.dataset import Indexable
+from distkit.data.reading.fetchers import Batches, BatchMaker
+from distkit.data.reading.worker_process import iterator_of, start_worker, worker_errors
+from distkit.data.stream.requests import Request
+from distkit.errors import DataError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+#: What reading a damaged file raises: PIL (SyntaxError for some broken PNG files), torchvision.io, packed files.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, DataError, Image.DecompressionBombError)
+#: Replacements tried for one sample before the data set counts as unreadable.
+MAX_TRIES = 20
+#: Tensors of a batch up to this size travel inside the message.
+SMALL_BYTES = 8_192
+#: Longest time that the death of a worker may go unnoticed.
+LOOK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a worker answers: a collated batch and the samples it replaced, or why there is none.
+
+    `failure` is a sample that cannot be read, `fault` anything else that the data set raised.
+    """
+
+    batch: Batch | None
+    replaced: tuple[str, ...] = ()
+    failure: str | None = None
+    fault: str | None = None
+
+    def pin_memory(self) -> Read:
+        """The same with every tensor in pinned memory; torch's pinning thread calls it."""
+        if self.batch is None:
+            return self
+        return replace(self, batch=map_tensors(lambda tensor: tensor.pin_memory(), unpacked_small(self.batch)))
+
+
+@dataclass(frozen=True)
+class KeyedSamples(Dataset[object]):
+    """A map-style data set that is asked for (index, key) pairs, a batch at a time."""
+
+    samples: Indexable
+    on_corrupt: Literal["error", "skip"]
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> list[Read]:
+        """Read a batch; torch's fetcher calls this and hands the result to `collate_fn`."""
+        values: list[object] = []
+        replaced: list[str] = []
+        for index, key in pairs:
+            try:
+                values.append(self.read(index, key))
+            except UNREADABLE as error:
+                cause = f"{sample_name(self.samples, index)}: {type(error).__name__}: {error}"
+                if self.on_corrupt == "error":
+                    return [Read(None, failure=cause)]
+                replaced.append(cause)
+                try:
+                    values.append(self.replacement(key))
+                except UNREADABLE as last:
+                    return [Read(None, failure=f"{cause}; {MAX_TRIES} replacements failed too, the last with {last}")]
+            except Exception as error:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                place = f"{Path(where.filename).name}:{where.lineno}: {where.line}"
+                name = sample_name(self.samples, index)
+                return [Read(None, fault=f"{name}: {type(error).__name__}: {error}\n  at:       {place}")]
+        try:
+            return [Read(packed_small(default_collate(values)), tuple(replaced))]
+        except (RuntimeError, TypeError) as error:
+            if "shared memory" in str(error):
+                raise  # the batch is made right there; `worker_errors` says what to do
+            hint = "tensors of one shape, numbers, tuples and dicts of them; TensorSamples makes them of PIL images"
+            return [Read(None, fault=f"samples do not make a batch: {str(error).splitlines()[0]}\n  expected: {hint}")]
+
+    def read(self, index: int, key: int) -> object:
+        """Sample `index` with all global generators seeded from `key`, 0 to 2^64 - 1."""
+        seed = key & (2**63 - 1)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        # torch.manual_seed would also queue a call for CUDA with every sample
+        torch.default_generator.manual_seed(seed)
+        return self.samples[index]
+
+    def replacement(self, key: int) -> object:
+        """Another sample in place of a damaged one: which one depends on the key only."""
+        for attempt in range(MAX_TRIES):
+            message = f"{key} {attempt}".encode()
+            other = int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") % len(self.samples)
+            try:
+                return self.read(other, key)
+            except UNREADABLE:
+                if attempt == MAX_TRIES - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+
+def sample_name(samples: object, index: int) -> str:
+    """The path of a sample where the data set knows it (ImageFolder's `samples`), else its number."""
+    for attribute in ("samples", "imgs", "paths"):
+        known = getattr(samples, attribute, None)
+        if isinstance(known, list | tuple) and index < len(known):
+            entry = known[index]
+            path = entry[0] if isinstance(entry, list | tuple) else entry
+            if isinstance(path, str | Path):
+                return str(path)
+    inner = getattr(samples, "dataset", None)  # torch's Subset
+    positions = getattr(samples, "indices", None)
+    if inner is not None and positions is not None:
+        return sample_name(inner, int(positions[index]))
+    return f"sample {index}"
+
+
+def sample_keys(seed: int, request: Request) -> list[int]:
+    """A 64-bit key for each position: splitmix64 (Steele et al. 2014) from the run's seed.
+
+    In numpy, because a handful of torch calls a batch would cost as much as reading a sample.
+    """
+    start = hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8, person=b"distkit.workers").digest()
+    x = np.arange(request.start, request.start + len(request.indices), dtype=np.uint64)
+    x *= 0x9E3779B97F4A7C15
+    x += np.uint64(int.from_bytes(start, "little"))
+    x ^= x >> 30
+    x *= 0xBF58476D1CE4E5B9
+    x ^= x >> 27
+    x *= 0x94D049BB133111EB
+    x ^= x >> 31
+    return x.tolist()
+
+
+@dataclass(frozen=True)
+class Small:
+    """A small tensor on its way from a worker, inside the message instead of in shared memory of its own."""
+
+    values: NDArray[np.generic]
+
+
+def packed_small(batch: Batch) -> Batch:
+    """The batch with small tensors as `Small`: a segment of shared memory costs about 0.2 ms to hand over."""
+
+    def pack(tensor: torch.Tensor) -> object:
+        try:
+            return Small(tensor.numpy()) if tensor.nbytes <= SMALL_BYTES else tensor
+        except TypeError:  # numpy has no bfloat16
+            return tensor
+
+    return cast(Batch, map_leaves(torch.Tensor, pack, batch)) if torch.utils.data.get_worker_info() else batch
+
+
+def unpacked_small(batch: Batch) -> Batch:
+    """The batch with every tensor as a tensor again."""
+    return cast(Batch, map_leaves(Small, lambda small: torch.from_numpy(small.values), batch))
+
+
+def first_of(reads: list[Read]) -> Read:
+    """The batch is collated already: a collate function that only unpacks it."""
+    return reads[0]
+
+
+@contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Global generators are as before afterwards: for reading in the training process itself."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFetcher:
+    """Reads in `num_workers` processes of one rank (0: in this process, for debugging).
+
+    Args:
+        samples: the map-style data set; picklable where the platform does not fork.
+        make: finishes batches on the training device.
+        num_workers: processes.
+        depth: batches that each worker makes ahead, >= 1.
+        on_corrupt: what to do with a sample that cannot be read.
+        max_corrupt: replaced samples after which the run ends.
+        timeout_seconds: a batch that takes longer ends the run, > 0.
+    """
+
+    samples: Indexable
+    make: BatchMaker
+    num_workers: int
+    depth: int
+    on_corrupt: Literal["error", "skip"]
+    max_corrupt: int
+    timeout_seconds: float = 1800.0
+
+    def open(self, requests: Iterator[Request]) -> Batches:
+        """Start the processes."""
+        return _WorkerBatches(self, requests)
+
+
+class _WorkerBatches:
+    def __init__(self, fetcher: WorkerFetcher, requests: Iterator[Request]) -> None:
+        self._fetcher = fetcher
+        self._asked: list[Request] = []
+        self._num_replaced = 0
+        workers = fetcher.num_workers
+        with worker_errors(), warnings.catch_warnings():
+            # more processes than cores are a choice: waiting for a slow disk needs no core
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                KeyedSamples(fetcher.samples, fetcher.on_corrupt),
+                batch_sampler=self._pairs(requests),
+                num_workers=workers,
+                prefetch_factor=fetcher.depth if workers else None,
+                timeout=min(fetcher.timeout_seconds, LOOK_SECONDS) if workers else 0,
+                collate_fn=first_of,
+                worker_init_fn=partial(start_worker, os.getpid()),
+                pin_memory=fetcher.make.device.type == "cuda",
+                # its own: the global generator must not be consumed here
+                generator=torch.Generator(),
+            )
+            self._reads: Iterator[Read] | None = iterator_of(loader)
+
+    def _pairs(self, requests: Iterator[Request]) -> Iterator[list[tuple[int, int]]]:
+        for request in requests:
+            self._asked.append(request)
+            keys = sample_keys(self._fetcher.make.seed, request)
+            yield list(zip(request.indices.tolist(), keys, strict=True))
+
+    def __next__(self) -> Batch:
+        if self._reads is None:
+            raise StopIteration
+        guard = untouched_generators() if self._fetcher.num_workers == 0 else worker_errors()
+        with guard:
+            read = self._next_read(self._reads)
+        if read.fault is not None:
+            raise TrainingError(f"the data set failed at {read.fault}")
+        if read.batch is None:
+            raise DataError(
+                "a sample cannot be read",
+                expected="a file that its data set can decode",
+                got=read.failure,
+                fix="mend or delete the file, or --data.on-corrupt skip",
+            )
+        self._count(read.replaced)
+        return self._fetcher.make.finish(unpacked_small(read.batch), self._asked.pop(0))
+
+    def _next_read(self, reads: Iterator[Read]) -> Read:
+        """The next answer. A SIGCHLD that comes just before the wait, or to another thread, is seen only after it."""
+        seconds = self._fetcher.timeout_seconds
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return next(reads)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+                if time.monotonic() >= end:
+                    raise RuntimeError(
+                        f"DataLoader timed out after {self._fetcher.timeout_seconds:g} seconds"
+                    ) from error
+
+    def _count(self, replaced: tuple[str, ...]) -> None:
+        for cause in replaced:
+            logger.warning("replaced an unreadable sample: %s", cause)
+        self._num_replaced += len(replaced)
+        if self._num_replaced > self._fetcher.max_corrupt:
+            raise DataError(
+                "too many samples cannot be read",
+                expected=f"at most --data.max-corrupt {self._fetcher.max_corrupt} on a rank",
+                got=f"{self._num_replaced}, the last {replaced[-1]}",
+                fix="mend the data, or a higher --data.max-corrupt",
+            )
+
+    def close(self) -> None:
+        """End the worker processes and wait for them."""
+        reads, self._reads = self._reads, None
+        shutdown = getattr(reads, "_shutdown_workers", None)
+        if shutdown is not None:
+            # dropping the iterator does the same, but only when no traceback holds it any more
+            shutdown()

@@ -1,0 +1,1 @@
+"""Data sets: images with and without masks, tokens, text, synthetic samples."""

@@ -1,0 +1,92 @@
+"""The endless sample stream (contract C1): which sample stands at which position, and which positions a rank reads.
+
+Position p lies in epoch p // n at place p % n, and holds sample `permute(seed, p // n, n, p % n)`. Nothing here knows
+about worlds, workers or restarts beyond the positions that are asked for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distkit.config import BatchSplit
+from distkit.config.check import require, require_number
+from distkit.data.stream.permutation import MAX_LENGTH, Int64, permute
+from distkit.errors import DataError
+
+#: Positions computed at a time once requests come in regular steps: 1 MiB with its temporaries, about 1 ms.
+BLOCK = 16_384
+
+
+def microbatch_start(step: int, split: BatchSplit, rank: int, accum_index: int) -> int:
+    """First position of a microbatch, which is that position and the `split.microbatch_size - 1` after it.
+
+    A step's positions are dealt in microbatches, round by round over the ranks: the starts of one rank's microbatches
+    lie `world_size * microbatch_size` apart, also across steps.
+
+    Args:
+        step: which global batch, >= 0.
+        split: how a global batch is cut.
+        rank: 0 to split.world_size - 1.
+        accum_index: which of the rank's microbatches of this step, 0 to split.accum_steps - 1.
+    """
+    offset = (accum_index * split.world_size + rank) * split.microbatch_size
+    return step * split.global_batch_size + offset
+
+
+class SampleStream:
+    """Sample indices by position. Memory does not grow with the data set.
+
+    Requests whose starts lie a fixed distance apart, as a training loop makes them, are served from a block of
+    upcoming answers that is computed at once; any other request is computed alone. Both give the same indices.
+
+    Args:
+        seed: seed of the run, 0 to 2^63 - 1.
+        num_samples: length n of the data set, 1 to 2^48.
+        global_batch_size: samples of one step, >= 1.
+
+    Raises:
+        ConfigError: the seed or the batch size is out of range.
+        DataError: the length is.
+    """
+
+    def __init__(self, seed: int, num_samples: int, global_batch_size: int) -> None:
+        require(0 <= seed < 2**63, "seed", "an integer in [0, 2^63)", seed, "0")
+        require_number("global_batch_size", global_batch_size, least=1, example="128")
+        if not 1 <= num_samples <= MAX_LENGTH:
+            raise DataError("the data set has a length that cannot be streamed", expected="1 to 2^48", got=num_samples)
+        self.seed = seed
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self._last_start, self._last_stride = 0, 0
+        self._block_start, self._block_stride = 0, 1
+        self._block: Int64 = np.empty((0, 0), np.int64)
+
+    def indices(self, start_position: int, count: int) -> Int64:
+        """Sample indices at the positions start_position .. start_position + count - 1, int64 [count], a fresh array.
+
+        The positions may lie in several epochs. `start_position` >= 0, start_position + count < 2^63.
+        """
+        stride = start_position - self._last_start
+        regular = stride > 0 and stride == self._last_stride
+        self._last_start, self._last_stride = start_position, stride
+        row, rest = divmod(start_position - self._block_start, self._block_stride)
+        if rest == 0 and 0 <= row < len(self._block) and count == self._block.shape[1]:
+            return np.array(self._block[row])
+        if not regular or 2 * count > BLOCK:
+            return self._at(start_position + np.arange(count))
+        self._block_start, self._block_stride = start_position, stride
+        starts = start_position + stride * np.arange(BLOCK // count)
+        self._block = self._at((starts[:, None] + np.arange(count)).ravel()).reshape(-1, count)
+        return np.array(self._block[0])
+
+    def global_batch(self, step: int) -> Int64:
+        """Sample indices of one whole step, int64 [global_batch_size]: what the ranks share out between them."""
+        return self.indices(step * self.global_batch_size, self.global_batch_size)
+
+    def _at(self, positions: Int64) -> Int64:
+        """Sample indices at any positions, int64 [B], ascending."""
+        if positions.size == 0:
+            return positions
+        epochs, places = np.divmod(positions, self.num_samples)
+        first = int(epochs[0])
+        return permute(self.seed, first if epochs[-1] == first else epochs, self.num_samples, places)

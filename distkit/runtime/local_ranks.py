@@ -1,0 +1,57 @@
+"""Ranks on this machine: their environment, a port to meet at, and an end when their owner ends. No torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+
+
+def die_with_parent(owner: int) -> None:
+    """End this process when process `owner`, for whom it works, ends, however that happens.
+
+    Where `owner` started it itself the kernel sees to that (Linux prctl(2)); a child of Python's fork server has that
+    server for a parent, and a thread waits for its owner (pidfd_open(2)).
+    """
+    if sys.platform != "linux":
+        return
+    if os.getppid() != owner:
+        try:
+            descriptor = os.pidfd_open(owner)
+        except ProcessLookupError:
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            threading.Thread(target=_outlive_nobody, args=(descriptor,), name="distkit-owner", daemon=True).start()
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != owner:  # it ended before the call
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _outlive_nobody(descriptor: int) -> None:
+    poll = select.poll()  # select takes no descriptor above 1023
+    poll.register(descriptor, select.POLLIN)
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun sets for one rank; nothing for a single process."""
+    if world_size == 1:
+        return {}
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port

@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO 1, 2 and 3."""

@@ -1,0 +1,291 @@
+"""launch/local.sh: exit codes, signals, grace, nothing left. Real processes; most recipes here know no torch."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from support.harness import ROOT, Ended
+from support.launching import LAUNCH, TINY, alive, ended, environment, run, started, write_text
+
+LOCAL = str(LAUNCH / "local.sh")
+#: `recipe.py MODE`: writes ready.RANK, then does what MODE says; notes.RANK tells which signals came.
+RECIPE = """
+import os, signal, subprocess, sys, time
+
+rank, mode = int(os.environ.get("RANK", 0)), sys.argv[1]
+
+
+def came(number, frame):
+    with open(f"notes.{rank}", "a") as file:
+        file.write(signal.Signals(number).name + "\\n")
+    if mode == "stop":
+        sys.exit(75)
+    if mode == "obey" or (mode == "one obeys" and rank == 0):
+        sys.exit(128 + number)
+
+
+if mode != "plain":
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        signal.signal(getattr(signal, name), came)
+if mode == "ok":
+    print("out", rank, sys.argv[2:], os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_RANK"))
+    print("err", rank, file=sys.stderr)
+    sys.exit(0)
+if mode == "leave":
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    sys.exit(0)
+if mode in ("fail", "fail then end") and rank == 1:
+    sys.exit(3)
+open(f"ready.{rank}", "w").close()
+if mode == "fail then end":
+    time.sleep(1)
+    sys.exit(4)
+while True:
+    time.sleep(0.05)
+"""
+
+
+def write(folder: Path) -> str:
+    (folder / "recipe.py").write_text(RECIPE)
+    return "recipe.py"
+
+
+def ready(folder: Path, ranks: int = 2) -> None:
+    deadline = time.monotonic() + 20
+    while len(list(folder.glob("ready.*"))) < ranks:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def signalled(folder: Path, mode: str, *signals: signal.Signals, grace: str = "20") -> tuple[Ended, float]:
+    """Two ranks of `mode`, and what came of sending the launcher `signals`; and how many seconds it took."""
+    command = [LOCAL, "-n", "2", write(folder), mode]
+    with started(command, folder, environment({"GRACE_SECONDS": grace}), folder / "run") as process:
+        ready(folder)
+        begin = time.monotonic()
+        for count, number in enumerate(signals, 1):
+            process.send_signal(number)
+            # one after the other: signals that wait together become one
+            while process.poll() is None and min(map(len, notes(folder))) < count and time.monotonic() < begin + 20:
+                time.sleep(0.02)
+        process.wait(30)
+        took = time.monotonic() - begin
+    return ended(process, folder / "run"), took
+
+
+def notes(folder: Path) -> list[list[str]]:
+    files = [folder / f"notes.{rank}" for rank in (0, 1)]
+    return [file.read_text().split() if file.exists() else [] for file in files]
+
+
+def test_both_ranks_run_and_their_output_is_theirs(tmp_path: Path) -> None:
+    outer = {"RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "7"}
+    done = run([LOCAL, "-n", "2", write(tmp_path), "ok", "-n", "a b"], tmp_path, environment(outer))
+    assert done.returncode == 0
+    assert sorted(done.stdout.splitlines()) == [f"out {rank} ['-n', 'a b'] 2 {rank}" for rank in (0, 1)]
+    assert sorted(done.stderr.splitlines()) == ["err 0", "err 1"]
+    done = run([LOCAL, "-n", "1", "recipe.py", "ok"], tmp_path, environment(outer))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out 0 [] None None\n", "err 0\n")
+
+
+def test_the_ranks_find_each_other_at_a_free_port_or_the_given_one(tmp_path: Path) -> None:
+    (tmp_path / "port.py").write_text("import os\nprint(os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'])")
+    ports = set()
+    for _ in range(2):
+        first, second = run([LOCAL, "-n", "2", "port.py"], tmp_path, environment()).stdout.splitlines()
+        assert first == second
+        ports.add(first)
+    assert len(ports) == 2
+    given = run([LOCAL, "-n", "2", "port.py"], tmp_path, environment({"MASTER_PORT": "12345"}))
+    assert given.stdout == "127.0.0.1 12345\n" * 2
+
+
+def test_the_first_failure_gives_the_code_and_the_others_are_ended(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    done = run([LOCAL, "-n", "2", write(tmp_path), "fail"], tmp_path, environment({"GRACE_SECONDS": "1"}))
+    assert done.returncode == 3
+    assert 1 <= time.monotonic() - begin < 10
+    assert done.stderr.splitlines() == [
+        "launch/local.sh: rank 1 failed first: exit code 3",
+        "launch/local.sh: still running after 1 s, so killed: rank 0",
+    ]
+
+
+def test_the_others_may_end_by_themselves(tmp_path: Path) -> None:
+    done = run([LOCAL, "-n", "2", write(tmp_path), "fail then end"], tmp_path, environment())
+    assert done.returncode == 3
+    assert "killed" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_75_stays_75_and_each_signal_reaches_each_rank(tmp_path: Path, number: signal.Signals) -> None:
+    done, took = signalled(tmp_path, "stop", number)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
+    assert notes(tmp_path) == [[number.name]] * 2
+    assert took < 5
+
+
+def test_a_signal_that_ranks_live_with_ends_nothing(tmp_path: Path) -> None:
+    done, _ = signalled(tmp_path, "obey not", signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, grace="1")
+    assert notes(tmp_path) == [["SIGUSR1", "SIGINT", "SIGUSR1", "SIGTERM"]] * 2
+    # SIGTERM means the end: what ignores it is killed
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "still running after 1 s, so killed: rank 0, 1" in done.stderr
+
+
+def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_period(tmp_path: Path) -> None:
+    done, took = signalled(tmp_path, "one obeys", signal.SIGTERM, grace="1")
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "killed: rank 1" in done.stderr
+    assert 1 <= took < 8
+
+
+def test_a_rank_without_handlers_dies_of_the_signal(tmp_path: Path) -> None:
+    done, _ = signalled(tmp_path, "plain", signal.SIGTERM)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "failed first: Terminated" in done.stderr
+
+
+def test_ctrl_c_comes_once_a_rank(tmp_path: Path) -> None:
+    """A terminal signals the whole process group of the launcher."""
+    command = [LOCAL, "-n", "2", write(tmp_path), "stop"]
+    with started(command, tmp_path, environment(), tmp_path / "run", own_group=True) as process:
+        ready(tmp_path)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(30)
+    assert process.returncode == 75
+    assert notes(tmp_path) == [["SIGINT"]] * 2
+
+
+def test_a_rank_that_is_killed_ends_the_run(tmp_path: Path) -> None:
+    env = environment({"GRACE_SECONDS": "1"})
+    with started([LOCAL, "-n", "2", write(tmp_path), "obey"], tmp_path, env, tmp_path / "run") as process:
+        ready(tmp_path)
+        child = next(c for c in psutil.Process(process.pid).children() if c.environ()["RANK"] == "1")
+        child.kill()
+        process.wait(30)
+    done = ended(process, tmp_path / "run")
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "rank 1 failed first: Killed" in done.stderr
+
+
+def test_what_ranks_leave_is_ended_too(tmp_path: Path) -> None:
+    done = run([LOCAL, "-n", "2", write(tmp_path), "leave"], tmp_path, environment())
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    with started([LOCAL, "-n", "2", write(tmp_path), "ignore"], tmp_path, environment(), tmp_path / "run") as process:
+        ready(tmp_path)
+        ranks = psutil.Process(process.pid).children()
+        assert len(ranks) == 2
+        process.kill()
+        assert psutil.wait_procs(ranks, timeout=10)[1] == []
+
+
+def test_a_link_to_it_works(tmp_path: Path) -> None:
+    (tmp_path / "start").symlink_to(LOCAL)
+    assert run(["./start", "-n", "1", write(tmp_path), "ok"], tmp_path, environment()).returncode == 0
+
+
+def test_nohup_holds(tmp_path: Path) -> None:
+    write(tmp_path)
+    with started(
+        ["nohup", LOCAL, "-n", "2", "recipe.py", "stop"], tmp_path, environment(), tmp_path / "run"
+    ) as process:
+        ready(tmp_path)
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert alive(psutil.Process(process.pid))
+        process.send_signal(signal.SIGUSR1)
+        process.wait(30)
+    assert process.returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("argv", "env", "says"),
+    [
+        ([], {}, "-n N"),
+        (["recipe.py"], {}, "-n N"),
+        (["-n"], {}, "-n N"),
+        (["-n", "two", "recipe.py"], {}, "-n N"),
+        (["-n", "0", "recipe.py"], {}, "at least 1"),
+        (["-n", "-1", "recipe.py"], {}, "at least 1"),
+        (["-n", "2"], {}, "a Python file"),
+        (["-n", "2", "nowhere.py"], {}, "nowhere.py"),
+        (["-n", "2", "--preset", "tiny"], {}, "--preset"),
+        (["-n", "2", "recipe.py", "ok"], {"GRACE_SECONDS": "1s"}, "GRACE_SECONDS=30"),
+        (["-n", "2", "recipe.py", "ok"], {"MASTER_PORT": "70000"}, "MASTER_PORT=29500"),
+        (["-n", "2", "recipe.py", "ok"], {"MASTER_PORT": "http"}, "MASTER_PORT=29500"),
+    ],
+)
+def test_a_wrong_line_ends_with_2_and_says_what_to_type(
+    tmp_path: Path, argv: list[str], env: dict[str, str], says: str
+) -> None:
+    write(tmp_path)
+    done = run([LOCAL, *argv], tmp_path, environment(env))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert 1 < len(done.stderr.splitlines()) < 6
+
+
+def test_help_says_what_there_is(tmp_path: Path) -> None:
+    done = run([LOCAL, "--help"], tmp_path, environment())
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in ("-n 2 recipes/gpt.py", "GRACE_SECONDS", "MASTER_PORT", "PYTHON"):
+        assert words in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_killed_rank_ends_a_run_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    recipe = [str(ROOT / "recipes" / "gpt.py"), "--text", str(write_text(tmp_path)), "--run-dir", "run", *TINY]
+    command = [
+        LOCAL,
+        "-n",
+        "2",
+        *recipe,
+        "--num-steps",
+        "5",
+        "--checkpoint.save-every",
+        "2",
+        "--checkpoint.async",
+        "off",
+    ]
+    done = run(command, tmp_path, environment({"DISTKIT_FAULT": "step:1:3:kill"}))
+    assert done.returncode == 128 + signal.SIGKILL
+    # the other rank notices, and has the time to say so
+    assert "rank 1 failed first: Killed" in done.stderr
+    assert "distkit: error (rank 0): another rank is gone" in done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    done = run(command, tmp_path, environment())
+    assert (done.returncode, done.stderr) == (0, "")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"], status["attempt"]) == ("completed", 5, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_wrong_flag_of_the_recipe_stays_2_and_is_said_once(tmp_path: Path) -> None:
+    recipe = [str(ROOT / "recipes" / "gpt.py"), "--text", str(write_text(tmp_path)), *TINY]
+    wrong = run([LOCAL, "-n", "2", *recipe, "--global-batch-size", "15"], tmp_path, environment())
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.count("distkit: error") == 1
+    assert "Traceback" not in wrong.stderr
+
+
+def test_an_interpreter_without_distkit_is_named(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    python.chmod(0o755)
+    done = run([LOCAL, "-n", "1", write(tmp_path), "ok"], tmp_path, environment({"PYTHON": str(python)}))
+    assert done.returncode == 2
+    assert "has no distkit" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
