@@ -2,4 +2,31 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING
+
+from distkit.version import __version__
+
+if TYPE_CHECKING:
+    from distkit.config import TrainConfig
+    from distkit.entry import main
+    from distkit.losses import LossOutput
+    from distkit.recipe import Recipe
+
+__all__ = ["LossOutput", "Recipe", "TrainConfig", "__version__", "main"]
+
+#: Name -> the module it comes from. They are imported when they are asked for: `import distkit` imports no torch.
+_HOMES = {
+    "LossOutput": "distkit.losses",
+    "Recipe": "distkit.entry",
+    "TrainConfig": "distkit.config",
+    "main": "distkit.entry",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A public name, from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"distkit has no {name}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

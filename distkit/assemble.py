@@ -17,7 +17,7 @@ from distkit.config import BatchSplit, CheckpointConfig, TrainConfig, split_batc
 from distkit.data import Dataset, as_dataset
 from distkit.data.reading.iterable import IterableData, IterableSource
 from distkit.data.reading.loader import EvaluationLoader
-from distkit.data.reading.placement import Placed, Reading, Training, open_training, place, summary_of
+from distkit.data.reading.placement import Placed, Reading, TrainSource, open_training, place, summary_of
 from distkit.data.sets.fingerprint import fingerprint_of
 from distkit.ema import Ema
 from distkit.engine.flops import describe_peak, outline_utilization
@@ -119,7 +119,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         utilization=utilization,
         facts=describe(config, runtime, strategy, split, num_steps, train, test) | describe_peak(config, runtime),
     )
-    with runtime.together("comparing the checkpoint with the run"):
+    with runtime.raise_on_all_ranks("comparing the checkpoint with the run"):
         if config.checkpoint.enabled and not config.debug.enabled:
             check_keepable(strategy.module, live_tensors(run))
         if origin.found is not None and not run.finished:
@@ -130,7 +130,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
     if config.debug.enabled or run.finished:
         return run
     run.observers = build_observers(config.observe, directory.path, runtime.is_main_process)
-    with runtime.together("making the run directory"):
+    with runtime.raise_on_all_ranks("making the run directory"):
         environment = describe_environment(runtime) | {"data": run.fingerprint}
         directory.create(to_json(config), environment, saves=config.checkpoint.enabled)
     settle_origin(run, origin)
@@ -149,7 +149,7 @@ def open_directory(recipe: str, config: TrainConfig, runtime: Runtime) -> RunDir
     writes = runtime.is_main_process and not config.debug.enabled
     directory = RunDirectory(path, writes=writes, fresh=config.run_dir is None)
     try:
-        with runtime.together("choosing the run directory"):
+        with runtime.raise_on_all_ranks("choosing the run directory"):
             if writes:
                 check_usable(path, resumes=config.resume.source != "never")
                 directory.claim()
@@ -163,7 +163,7 @@ def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Data
     """The training and the test set; rank 0 first, so that a download or a cache is made once."""
     train_set: Dataset | IterableData | None = None
     test_set: Dataset | None = None
-    with runtime.together("building the data"), runtime.main_process_first():
+    with runtime.raise_on_all_ranks("building the data"), runtime.main_process_first():
         # the same generators for both splits and every rank: a recipe may well divide one set by chance
         with seeded(derive_seed(config.seed, "data")):
             train = recipe.build_dataset(config, "train")
@@ -184,10 +184,10 @@ def agree_on_data(train_set: Dataset | IterableData, test_set: Dataset | None, r
     Raises:
         DataError: a rank has other data than rank 0, such as an older copy on its machine.
     """
-    with runtime.together("reading the data"):
+    with runtime.raise_on_all_ranks("reading the data"):
         own = [(len(part), fingerprint_of(part)) for part in (train_set, test_set) if part is not None]
     first, *others = runtime.gather(own)
-    with runtime.together("comparing the data of the ranks"):
+    with runtime.raise_on_all_ranks("comparing the data of the ranks"):
         for rank, other in enumerate(others, 1):
             if other != first:
                 raise DataError(f"rank {rank} has other data than rank 0", expected=_sizes(first), got=_sizes(other),
@@ -252,7 +252,7 @@ def describe(
     strategy: Strategy,
     split: BatchSplit,
     num_steps: int,
-    train: Training,
+    train: TrainSource,
     test: Placed | None,
 ) -> dict[str, str]:
     """The resolved choices, as printed at the start and repeated in summary.json."""

@@ -14,14 +14,13 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distkit import LossOutput, Recipe, main
 from distkit.config import OptimConfig, ScheduleConfig, Split, TrainConfig
 from distkit.config.check import require, require_number
 from distkit.data import Augmentation, Dataset, ImageDataset, load_images
-from distkit.losses import LossOutput
 from distkit.metrics import expected_initial_loss, topk_correct
 from distkit.models import FastNet, resnet18, resnet_cifar, whitening_init_
 from distkit.optim import ParamGroup, default_param_groups
-from distkit.recipe import Recipe
 
 NUM_CLASSES = 10
 
@@ -143,4 +142,4 @@ recipe = Recipe(
 )
 
 if __name__ == "__main__":
-    recipe.main()
+    main(recipe)

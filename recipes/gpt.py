@@ -17,17 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distkit import LossOutput, Recipe, main
 from distkit.config import CheckpointConfig, DataConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
 from distkit.config.check import require, require_number
 from distkit.data import TokenDataset, encode_text_file, read_vocabulary
 from distkit.data.sets.text import Level, Vocabulary
 from distkit.errors import DataError
-from distkit.losses import LossOutput, chunked_cross_entropy
+from distkit.losses import chunked_cross_entropy
 from distkit.metrics import expected_initial_loss
 from distkit.models import GPT, Block, GPTConfig, generate
 from distkit.models.gpt import Activation
 from distkit.optim import ParamGroup, default_param_groups
-from distkit.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,4 +251,4 @@ recipe = Recipe(
 )
 
 if __name__ == "__main__":
-    recipe.main()
+    main(recipe)

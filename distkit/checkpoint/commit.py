@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import distkit
 from distkit.checkpoint import retention
 from distkit.checkpoint.format import (
     MANIFEST,
@@ -37,6 +36,7 @@ from distkit.checkpoint.write import replace_file, sync_folder, write_file
 from distkit.errors import CheckpointError
 from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
+from distkit.version import __version__
 
 #: What lies after the votes; the other ranks pass these points, too, so that a test can kill them there.
 LATE_POINTS = ("before_manifest", "after_manifest", "before_rename", "after_rename", "in_retention")
@@ -227,7 +227,7 @@ def _publish(folder: Path, target: Path, job: Job, votes: list[Vote], point: Cal
         strategy=job.strategy,
         world_size=len(votes),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions={"distkit": distkit.__version__, "torch": torch.__version__},
+        versions={"distkit": __version__, "torch": torch.__version__},
         files=files,
         tensors=job.layout.tensors,
     )

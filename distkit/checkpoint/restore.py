@@ -53,7 +53,7 @@ def open_verified(directory: Path, runtime: Runtime) -> Found:
         error = str(failure) if isinstance(failure, CheckpointError) else f"{directory}: {describe(failure)}"
     first = next((answer for answer in runtime.gather(error) if answer is not None), None)
     if first is not None:
-        raise told(first)
+        raise error_on_all_ranks(first)
     assert found is not None  # some rank has an error otherwise
     return found
 
@@ -76,13 +76,13 @@ def newest_verified(folder: Path, runtime: Runtime, warn: Callable[[str], None])
         return found
     if not steps:
         return None
-    raise told(
+    raise error_on_all_ranks(
         f"none of the {len(steps)} checkpoints in {folder} verifies; the oldest: {last}\n"
         f"  to start anew, leave them where they are and type --run-dir OTHER"
     )
 
 
-def told(message: str) -> CheckpointError:
+def error_on_all_ranks(message: str) -> CheckpointError:
     """An error that every rank raises alike."""
     error = CheckpointError(message)
     error.on_all_ranks = True

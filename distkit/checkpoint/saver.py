@@ -113,7 +113,7 @@ class Saver:
         ended = self.settle(wait=True)
         form = form_of(snapshot)
         # asked while the copy is made: a new form is rare, and then the copy is made again
-        is_new = self._runtime.ask(form != self._form)
+        is_new = self._runtime.any_rank(form != self._form)
         staged = self._stage(snapshot, step) if form == self._form else None
         if is_new():
             self._plan(snapshot, form)
@@ -159,7 +159,7 @@ class Saver:
             return []
         if wait:
             self._wait(self._in_flight)
-        elif self._runtime.ask(not self._in_flight.done())():
+        elif self._runtime.any_rank(not self._in_flight.done())():
             return []
         future, self._in_flight = self._in_flight, None
         return [self._count(future.result())]
@@ -225,7 +225,7 @@ class Saver:
         """Whether to stage everything: as configured, or where it fits on every rank."""
         needed = sum(image.nbytes for image in self._images.values())
         free = psutil.virtual_memory().available * STAGING_SHARE / self._runtime.topology.local_world_size
-        fits = not self._runtime.ask(needed > free)()
+        fits = not self._runtime.any_rank(needed > free)()
         return fits if self.config.asynchronous == "auto" else self.config.asynchronous == "on"
 
     def _stage_all(self, value_of: Callable[[Piece], Tensor]) -> dict[str, Contents]:

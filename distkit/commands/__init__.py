@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-import distkit
 from distkit.commands import checkpoint, data, generate, show, verify_resume
 from distkit.commands.parser import Answer
 from distkit.errors import ConfigError, DistkitError, nearest
+from distkit.version import __version__
 
-USAGE = f"""distkit {distkit.__version__}: a training run that is the same run everywhere
+USAGE = f"""distkit {__version__}: a training run that is the same run everywhere
 
 usage: distkit COMMAND [ARGUMENTS]
 
@@ -70,7 +70,7 @@ def version(args: Sequence[str]) -> str:
     """The version of distkit."""
     if args:
         raise ConfigError("distkit version takes no argument", got=" ".join(args), fix="distkit version")
-    return distkit.__version__
+    return __version__
 
 
 #: By its first word. Each gives the text to print, with an exit code where that is not 0.

@@ -50,7 +50,7 @@ def find_origin(config: TrainConfig, runtime: Runtime, directory: RunDirectory) 
             raise
         warn(str(error).splitlines()[0])  # a completed run needs none, and one of more steps is refused below
     if origin.found is not None:
-        with runtime.together("looking for the checkpoint"):
+        with runtime.raise_on_all_ranks("looking for the checkpoint"):
             check_own_goes_first(source, directory, origin.found.manifest.step)
         if source != "auto":
             warn(f"--resume {source} is not used: {directory.path} has checkpoints of its own, and goes on from them")
@@ -58,7 +58,7 @@ def find_origin(config: TrainConfig, runtime: Runtime, directory: RunDirectory) 
     if source == "auto" and directory.holds_run() and directory.completed_steps() < 0:
         warn(f"{directory.path} holds a run that has saved nothing: it begins again at step 0")
     if source != "auto":
-        with runtime.together("looking for the checkpoint"):
+        with runtime.raise_on_all_ranks("looking for the checkpoint"):
             path, single = resolve_source(source)
         origin.elsewhere = True
         origin.found = open_verified(path, runtime) if single else newest_verified(path, runtime, warn)
@@ -97,7 +97,7 @@ def settle_origin(run: Run, origin: Origin) -> None:
     """What follows once the directory is written: put damaged checkpoints aside, and make what saves new ones."""
     config, runtime, folder = run.config, run.runtime, run.directory.checkpoints
     source = origin.found.manifest.step if origin.found is not None and not origin.elsewhere else None
-    with runtime.together("putting damaged checkpoints aside"):
+    with runtime.raise_on_all_ranks("putting damaged checkpoints aside"):
         if runtime.is_main_process and source is not None:
             for name in set_aside(folder, source):
                 origin.warnings.append(f"kept for you as {folder / name}")

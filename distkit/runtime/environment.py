@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-import distkit
 from distkit.runtime.process import Runtime
+from distkit.version import __version__
 
 PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "safetensors", "deepspeed")
 
@@ -19,7 +19,7 @@ def describe_environment(runtime: Runtime) -> dict[str, object]:
     """Versions, devices, world size, launcher and the git revision of the working directory, ready for JSON."""
     device = runtime.device
     return {
-        "distkit": distkit.__version__,
+        "distkit": __version__,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "platform": platform.platform(),

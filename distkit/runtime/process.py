@@ -90,7 +90,7 @@ class Runtime:
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values  # type: ignore[return-value]  # all_gather_object fills every place
 
-    def ask(self, flag: bool) -> Callable[[], bool]:
+    def any_rank(self, flag: bool) -> Callable[[], bool]:
         """Ask all ranks; the function that is returned waits for the answer, True when one of them has `flag`."""
         if self.cpu_group is None:
             return lambda: flag
@@ -117,7 +117,7 @@ class Runtime:
         return box[0]
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
+    def raise_on_all_ranks(self, what: str) -> Iterator[None]:
         """All ranks leave the block, or all raise the first rank's error (C6).
 
         Only for blocks without collectives inside: a rank that failed would leave the others waiting in them.

@@ -18,7 +18,7 @@ import sys
 sys.path.insert(0, {folder!r})
 from support import tiny
 from dataclasses import replace
-from distkit.recipe import Recipe
+from distkit import Recipe, main
 import torch
 
 drawn = torch.Generator().manual_seed(1)  # a generator of the recipe's own, which no checkpoint knows
@@ -29,8 +29,9 @@ def compute_loss(config, model, batch):
     return replace(output, loss=output.loss * (1 + torch.rand((), generator=drawn)))
 
 
-Recipe("tiny", tiny.TinyConfig, tiny.build_model, tiny.build_dataset, compute_loss, presets={{"default": tiny.BASE}},
-       best=("correct", "max")).main()
+recipe = Recipe("tiny", tiny.TinyConfig, tiny.build_model, tiny.build_dataset, compute_loss,
+                presets={{"default": tiny.BASE}}, best=("correct", "max"))
+main(recipe)
 """
 FLAGS = ["--", "--checkpoint.enabled", "--dropout", "0.3", "--noise", "0.1", "--ema-decay", "0.9", "--eval-every", "7"]
 

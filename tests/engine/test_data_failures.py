@@ -28,6 +28,7 @@ import torch
 
 from distkit.config import DataConfig, ObserveConfig, TrainConfig
 from distkit.losses import LossOutput
+from distkit.entry import main
 from distkit.recipe import Recipe
 
 
@@ -58,7 +59,7 @@ config = Config(num_steps=100_000, global_batch_size=8, device="cpu", num_thread
 recipe = Recipe("workers", Config, build_model, build_dataset, compute_loss, presets={"default": config})
 
 if __name__ == "__main__":
-    recipe.main()
+    main(recipe)
 '''
 
 

@@ -116,7 +116,7 @@ build_model = lambda config: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
 preset = TrainConfig(num_steps=2, global_batch_size=8, device="cpu")
 recipe = Recipe("other", TrainConfig, build_model, build_dataset, compute_loss, presets={"default": preset})
 if __name__ == "__main__":
-    recipe.main()
+    main(recipe)
 """
 
 

@@ -86,6 +86,7 @@ from dataclasses import replace
 
 sys.path.insert(0, os.environ["TINY"])
 from support import tiny
+from distkit import main
 
 calls = 0
 
@@ -104,7 +105,7 @@ def compute_loss(config, model, batch):
 
 
 if __name__ == "__main__":
-    replace(tiny.RECIPE, compute_loss=compute_loss).main()
+    main(replace(tiny.RECIPE, compute_loss=compute_loss))
 """
 
 

@@ -79,7 +79,7 @@ class Worker:
         assert self._popen.stdout is not None
         return self._popen.stdout.readline().strip()
 
-    def ask(self, command: str) -> str:
+    def any_rank(self, command: str) -> str:
         self.tell(command)
         return self.hear()
 
@@ -118,19 +118,19 @@ def record(host: str, pid: int, started: float) -> str:
 
 def test_the_file_names_the_holder_and_goes_with_it(tmp_path: Path, start: Callable[..., Worker]) -> None:
     worker = start()
-    assert worker.ask("acquire") == "held, before: None"
+    assert worker.any_rank("acquire") == "held, before: None"
     written = json.loads((tmp_path / LEASE).read_text())
     assert written["pid"] == worker.pid
     assert written["job"] == "77"
     assert abs(written["started"] - psutil.Process(worker.pid).create_time()) < 1
-    worker.ask("release")
-    worker.ask("release")
+    worker.any_rank("release")
+    worker.any_rank("release")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_second_is_refused_and_told_whom_to_stop(tmp_path: Path, start: Callable[..., Worker]) -> None:
     worker = start()
-    worker.ask("acquire")
+    worker.any_rank("acquire")
     with pytest.raises(ConfigError) as caught:
         Lease.acquire(tmp_path)
     since = json.loads((tmp_path / LEASE).read_text())["since"]
@@ -138,14 +138,14 @@ def test_the_second_is_refused_and_told_whom_to_stop(tmp_path: Path, start: Call
     assert f"process {worker.pid} on {os.uname().nodename}, SLURM job 77, since {since}" in message
     assert f"--run-dir {tmp_path}-2, or scancel 77, or wait" in message
     assert caught.value.exit_code == 2
-    worker.ask("release")
+    worker.any_rank("release")
     Lease.acquire(tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "rounds"), [("locks", 150), ("no-locks", 4)])
 def test_of_two_at_once_exactly_one_wins(kind: str, rounds: int, start: Callable[..., Worker]) -> None:
     pair = [start(*([kind] if kind == "no-locks" else [])) for _ in range(2)]
-    assert {worker.ask("holder") for worker in pair} == {"None"}
+    assert {worker.any_rank("holder") for worker in pair} == {"None"}
     winners = set()
     for turn in range(rounds):
         # a hair's breadth apart, now one first, now the other
@@ -159,7 +159,7 @@ def test_of_two_at_once_exactly_one_wins(kind: str, rounds: int, start: Callable
         assert f"got:      process {winner.pid} on" in loser
         assert answers[held.index(True)] == "held, before: None"
         winners.add(winner.pid)
-        winner.ask("release")
+        winner.any_rank("release")
     assert kind == "no-locks" or len(winners) == 2
 
 
@@ -168,18 +168,18 @@ def test_a_killed_holder_is_replaced_at_once(
     tmp_path: Path, start: Callable[..., Worker], args: tuple[str, ...]
 ) -> None:
     first, second = start(*args), start(*args)
-    first.ask("acquire")
+    first.any_rank("acquire")
     first.kill()
-    assert second.ask("holder") == "None"
-    answer = second.ask("acquire")
+    assert second.any_rank("holder") == "None"
+    answer = second.any_rank("acquire")
     assert answer.startswith(f"held, before: process {first.pid} on")
     assert json.loads((tmp_path / LEASE).read_text())["pid"] == second.pid
 
 
 def test_a_forked_child_neither_keeps_nor_releases_it(tmp_path: Path, start: Callable[..., Worker]) -> None:
     worker = start()
-    worker.ask("acquire")
-    child = int(worker.ask("fork"))
+    worker.any_rank("acquire")
+    child = int(worker.any_rank("fork"))
     try:
         with pytest.raises(ConfigError, match=f"process {worker.pid} "):
             Lease.acquire(tmp_path)
@@ -198,7 +198,7 @@ def test_one_process_has_one_run_in_a_directory(tmp_path: Path, start: Callable[
         Lease.acquire(tmp_path / ".." / tmp_path.name)
     assert "this process" not in str(holder(tmp_path))
     # neither of the two has opened, and so unlocked, the file
-    assert start().ask("acquire").startswith("refused")
+    assert start().any_rank("acquire").startswith("refused")
     lease.release()
     Lease.acquire(tmp_path).release()
 
@@ -207,11 +207,11 @@ def test_asking_for_the_holder_disturbs_nobody(tmp_path: Path, start: Callable[.
     assert holder(tmp_path) is None
     assert holder(tmp_path / "gone") is None
     first, second = start(), start()
-    first.ask("acquire")
+    first.any_rank("acquire")
     for _ in range(5):
         assert f"process {first.pid} on" in str(holder(tmp_path))
-        assert f"process {first.pid} on" in first.ask("holder")
-    assert second.ask("acquire").startswith("refused")
+        assert f"process {first.pid} on" in first.any_rank("holder")
+    assert second.any_rank("acquire").startswith("refused")
     first.kill()
     assert holder(tmp_path) is None
     assert json.loads((tmp_path / LEASE).read_text())["pid"] == first.pid
@@ -231,8 +231,8 @@ def test_a_lock_without_a_name_yet_is_a_lock(tmp_path: Path, start: Callable[...
     worker = start()
     with open(tmp_path / LEASE, "wb") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert worker.ask("holder") == "a process that has just started"
-        assert "a process that has just started" in worker.ask("acquire")
+        assert worker.any_rank("holder") == "a process that has just started"
+        assert "a process that has just started" in worker.any_rank("acquire")
 
 
 def test_a_file_removed_between_open_and_lock_is_not_taken(
@@ -249,9 +249,9 @@ def test_a_file_removed_between_open_and_lock_is_not_taken(
     monkeypatch.setattr(module, "_lock", removed_first)
     lease = Lease.acquire(tmp_path)
     assert len(calls) == 2
-    assert start().ask("acquire").startswith("refused")
+    assert start().any_rank("acquire").startswith("refused")
     lease.release()
-    assert start().ask("acquire") == "held, before: None"
+    assert start().any_rank("acquire") == "held, before: None"
 
 
 @pytest.mark.parametrize("args", [(), ("no-locks",)])
@@ -266,8 +266,8 @@ def test_garbage_in_the_file_keeps_nobody_out(
 ) -> None:
     (tmp_path / LEASE).write_bytes(content)
     worker = start(*args)
-    assert worker.ask("holder") == "None"
-    assert worker.ask("acquire") == "held, before: an unknown process"
+    assert worker.any_rank("holder") == "None"
+    assert worker.any_rank("acquire") == "held, before: an unknown process"
     assert json.loads((tmp_path / LEASE).read_text())["pid"] == worker.pid
 
 
@@ -288,13 +288,13 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_locks")
 def test_without_locks_a_living_record_keeps_others_out(tmp_path: Path, start: Callable[..., Worker]) -> None:
     worker = start("no-locks")
-    worker.ask("acquire")
+    worker.any_rank("acquire")
     assert f"process {worker.pid} on" in str(holder(tmp_path))
     with pytest.raises(ConfigError, match=f"process {worker.pid} on"):
         Lease.acquire(tmp_path)
-    worker.ask("release")
+    worker.any_rank("release")
     lease = Lease.acquire(tmp_path)
-    assert worker.ask("acquire").startswith("refused")
+    assert worker.any_rank("acquire").startswith("refused")
     lease.release()
     assert list(tmp_path.iterdir()) == []
 
@@ -356,7 +356,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_locked(
         patch.setattr(os, "pwrite", full)
         with pytest.raises(ConfigError, match="No space left"):
             Lease.acquire(tmp_path)
-    assert start().ask("acquire") == "held, before: None"
+    assert start().any_rank("acquire") == "held, before: None"
 
 
 def test_a_release_that_fails_is_told_and_frees_the_lock(
@@ -371,7 +371,7 @@ def test_a_release_that_fails_is_told_and_frees_the_lock(
         patch.setattr(os, "ftruncate", stale)
         lease.release()
     assert "cannot remove" in caplog.text
-    assert start().ask("acquire").startswith("held")
+    assert start().any_rank("acquire").startswith("held")
 
 
 def test_no_torch() -> None:

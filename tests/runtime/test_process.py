@@ -57,7 +57,7 @@ def test_ranks_talk_and_are_seeded_apart() -> None:
 def fail_on(rank: int, kind: type[Exception]) -> str:
     runtime = start(CONFIG, read_topology(os.environ))
     try:
-        with runtime.together("trying"):
+        with runtime.raise_on_all_ranks("trying"):
             if runtime.rank == rank:
                 raise kind("the cause")
     except Exception as error:
@@ -105,7 +105,7 @@ def in_order() -> list[int]:
 
 def test_errors_of_one_process_pass_through() -> None:
     runtime = start(CONFIG, Topology())
-    with pytest.raises(ValueError, match="mine"), runtime.together("trying"):
+    with pytest.raises(ValueError, match="mine"), runtime.raise_on_all_ranks("trying"):
         raise ValueError("mine")
     assert runtime.gather(3) == [3]
     assert runtime.broadcast("x") == "x"

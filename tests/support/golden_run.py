@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distkit.config import CheckpointConfig, FSDPConfig, ScheduleConfig, Split
 from distkit.data.sets.fingerprint import fingerprint
+from distkit.entry import main
 from distkit.losses import chunked_cross_entropy
 from distkit.models import GPT
 from distkit.recipe import Recipe
@@ -84,4 +85,4 @@ RECIPE = Recipe("golden", GPTTrainConfig, lambda config: Model(config.dropout), 
                 presets={"default": BASE})  # fmt: skip
 
 if __name__ == "__main__":
-    RECIPE.main()
+    main(RECIPE)

@@ -39,7 +39,7 @@ _context.set_forkserver_preload(
         "distkit.debug",
         "distkit.engine.fit",
         "distkit.models",
-        "distkit.recipe",
+        "distkit.entry",
     ]
 )
 sys.path.insert(0, str(Path(__file__).parents[1]))

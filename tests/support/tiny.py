@@ -14,6 +14,7 @@ from distkit.assemble import assemble
 from distkit.config import CheckpointConfig, ObserveConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
 from distkit.data import Draws
 from distkit.engine.run import Run
+from distkit.entry import main
 from distkit.losses import LossOutput
 from distkit.recipe import Recipe
 from distkit.runtime import Topology, read_topology
@@ -103,4 +104,4 @@ def build_run(folder: Path | str, config: TinyConfig = BASE, topology: Topology 
 
 
 if __name__ == "__main__":
-    RECIPE.main()
+    main(RECIPE)

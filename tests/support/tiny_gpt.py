@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distkit.config import CheckpointConfig, ObserveConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
+from distkit.entry import main
 from distkit.losses import LossOutput, chunked_cross_entropy
 from distkit.models import GPT, GPTConfig
 from distkit.recipe import Recipe
@@ -68,4 +69,4 @@ RECIPE = Recipe("tiny-gpt", GPTTrainConfig, build_model, lambda config, split: T
                 presets={"default": BASE})  # fmt: skip
 
 if __name__ == "__main__":
-    RECIPE.main()
+    main(RECIPE)

@@ -59,7 +59,7 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainSource:
     """Where a run's microbatches come from, and what is said about it."""
 
     loader: Loader | IterableSource
@@ -68,7 +68,7 @@ class Training:
     placement: str
 
 
-def open_training(dataset: Dataset | IterableData, reading: Reading, split: BatchSplit, rank: int) -> Training:
+def open_training(dataset: Dataset | IterableData, reading: Reading, split: BatchSplit, rank: int) -> TrainSource:
     """The training data of one rank: the sample stream over a placed set, or an iterable set in its own order.
 
     Raises:
@@ -80,7 +80,7 @@ def open_training(dataset: Dataset | IterableData, reading: Reading, split: Batc
         stream = SampleStream(reading.seed, size, split.global_batch_size)
         how = f"{placed.placement} ({placed.reason})"
         loader = Loader(placed.fetcher, stream, split, rank)
-        return Training(loader=loader, num_samples=size, summary=line, placement=how)
+        return TrainSource(loader=loader, num_samples=size, summary=line, placement=how)
     if reading.data.placement not in ("auto", "workers"):
         raise ConfigError(f"--data.placement {reading.data.placement} needs data with numbers", expected="workers",
                           got="an iterable data set", fix="--data.placement workers")  # fmt: skip
@@ -96,7 +96,7 @@ def open_training(dataset: Dataset | IterableData, reading: Reading, split: Batc
         prefetch_depth=reading.data.prefetch_depth,
     )
     how = f"workers (iterable data set, {reading.num_workers()} processes)"
-    return Training(loader=source, num_samples=size, summary=line, placement=how)
+    return TrainSource(loader=source, num_samples=size, summary=line, placement=how)
 
 
 def summary_of(dataset: object) -> str:

@@ -1,8 +1,8 @@
 """ZeRO's flat partitions as what they hold: this rank's elements of each parameter and its optimizer state, by name.
 
 DeepSpeed updates one flat tensor a parameter group (ZeRO 3: a part of one) and keeps the optimizer's state for that.
-A `View` cuts all of it along the parameters, so that checkpoints, digests and comparisons see what every other strategy
-has. Cutting shares memory; only `install` copies.
+A `ParameterView` cuts all of it along the parameters, so that checkpoints, digests and comparisons see what every
+other strategy has. Cutting shares memory; only `install` copies.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class _Named(nn.Module):
         return iter(cast(Mapping[str, nn.Parameter], self.shards).items())
 
 
-class View:
+class ParameterView:
     """DeepSpeed's inner optimizer as one over the model's parameters, of which each rank has some elements.
 
     Attributes:

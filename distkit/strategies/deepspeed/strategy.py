@@ -34,7 +34,7 @@ from distkit.strategies.deepspeed.config import deepspeed_config
 from distkit.strategies.deepspeed.scaling import LossScaling
 from distkit.strategies.deepspeed.start import gather_whole_, measure_nothing_, require_installed, start_engine
 from distkit.strategies.deepspeed.state import (
-    View,
+    ParameterView,
     Zero,
     Zero3,
     flat_partitions,
@@ -173,8 +173,8 @@ class DeepSpeed(Sharded):
             found = {name: shard_of(parameter) for name, parameter in found.items()}
         return {**found, **dict(self.module.named_buffers())}
 
-    def _view(self) -> View:
-        return View(self.optimizer, self._partitions, self._groups)
+    def _view(self) -> ParameterView:
+        return ParameterView(self.optimizer, self._partitions, self._groups)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The tensors of the optimizer's state, as `PARAMETER/KEY`; what belongs to elements is cut as they are."""

@@ -1,0 +1,164 @@
+"""From a command line to an exit code: what a recipe's file calls last."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from distkit.cli import parse
+from distkit.config import (
+    ActivationCheckpointingConfig,
+    DDPConfig,
+    FSDPConfig,
+    TrainConfig,
+    ZeroConfig,
+    split_batch,
+)
+from distkit.errors import ConfigError, DistkitError
+from distkit.recipe import Recipe
+from distkit.runtime import Topology, launched_strategy, merge_launcher_env, read_topology
+from distkit.runtime.faults import check_faults
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+def main(recipe: Recipe[C], argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 configuration, 75 stopped and resumable."""
+    code = launch(recipe, sys.argv[1:] if argv is None else argv)
+    distributed = sys.modules.get("torch.distributed")
+    if code and distributed is not None and distributed.is_initialized():
+        # taking down a group whose other ranks are gone may abort, and the exit code would be lost
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def launch(recipe: Recipe[C], argv: Sequence[str]) -> int:
+    """Parse, train, and say how it went as an exit code. Errors are one message on stderr."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    topology = Topology(rank=int(rank) if rank.isdigit() else 0)
+    debugger = False
+    try:
+        topology = read_topology(os.environ)
+        check_faults()
+        strategy = launched_strategy(os.environ, topology.world_size)
+        parsed = parse(recipe.config, recipe.presets, argv, f"{recipe.name}.py", recipe_summary(recipe), strategy)
+        config = merge_launcher_env(parsed.config, parsed.typed, os.environ, topology.world_size)
+        debugger = config.debug.pdb
+        config = debug_config(config, topology) if config.debug.enabled else config
+        split_batch(config, topology.world_size)
+        run_recipe(recipe, config, topology)
+    except DistkitError as error:
+        if debugger:
+            post_mortem()
+        return complain(error, topology)
+    except Exception as error:
+        if (gone := without_peer(error)) is not None:
+            return complain(gone, topology)
+        traceback.print_exc()
+        if debugger:
+            post_mortem()
+        return 1
+    return 0
+
+
+def without_peer(error: Exception) -> DistkitError | None:
+    """One line for a collective whose other end is gone; None for any other error, or when nothing was started."""
+    process = sys.modules.get("distkit.runtime.process")
+    return None if process is None else process.lost_peer(error)
+
+
+def recipe_summary(recipe: Recipe[C]) -> str:
+    """The docstring of the recipe's file."""
+    module = sys.modules.get(recipe.compute_loss.__module__)
+    return (module.__doc__ if module is not None else None) or recipe.name
+
+
+def complain(error: DistkitError, topology: Topology) -> int:
+    """Print an error once, not once a rank; return its exit code."""
+    message = str(error)
+    if isinstance(error, ConfigError) and not topology.is_main_process:
+        # every rank finds the same one; leaving first would let the launcher end rank 0 before it has spoken
+        time.sleep(3)
+    elif message and (topology.is_main_process or not error.on_all_ranks):
+        rank = f" (rank {topology.rank})" if topology.world_size > 1 and not isinstance(error, ConfigError) else ""
+        print(f"distkit: error{rank}: {message}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def post_mortem() -> None:
+    """Open the debugger at the exception being handled."""
+    import pdb
+
+    pdb.post_mortem(sys.exc_info()[2])
+
+
+def debug_config(config: C, topology: Topology) -> C:
+    """The configuration of debug mode, before CUDA starts.
+
+    Raises:
+        ConfigError: more than one process, or an option that debug mode would ignore.
+    """
+    if topology.world_size > 1:
+        raise ConfigError("--debug runs in one process", expected="1 process", got=f"{topology.world_size} ranks",
+                          fix="python RECIPE --debug")  # fmt: skip
+    if config.run_dir is not None:
+        raise ConfigError("--debug writes no run directory", got=f"--run-dir {config.run_dir}", fix="--run-dir None")
+    if config.resume.source != "auto":
+        raise ConfigError("--debug starts from fresh weights", got=f"--resume {config.resume.source}",
+                          fix="--resume auto")  # fmt: skip
+    if config.observe.tensorboard or config.observe.wandb:
+        raise ConfigError("--debug reports to the terminal only", expected="neither tensorboard nor wandb",
+                          fix="--observe.no-tensorboard --observe.no-wandb")  # fmt: skip
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
+    return replace(
+        config,
+        deterministic=True,
+        strategy="auto",
+        ddp=DDPConfig(),
+        fsdp=FSDPConfig(),
+        zero=ZeroConfig(),
+        activation_checkpointing=ActivationCheckpointingConfig(),
+        compile=False,
+        compile_scope="auto",
+        compile_backend="inductor",
+        compile_mode="default",
+        compile_fullgraph=False,
+        compile_dynamic=False,
+    )
+
+
+def run_recipe(recipe: Recipe[C], config: C, topology: Topology) -> dict[str, object]:
+    """Train `recipe` as `config` says in this process; returns what summary.json holds.
+
+    Raises:
+        DistkitError: with its exit code.
+    """
+    from distkit.assemble import assemble
+    from distkit.debug import debug
+    from distkit.engine.fit import fit
+    from distkit.runtime.process import start
+
+    runtime = start(config, topology)
+    run = assemble(recipe, config, runtime)
+    summary: dict[str, object] = {}
+    try:
+        if config.debug.enabled:
+            expected = recipe.expected_initial_loss(config) if recipe.expected_initial_loss is not None else None
+            debug(run, expected)
+        elif run.finished:
+            if runtime.is_main_process:
+                done = run.directory.completed_steps()
+                print(f"{run.directory.path} is finished: {done:,} steps are done (more: --num-steps N)")
+        else:
+            summary = fit(run)
+    finally:
+        run.directory.release()
+    runtime.close()
+    return summary
