@@ -14,7 +14,7 @@ PACKAGE = ROOT / "distkit"
 
 #: Bottom to top; a module may import from lower rows, and a package from itself.
 FLOORS = (
-    {"errors"},
+    {"errors", "files"},
     {"config"},
     {"schedules", "permutation"},
     {"runtime"},
@@ -28,7 +28,7 @@ FLOORS = (
     {"verify_resume"},
     {"commands"},
 )
-WITHOUT_TORCH = {"errors", "config", "schedules", "permutation", "cli", "recipe", "verify_resume", "commands"}
+WITHOUT_TORCH = {"errors", "files", "config", "schedules", "permutation", "cli", "recipe", "verify_resume", "commands"}
 FENCES = {
     "accelerate": {"runtime", "strategies"},
     "deepspeed": {"runtime", "strategies"},

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,36 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from distkit.checkpoint.retention import list_checkpoints, sweep
-from distkit.checkpoint.write import sync_folder
 from distkit.engine.lease import Lease
 from distkit.errors import ConfigError, TrainingError
+from distkit.files import remove_temporaries, sync_folder, write_json
 
 State = Literal["running", "completed", "preempted", "failed"]
 #: What a run writes beside its checkpoints; a FIFO or a folder in place of one would be met in the middle of a run.
 FILES = ("config.json", "environment.json", "status.json", "summary.json", "metrics.jsonl")
-
-
-def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write `value` to `path`; a reader sees the old file or the new one, never a half.
-
-    JSON has no NaN and no infinity: null stands for them.
-    """
-    partial = path.with_name(f".tmp-{path.name}")
-    try:
-        partial.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass
@@ -89,6 +64,7 @@ class RunDirectory:
             if self.lease is None:
                 self.claim()
                 self._check_still_empty()
+            remove_temporaries(self.path)
             self.attempt = self._last_attempt() + 1
             if saves:
                 self.checkpoints.mkdir(exist_ok=True)

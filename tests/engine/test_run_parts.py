@@ -13,8 +13,9 @@ import torch
 from distkit.engine.clock import Clock
 from distkit.engine.meter import FOLD_EVERY, Meter
 from distkit.engine.run import Progress, Trackers
-from distkit.engine.run_dir import RunDirectory, check_usable, write_json
+from distkit.engine.run_dir import RunDirectory, check_usable
 from distkit.errors import ConfigError, TrainingError
+from distkit.files import write_json
 from distkit.losses import LossOutput
 from distkit.runtime import Topology
 from distkit.runtime.process import Runtime
@@ -196,14 +197,6 @@ def test_the_clock_goes_on_where_it_was() -> None:
     resumed.begin()
     assert resumed.lap(50) == pytest.approx(50 / 0.05, rel=0.5)
     assert resumed.average() == pytest.approx(150 / resumed.seconds)
-
-
-def test_write_json_replaces_whole_files(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, {"a": 1})
-    write_json(path, {"b": [1, 2]})
-    assert json.loads(path.read_text()) == {"b": [1, 2]}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_directories_that_cannot_be_used(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""Whole files: a reader sees the old file or the new one, never a half, also after a crash or a power cut.
+
+Everything is written under a temporary name in the same folder, synced to disk, renamed, and the folder is synced. A
+failure removes the temporary file. Only a killed process leaves one: its name begins with `TEMPORARY`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = ".tmp-"
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """An open file, for writing and reading, that becomes `path` when the block ends without an exception.
+
+    Args:
+        path: its folder exists; a file that is there is replaced.
+        mode: permissions, less those that the umask takes away.
+
+    Raises:
+        OSError: the folder is not writable, the disk is full, or `path` is a folder; nothing is left behind.
+    """
+    temporary = _temporary(path)
+    try:
+        with os.fdopen(_create(temporary, mode), "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """The same for a library that writes a file by its name: yields the temporary name, where an empty file lies.
+
+    The file gets `mode` and the umask whatever permissions the library gives it (safetensors: the owner's only).
+
+    Raises:
+        OSError: as `atomic_file`.
+    """
+    temporary = _temporary(path)
+    try:
+        descriptor = _create(temporary, mode)
+        permissions = os.fstat(descriptor).st_mode & 0o7777
+        os.close(descriptor)
+        yield temporary
+        with temporary.open("rb+") as file:  # the library may have made another file
+            os.fchmod(file.fileno(), permissions)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes | memoryview, mode: int = 0o666) -> None:
+    """Make `data` the content of `path`; arguments and errors as `atomic_file`."""
+    with atomic_file(path, mode) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Write `value` to `path` as indented JSON, with null for NaN and infinity, which JSON does not have.
+
+    Raises:
+        OSError: as `atomic_file`.
+        TypeError: `value` holds something that JSON does not have either; `path` stays as it is.
+    """
+    write_bytes(path, json.dumps(_without_nan(value), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that the names in it survive a power cut.
+
+    Raises:
+        OSError: it is no folder, or the disk fails.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed writers left in `folder`; only where nobody else is writing.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if path.is_symlink() or path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name of its own: two processes that write the same file must not rename each other's half."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _create(path: Path, mode: int) -> int:
+    """A new, empty file, open for reading and writing; never one that is there already, nor where a link points."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
