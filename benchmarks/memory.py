@@ -163,7 +163,7 @@ def held(run: Run) -> dict[str, int]:
     ]
     # the flat fp32 weights that ZeRO updates: storages of the parameters, where they alias them
     updated = [local_part(p) for group in strategy.optimizer.param_groups for p in group["params"]]
-    updated += [partition.flat for partition in getattr(strategy, "_partitions", ())]
+    updated += [partition.flat for partition in strategy.zero.partitions] if hasattr(strategy, "zero") else []
     gradients = [*strategy.gradients(), *(p.grad for p in strategy.module.parameters()), *(p.grad for p in updated)]
     gradients += unfinished_gradients(run)
     local = [local_part(gradient) for gradient in gradients if gradient is not None]

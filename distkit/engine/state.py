@@ -59,10 +59,6 @@ def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
-def _without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
-
-
 def live_tensors(run: Run) -> dict[str, Tensor]:
     """The tensors that exist from the start and are restored in place: model, ema, scaler."""
     tensors = _prefixed("model", run.model_tensors())
@@ -78,14 +74,14 @@ def snapshot(run: Run) -> Snapshot:
     """
     strategy, rank = run.strategy, run.runtime.rank
     strategy.synchronize_buffers_(run.ema.averaged_buffers if run.ema is not None else ())
-    optimizer = strategy.optimizer_tensors()
+    optimizer_state = strategy.optimizer_state
     extra, extra_values = split_extra(extra_states(strategy.module))
     observers: dict[str, str] = {}
     for observer in run.observers:
         observers |= observer.state_dict()
     values = {name: part.state_dict() for name, part in parts(run).items()}
     return Snapshot(
-        shared=live_tensors(run) | extra | _prefixed("optimizer", optimizer),
+        shared=live_tensors(run) | extra | _prefixed("optimizer", optimizer_state.tensors()),
         own=_prefixed(f"rng/{rank:05d}", capture_rng(run.runtime.device))
         | _prefixed(f"meter/{rank:05d}", run.meter.state_tensors()),
         values={
@@ -97,7 +93,7 @@ def snapshot(run: Run) -> Snapshot:
             "aliases": run.aliases,
             "config": to_json(run.config),
             "parts": values
-            | {"observers": observers, "optimizer": strategy.optimizer_structure()}
+            | {"observers": observers, "optimizer": optimizer_state.structure()}
             | {"extra": extra_values},
         },
         own_values={} if run.data_state is None else {"data": run.data_state.state_dict()},
@@ -148,7 +144,7 @@ def check_fits(run: Run, found: Found) -> None:
     lines = differences(found.manifest, live_tensors(run), ("model/", "ema/", "scaler/"), made_anew)
     lines += _extra_differences(run, found)
     structure = cast(dict[str, object], found.parts().get("optimizer", {}))
-    lines += run.strategy.compare_optimizer(structure)
+    lines += run.strategy.optimizer_state.compare(structure)
     if lines:
         raise ConfigError("\n  ".join([f"{where} does not fit this run", *lines]),
                           fix="the configuration it was saved with, or --resume DIR --resume.weights-only")  # fmt: skip
@@ -168,7 +164,7 @@ def restore(run: Run, found: Found) -> None:
     if run.takes_weights_only:
         weights = _prefixed("model", run.model_tensors())
         load_tensors(found.directory, found.manifest, _matching(weights, found))
-        run.strategy.install_weights(_without_prefix("model", weights))
+        run.strategy.refresh_copies_()
         set_extra_states(run.strategy.module, _saved_extra(found))
         if run.ema is not None:
             run.ema.restart_()
@@ -187,9 +183,11 @@ def _restore_all(run: Run, found: Found) -> None:
     }
     made_anew = _made_anew(run, found)
     live = {name: tensor for name, tensor in live_tensors(run).items() if name not in made_anew}
-    state = strategy.allocate_optimizer(structure, forms)
-    load_tensors(found.directory, found.manifest, live | _prefixed("optimizer", state))
-    strategy.install_state(structure, _without_prefix("model", live), state)
+    optimizer_state = strategy.optimizer_state
+    optimizer_tensors = optimizer_state.allocate(structure, forms)
+    load_tensors(found.directory, found.manifest, live | _prefixed("optimizer", optimizer_tensors))
+    optimizer_state.install(structure, optimizer_tensors)
+    strategy.refresh_copies_()
     set_extra_states(strategy.module, _saved_extra(found))
     run.meter.load_state_tensors(_meter_tensors(run, found))
     for name, part in parts(run).items():

@@ -9,8 +9,9 @@ import torch
 from distkit.config import TrainConfig
 from distkit.errors import ConfigError
 from distkit.runtime.process import Runtime
-from distkit.strategies.base import Strategy, set_fp32_precision
+from distkit.strategies.base import Strategy
 from distkit.strategies.data_parallel import DataParallel
+from distkit.strategies.precision import set_fp32_precision
 
 __all__ = ["Strategy", "build_strategy", "set_fp32_precision"]
 

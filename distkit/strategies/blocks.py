@@ -1,4 +1,4 @@
-"""The parts a large model repeats: found, recomputed in the backward, compiled. Names and classes stay as they are."""
+"""The blocks that a large model repeats, and activations that are recomputed in the backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from distkit.config import ActivationCheckpointingConfig, TrainConfig
+from distkit.config import ActivationCheckpointingConfig
 from distkit.errors import ConfigError, nearest
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -105,50 +105,3 @@ def _recomputed(forward: Callable[..., object], *args: object, **kwargs: object)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
-
-
-def captures_graphs(config: TrainConfig) -> bool:
-    """Whether what `compile_` makes runs in CUDA graphs on a GPU (torch._inductor.list_mode_options)."""
-    if not config.compile:
-        return False
-    return config.compile_backend == "cudagraphs" or (
-        config.compile_backend == "inductor" and config.compile_mode != "default"
-    )
-
-
-def refuse_accumulation(config: TrainConfig, accum_steps: int) -> None:
-    """CUDA graphs give gradients in memory of their own, over which the next microbatch writes.
-
-    Seen by others (https://github.com/pytorch/pytorch/issues/169545 and 96693): an error, or silently wrong sums.
-
-    Raises:
-        ConfigError: there is a next microbatch.
-    """
-    if accum_steps > 1:
-        typed = "backend cudagraphs" if config.compile_backend == "cudagraphs" else f"mode {config.compile_mode}"
-        raise ConfigError(f"--compile-{typed} captures CUDA graphs, which cannot add up gradients of {accum_steps} "
-                          "microbatches", expected="one microbatch a step on each rank", got=accum_steps,
-                          fix="--compile-mode default --compile-backend inductor, or no --microbatch-size")  # fmt: skip
-
-
-def compile_(model: nn.Module, config: TrainConfig, scope: str) -> None:
-    """torch.compile, in place: of `model`'s call (whole), or of the forward of each repeated block.
-
-    A block's hooks stay outside, where a strategy gathers its parameters.
-
-    Raises:
-        ConfigError: the model has no repeated block.
-    """
-    # only inductor has modes
-    mode = config.compile_mode if config.compile_backend == "inductor" else None
-    backend, fullgraph, dynamic = config.compile_backend, config.compile_fullgraph, config.compile_dynamic or None
-    if scope == "whole":
-        model.compile(backend=backend, mode=mode, fullgraph=fullgraph, dynamic=dynamic)
-        return
-    blocks = repeated_blocks(model)
-    if not blocks:
-        # what is cut cannot be compiled as one
-        fix = "--compile-scope whole" if config.strategy in ("auto", "single", "ddp") else "--no-compile"
-        raise ConfigError("--compile-scope blocks: the model repeats no block", fix=fix)
-    for block in blocks:
-        block.forward = torch.compile(block.forward, backend=backend, mode=mode, fullgraph=fullgraph, dynamic=dynamic)

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from distkit.errors import ConfigError
 from distkit.strategies.base import Strategy
-from distkit.strategies.blocks import compile_, recompute_activations_
+from distkit.strategies.blocks import recompute_activations_
+from distkit.strategies.compiled import compile_
 from distkit.strategies.parameters import GradientWatch
 
 
@@ -28,7 +29,7 @@ class DataParallel(Strategy):
             self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)  # type: ignore[no-untyped-call]
         recompute_activations_(self.module, config.activation_checkpointing)
         if config.compile and config.compile_scope == "blocks":
-            compile_(self.module, config, "blocks")
+            compile_(self.module, config, "blocks", fix="--compile-scope whole")
         self._ddp = self._wrap(self.module) if runtime.world_size > 1 else None
         self.name = "ddp" if self._ddp is not None else "single"
         self.model = self._ddp if self._ddp is not None else self.module

@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 from distkit.config import FSDPConfig
 from distkit.errors import ConfigError
 from distkit.runtime.process import Runtime
-from distkit.strategies.blocks import compile_, modules_of_class, recompute_activations_, repeated_blocks
-from distkit.strategies.parameters import refuse_scalars
-from distkit.strategies.sharded import Sharded
+from distkit.strategies.blocks import modules_of_class, recompute_activations_, repeated_blocks
+from distkit.strategies.compiled import compile_
+from distkit.strategies.sharded import Sharded, refuse_scalars
 from distkit.tensors.shards import local_part
 
 #: One flattens all parameters into a vector, one takes sparse gradients, and one keeps means of whole rows and columns.
@@ -103,10 +103,7 @@ class FullySharded(Sharded):
             raise ConfigError(f"--optim.name {config.optim.name} cannot update shards of parameters",
                               expected="--strategy ddp, or another optimizer", got="--strategy fsdp",
                               fix="--strategy auto")  # fmt: skip
-        if config.compile and config.compile_scope == "whole":
-            raise ConfigError("--compile-scope whole with --strategy fsdp", got="whole",
-                              expected="blocks: parameters are gathered between them",
-                              fix="--compile-scope blocks")  # fmt: skip
+        self._refuse_whole_compilation("blocks: parameters are gathered between them")
         replicas = config.fsdp.replicas or 1
         if world_size % replicas or world_size == replicas:
             near = [n for n in range(2, world_size) if world_size % n == 0]

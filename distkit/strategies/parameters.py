@@ -1,4 +1,4 @@
-"""What a strategy asks of a model's parameters: their names, a shape that can be cut, and a gradient for each."""
+"""What a strategy asks of a model's parameters: their names, and a gradient for each."""
 
 from __future__ import annotations
 
@@ -20,19 +20,6 @@ def state_tensors(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Te
     """Its state dict without extra states (torch.nn.Module.get_extra_state) that are no tensors."""
     state = module.state_dict(keep_vars=keep_vars)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def refuse_scalars(module: nn.Module, strategy: str) -> None:
-    """Refuse parameters without dimensions, which cannot be cut.
-
-    Raises:
-        ConfigError: naming the first one.
-    """
-    scalars = [name for name, parameter in module.named_parameters() if not parameter.ndim]
-    if scalars:
-        raise ConfigError(f"--strategy {strategy} cannot cut parameter {scalars[0]}, which has no dimension",
-                          expected="shape [1] at least", got="shape []",
-                          fix="torch.ones(1) in place of torch.tensor(1.0), or --strategy ddp")  # fmt: skip
 
 
 class GradientWatch:

@@ -15,10 +15,10 @@ from distkit.config import OPTIMIZERS, OptimConfig
 from distkit.errors import ConfigError
 from distkit.optim import (
     MuonWithAdamW,
+    OptimizerState,
     build_optimizer,
     can_fuse,
     default_param_groups,
-    named_optimizer_state,
     named_parameters,
     set_lr,
     skips_on_device,
@@ -44,6 +44,10 @@ class Tiny(nn.Module):
         x = self.norm(self.hidden(self.embedding(tokens)))
         x = self.conv(x.unsqueeze(1)).squeeze(1)
         return self.head(torch.tanh(x))
+
+
+def values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    return OptimizerState(optimizer, named_parameters(model)).all_values()
 
 
 def make(sparse: bool = False, tied: bool = False) -> Tiny:
@@ -147,7 +151,7 @@ def test_lbfgs_takes_a_closure_and_one_group() -> None:
     hand = torch.optim.LBFGS(theirs.parameters(), 0.5, max_iter=4, history_size=3, line_search_fn="strong_wolfe")
     train(theirs, hand)
     assert_same_weights(ours, theirs)
-    state = named_optimizer_state(optimizer, ours)
+    state = values(optimizer, ours)
     assert "embedding.weight/old_dirs/0" in state
     assert state["embedding.weight/n_iter"].dtype == torch.int64
     with pytest.raises(ConfigError, match="one parameter group"):
@@ -380,7 +384,10 @@ def test_muon_continues_from_its_state(way: str) -> None:
     set_lr(second, 1.0)
     train(cut, second, num_steps=2)
     assert_same_weights(cut, whole)
-    ours, theirs = named_optimizer_state(second, cut), named_optimizer_state(reference, whole)
+    ours, theirs = (
+        values(second, cut),
+        values(reference, whole),
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -426,7 +433,10 @@ def test_named_state_does_not_depend_on_the_order_of_groups() -> None:
     second = build_optimizer(config, default_param_groups(two, config)[::-1])
     train(one, first)
     train(two, second)
-    left, right = named_optimizer_state(first, one), named_optimizer_state(second, two)
+    left, right = (
+        values(first, one),
+        values(second, two),
+    )
     assert left.keys() == right.keys()
     assert len(left) == 3 * len(list(one.parameters()))
     assert all(torch.equal(left[key], right[key]) for key in left)
@@ -437,14 +447,14 @@ def test_named_state_turns_numbers_into_tensors() -> None:
     model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters())
     optimizer.state[model.weight] = {"count": 3, "rate": 0.5, "nothing": None, "pair": [torch.ones(1), None]}
-    state = named_optimizer_state(optimizer, model)
+    state = values(optimizer, model)
     assert {name: (value.dtype, value.tolist()) for name, value in state.items()} == {
         "weight/count": (torch.int64, 3),
         "weight/rate": (torch.float64, 0.5),
         "weight/pair/0": (torch.float32, [1.0]),
     }
     with pytest.raises(ConfigError, match="not have"):
-        named_optimizer_state(optimizer, nn.Linear(2, 1))
+        values(optimizer, nn.Linear(2, 1))
     optimizer.state[model.weight] = {"text": "x"}
     with pytest.raises(TypeError, match="weight/text"):
-        named_optimizer_state(optimizer, model)
+        values(optimizer, model)

@@ -18,15 +18,10 @@ from distkit.config import OPTIMIZERS, OptimConfig
 from distkit.errors import CheckpointError, ConfigError
 from distkit.optim import (
     MuonWithAdamW,
-    allocate_optimizer_state,
+    OptimizerState,
     build_optimizer,
-    compare_optimizers,
     default_param_groups,
-    install_optimizer_state,
-    named_optimizer_state,
     named_parameters,
-    optimizer_structure,
-    optimizer_tensors,
 )
 from distkit.optim.state import decode_number, encode_number
 
@@ -151,28 +146,32 @@ def train(model: Model, optimizer: Optimizer, steps: range) -> None:
             optimizer.step()
 
 
+def state_of(optimizer: Optimizer, model: nn.Module) -> OptimizerState:
+    return OptimizerState(optimizer, named_parameters(model))
+
+
 Saved = tuple[dict[str, object], dict[str, Tensor]]
 
 
 def save(optimizer: Optimizer, model: Model) -> Saved:
     """As a checkpoint would hold it: strict JSON, and contiguous copies."""
-    text = json.dumps(optimizer_structure(optimizer, model), allow_nan=False)
-    tensors = {name: t.detach().clone().contiguous() for name, t in optimizer_tensors(optimizer, model).items()}
+    text = json.dumps(state_of(optimizer, model).structure(), allow_nan=False)
+    tensors = {name: t.detach().clone().contiguous() for name, t in state_of(optimizer, model).tensors().items()}
     return json.loads(text), tensors
 
 
 def put_back(optimizer: Optimizer, model: Model, saved: Saved) -> None:
     structure, tensors = saved
-    assert compare_optimizers(structure, optimizer, model) == []
+    assert state_of(optimizer, model).compare(structure) == []
     before = {parameter: dict(state) for parameter, state in optimizer.state.items()}
-    new = allocate_optimizer_state(
-        optimizer, model, structure, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    new = state_of(optimizer, model).allocate(
+        structure, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     )
     assert {parameter: dict(state) for parameter, state in optimizer.state.items()} == before
     assert new.keys() == tensors.keys()
     for name, tensor in tensors.items():
         new[name].copy_(tensor)
-    install_optimizer_state(optimizer, model, structure, new)
+    state_of(optimizer, model).install(structure, new)
 
 
 def copy_weights(source: Model, target: Model) -> None:
@@ -217,8 +216,8 @@ def test_training_goes_on_to_the_bit(name: str) -> None:
     copy_weights(model, again)
     put_back(fresh, again, saved)
     assert everything(again, fresh) == everything(model, optimizer)
-    digested = named_optimizer_state(fresh, again)
-    assert digested.keys() == named_optimizer_state(optimizer, model).keys()
+    digested = state_of(fresh, again).all_values()
+    assert digested.keys() == state_of(optimizer, model).all_values().keys()
     train(model, optimizer, range(5, 10))
     train(again, fresh, range(5, 10))
     assert everything(again, fresh) == everything(model, optimizer)
@@ -232,7 +231,7 @@ def test_every_optimizer_has_a_case() -> None:
 def test_no_two_tensors_of_a_state_share_memory(name: str) -> None:
     model, optimizer = CASES[name].build(seed=0)
     train(model, optimizer, range(3))
-    tensors = optimizer_tensors(optimizer, model)
+    tensors = state_of(optimizer, model).tensors()
     places = [tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()]
     assert len(set(places)) == len(places)
 
@@ -269,7 +268,7 @@ def test_muon_and_adamw_share_what_was_installed() -> None:
 def test_structure_says_what_there_is() -> None:
     model, optimizer = CASES["lbfgs line search"].build(seed=0)
     train(model, optimizer, range(2))
-    structure = json.loads(json.dumps(optimizer_structure(optimizer, model), allow_nan=False))
+    structure = json.loads(json.dumps(state_of(optimizer, model).structure(), allow_nan=False))
     assert structure["class"] == "LBFGS"
     (group,) = structure["groups"]
     assert group["param_names"][:3] == ["unused", "scale", "conv.weight"]
@@ -284,7 +283,7 @@ def test_structure_says_what_there_is() -> None:
 
 def test_structure_keeps_hyperparameters_for_people() -> None:
     model, optimizer = CASES["adamw"].build(seed=0)
-    group = optimizer_structure(optimizer, model)["groups"][0]  # type: ignore[index]
+    group = state_of(optimizer, model).structure()["groups"][0]  # type: ignore[index]
     assert group["betas"] == [0.9, 0.999]
     assert group["fused"] is True
     assert "params" not in group
@@ -293,12 +292,12 @@ def test_structure_keeps_hyperparameters_for_people() -> None:
 def test_tensors_are_the_live_ones() -> None:
     model, optimizer = CASES["adam"].build(seed=0)
     train(model, optimizer, range(1))
-    tensors = optimizer_tensors(optimizer, model)
+    tensors = state_of(optimizer, model).tensors()
     weight = model.blocks["a/b"].weight  # type: ignore[union-attr]
     assert tensors["blocks.a/b.weight/exp_avg"] is optimizer.state[weight]["exp_avg"]
     assert "unused/exp_avg" not in tensors
     assert [name for name in tensors if name.startswith("embedding")] == []  # tied to head.weight
-    assert named_optimizer_state(optimizer, model).keys() == tensors.keys()
+    assert state_of(optimizer, model).all_values().keys() == tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -328,14 +327,12 @@ def test_what_has_no_form_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters())
     optimizer.state[model.weight] = {"text": "x"}
     with pytest.raises(TypeError, match="weight/text"):
-        optimizer_structure(optimizer, model)
+        state_of(optimizer, model).structure()
     elsewhere = torch.optim.SGD(nn.Linear(2, 1).parameters())
-    for look in (
-        optimizer_structure,
-        lambda o, m: compare_optimizers({"class": "SGD", "groups": [], "state": {}}, o, m),
-    ):
+    state = state_of(elsewhere, model)
+    for look in (state.structure, lambda: state.compare({"class": "SGD", "groups": [], "state": {}})):
         with pytest.raises(ConfigError, match="not have"):
-            look(elsewhere, model)
+            look()
 
 
 # --- where tensors go
@@ -351,7 +348,7 @@ def test_step_counters_stay_on_the_host_unless_a_kernel_reads_them(flag: str | N
     for group in fresh.param_groups:
         group.update({} if flag is None else {flag: True})
     forms = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    new = allocate_optimizer_state(fresh, there, structure, forms)
+    new = state_of(fresh, there).allocate(structure, forms)
     assert {name: (t.dtype, tuple(t.shape)) for name, t in new.items()} == forms
     # scale has no dims either, but its moments go with it
     assert new["scale/step"].device.type == ("cpu" if flag is None else "meta")
@@ -365,7 +362,7 @@ def test_asgd_keeps_its_numbers_with_the_parameter() -> None:
     structure, tensors = save(optimizer, model)
     there = Net().to("meta")
     fresh = torch.optim.ASGD(there.parameters())
-    new = allocate_optimizer_state(fresh, there, structure, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
+    new = state_of(fresh, there).allocate(structure, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
     assert {tensor.device.type for tensor in new.values()} == {"meta"}
 
 
@@ -410,20 +407,20 @@ def sharded_round_trip(name: str) -> list[str]:
     dist.init_process_group("gloo")
     model, optimizer = _sharded(name)
     _sharded_steps(model, optimizer, range(2))
-    structure, tensors = optimizer_structure(optimizer, model), optimizer_tensors(optimizer, model)
+    structure, tensors = state_of(optimizer, model).structure(), state_of(optimizer, model).tensors()
     again, fresh = _sharded(name)
     with torch.no_grad():
         for own, other in zip(again.parameters(), model.parameters(), strict=True):
             own.copy_(other)
     forms = {path: (t.dtype, tuple(t.shape)) for path, t in tensors.items()}
-    new = allocate_optimizer_state(fresh, again, structure, forms)
+    new = state_of(fresh, again).allocate(structure, forms)
     wrong = [path for path, tensor in tensors.items() if _layout(tensor) != _layout(new[path])]
     for path, tensor in tensors.items():
         new[path].copy_(tensor)
-    install_optimizer_state(fresh, again, structure, new)
+    state_of(fresh, again).install(structure, new)
     _sharded_steps(model, optimizer, range(2, 4))
     _sharded_steps(again, fresh, range(2, 4))
-    left, right = optimizer_tensors(optimizer, model), optimizer_tensors(fresh, again)
+    left, right = state_of(optimizer, model).tensors(), state_of(fresh, again).tensors()
     left |= {f"model {n}": p.detach() for n, p in model.named_parameters()}
     right |= {f"model {n}": p.detach() for n, p in again.named_parameters()}
     local = lambda tensor: tensor.to_local() if isinstance(tensor, DTensor) else tensor  # noqa: E731
@@ -463,7 +460,7 @@ def saved_with(name: str) -> dict[str, object]:
 )
 def test_another_form_of_state_is_named(saved: str, here: str, line: str) -> None:
     model, optimizer = CASES[here].build(seed=0)
-    lines = compare_optimizers(saved_with(saved), optimizer, model)
+    lines = state_of(optimizer, model).compare(saved_with(saved))
     assert any(line in found for found in lines)
     assert len(lines) <= 2
 
@@ -475,7 +472,7 @@ def test_other_parameters_are_named() -> None:
     frozen.conv.requires_grad_(False)
     frozen.more = nn.Linear(2, 2)
     here = build_optimizer(config("adam"), default_param_groups(frozen, config("adam")))
-    assert compare_optimizers(structure, here, frozen) == [
+    assert state_of(here, frozen).compare(structure) == [
         "optimizer: not updated in the checkpoint, but here: more.bias, more.weight",
         "optimizer: updated in the checkpoint, but not here: conv.bias, conv.weight",
     ]
@@ -484,7 +481,7 @@ def test_other_parameters_are_named() -> None:
 def test_many_names_are_cut_short() -> None:
     model = nn.ParameterList([nn.Parameter(torch.zeros(1)) for _ in range(9)])
     optimizer = torch.optim.SGD(model.parameters())
-    (line,) = compare_optimizers({"class": "SGD", "groups": [], "state": {}}, optimizer, model)
+    (line,) = state_of(optimizer, model).compare({"class": "SGD", "groups": [], "state": {}})
     assert line.endswith("0, 1, 2, 3, 4 and 4 more")
 
 
@@ -495,7 +492,7 @@ def test_a_muon_matrix_that_went_to_adamw_is_named() -> None:
     moved = groups[0]["param_names"].index("blocks.step.weight")
     for key in ("params", "param_names"):
         groups[1][key].append(groups[0][key].pop(moved))
-    lines = compare_optimizers(structure, build_optimizer(config("muon"), groups), model)
+    lines = state_of(build_optimizer(config("muon"), groups), model).compare(structure)
     assert lines == ["optimizer: kind muon in the checkpoint, adamw here: blocks.step.weight"]
 
 
@@ -504,7 +501,7 @@ def test_lbfgs_needs_its_parameters_in_order() -> None:
     model = Net()
     (group,) = default_param_groups(model, config("lbfgs"))
     turned = torch.optim.LBFGS(group["params"][::-1])
-    (line,) = compare_optimizers(structure, turned, model)
+    (line,) = state_of(turned, model).compare(structure)
     assert "another order" in line
 
 
@@ -513,8 +510,8 @@ def test_learning_rates_and_the_order_of_groups_may_change() -> None:
     model = Net()
     groups = default_param_groups(model, config("adam"))
     optimizer = build_optimizer(config("adam", lr=3.0, betas=(0.1, 0.2)), groups[::-1])
-    assert compare_optimizers(structure, optimizer, model) == []
-    assert compare_optimizers({}, optimizer, model) == ["optimizer: the checkpoint has no state of one"]
+    assert state_of(optimizer, model).compare(structure) == []
+    assert state_of(optimizer, model).compare({}) == ["optimizer: the checkpoint has no state of one"]
 
 
 def test_structure_and_tensors_must_name_the_same() -> None:
@@ -526,11 +523,11 @@ def test_structure_and_tensors_must_name_the_same() -> None:
     one_less = {name: form for name, form in forms.items() if name != "scale/exp_avg"}
     for wrong in (one_less, forms | {"scale/other": forms["scale/step"]}):
         with pytest.raises(CheckpointError, match="scale/"):
-            allocate_optimizer_state(fresh, again, structure, wrong)
+            state_of(fresh, again).allocate(structure, wrong)
     with pytest.raises(CheckpointError, match="not updated here"):
-        allocate_optimizer_state(fresh, nn.Linear(1, 1), structure, forms)
+        state_of(fresh, nn.Linear(1, 1)).allocate(structure, forms)
     with pytest.raises(KeyError):
-        install_optimizer_state(fresh, again, structure, {})
+        state_of(fresh, again).install(structure, {})
     with pytest.raises(ValueError, match=r"scale/x has a form"):
-        install_optimizer_state(fresh, again, {"state": {"scale": {"x": {"pickle": "…"}}}}, {})
+        state_of(fresh, again).install({"state": {"scale": {"x": {"pickle": "…"}}}}, {})
     assert len(fresh.state) == 0

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from distkit.config import ActivationCheckpointingConfig, TrainConfig
 from distkit.errors import ConfigError
 from distkit.models import resnet18
-from distkit.strategies.blocks import chosen_blocks, compile_, recompute_activations_, repeated_blocks
+from distkit.strategies.blocks import chosen_blocks, recompute_activations_, repeated_blocks
+from distkit.strategies.compiled import compile_
 
 
 class Block(nn.Module):
@@ -129,5 +130,6 @@ def test_compiled_blocks_keep_names_and_numbers(again: bool) -> None:
 
 
 def test_a_model_without_blocks_cannot_be_compiled_by_block() -> None:
-    with pytest.raises(ConfigError, match="--compile-scope whole"):
-        compile_(nn.Linear(2, 2), TrainConfig(num_steps=1, compile=True), "blocks")
+    for fix in ("--no-compile", "--compile-scope whole"):
+        with pytest.raises(ConfigError, match=fix):
+            compile_(nn.Linear(2, 2), TrainConfig(num_steps=1, compile=True), "blocks", fix=fix)

@@ -12,7 +12,7 @@ from support import tiny
 
 from distkit.config import TrainConfig, ZeroConfig, split_batch
 from distkit.errors import ConfigError
-from distkit.strategies.deepspeed import start as deepspeed_start
+from distkit.strategies.deepspeed import engine
 from distkit.strategies.deepspeed.config import Section, deepspeed_config
 
 BASE = replace(tiny.BASE, strategy="zero2", microbatch_size=2, max_grad_norm=0.5)
@@ -136,6 +136,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["deepspeed", "transformers"])
 def test_what_is_not_installed_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed_start, "find_spec", lambda name: None if name == missing else ModuleSpec(name, None))
+    monkeypatch.setattr(engine, "find_spec", lambda name: None if name == missing else ModuleSpec(name, None))
     with pytest.raises(ConfigError, match=rf"zero2 needs {missing}(?s:.*)distkit\[deepspeed\]"):
-        deepspeed_start.require_installed("zero2")
+        engine.require_installed("zero2")

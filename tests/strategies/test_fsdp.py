@@ -135,7 +135,7 @@ def reads_and_share(folder: str, config: TrainConfig) -> tuple[int, float, list[
     assert type(run.grad_norm) is Tensor
     assert run.grad_norm.ndim == 0
     strategy = run.strategy
-    learned = {**dict(run.strategy.model_tensors()), **strategy.optimizer_tensors()}
+    learned = {**dict(run.strategy.model_tensors()), **strategy.optimizer_state.tensors()}
     learned |= {f"grad {n}": p.grad for n, p in strategy.module.named_parameters() if p.grad is not None}
     held, total = sum(local_part(t).numel() for t in learned.values()), sum(t.numel() for t in learned.values())
     names = [name for name, _ in strategy.module.named_parameters()]

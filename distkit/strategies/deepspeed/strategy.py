@@ -9,42 +9,26 @@ keep 16-bit weights and run norms and losses in them, which no other strategy do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from distkit.config import TrainConfig, split_batch
 from distkit.errors import ConfigError
-from distkit.optim import (
-    allocate_optimizer_state,
-    compare_optimizers,
-    install_optimizer_state,
-    named_optimizer_state,
-    named_parameters,
-    optimizer_structure,
-    optimizer_tensors,
-)
+from distkit.optim import OptimizerState, named_parameters
 from distkit.runtime.process import Runtime
-from distkit.strategies.blocks import compile_, recompute_activations_, repeated_blocks
+from distkit.strategies.blocks import recompute_activations_, repeated_blocks
+from distkit.strategies.compiled import compile_
 from distkit.strategies.deepspeed.config import deepspeed_config
-from distkit.strategies.deepspeed.scaling import LossScaling
-from distkit.strategies.deepspeed.start import gather_whole_, measure_nothing_, require_installed, start_engine
-from distkit.strategies.deepspeed.state import (
-    ParameterView,
-    Zero,
-    Zero3,
-    flat_partitions,
-    flat_partitions_3,
-    shard_of,
-    unequal_groups,
-    whole_shape,
-)
-from distkit.strategies.parameters import GradientWatch, refuse_scalars, state_dict_names, state_tensors
-from distkit.strategies.sharded import Sharded
+from distkit.strategies.deepspeed.engine import gather_whole_, require_installed, start_engine
+from distkit.strategies.deepspeed.partitions import FlatOptimizerState, Zero3Optimizer, ZeroOptimizer, whole_numel
+from distkit.strategies.parameters import GradientWatch, state_dict_names
+from distkit.strategies.sharded import Sharded, refuse_scalars
 
 #: Optimizers that treat each element by itself, so that they can update a run of elements of any parameters.
 ELEMENTWISE = ("sgd", "adam", "adamw", "adamax", "nadam", "radam", "rmsprop", "rprop", "adadelta", "asgd")
@@ -57,61 +41,35 @@ class DeepSpeed(Sharded):
         super().__init__(config, runtime)
         self.name = config.strategy
         self.stage = int(config.strategy[-1])
-        self._scaling = LossScaling(self.scaler, runtime.device)
+        self._found_inf: Tensor | None = None
 
     def prepare(self, module: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> None:
         """Choose what is recomputed and compiled, build the optimizer, hand both to DeepSpeed."""
-        config = self.config
+        config, device = self.config, self.runtime.device
         refuse_scalars(module, self.name)
-        self.module = module.to(self.runtime.device)
+        self.module = module.to(device)
         recompute_activations_(module, config.activation_checkpointing)
         if config.compile:
             compile_(module, config, "blocks")
             if self.stage == 3:
                 gather_whole_(repeated_blocks(module))
         parameters = named_parameters(module)
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         # now: ZeRO 3 gives the state dict other tensors
         self._aliases = state_dict_names(module)
         self.optimizer = build_optimizer(module)
-        self._groups = [[self._names[p] for p in group["params"]] for group in self.optimizer.param_groups]
+        self._groups = [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]
         self.optimizer.state.clear()  # that of parameters which it will not see again
         numel = sum(p.numel() for p in parameters.values())
-        pinned = self.runtime.device.type == "cuda"
         split = split_batch(config, self.runtime.world_size)
-        section = deepspeed_config(config, split, self.stage, numel, pinned=pinned)
-        own = config.zero.config is not None
-        self.engine = start_engine(module, self.optimizer, section, self.runtime.device, own=own)
+        section = deepspeed_config(config, split, self.stage, numel, pinned=device.type == "cuda")
+        self.engine = start_engine(module, self.optimizer, section, device, from_file=config.zero.config is not None)
+        assert self.engine.optimizer.optimizer is self.optimizer, type(self.engine.optimizer.optimizer)
         self.model, self.eval_model = cast(nn.Module, self.engine), module
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         self._first_gradients = GradientWatch(trained, self.name)
-        self._adopt()
-
-    def _adopt(self) -> None:
-        """Find DeepSpeed's partitions, and let fp32 weights be their own master copy."""
-        zero = self.engine.optimizer
-        assert zero.optimizer is self.optimizer, type(zero.optimizer)
-        # gradients are unscaled here
-        zero.torch_autocast_gradscaler = None
-        # and measured
-        measure_nothing_(zero)
-        if self.stage == 3:
-            self._zero3 = cast(Zero3, zero)
-            weights = self._zero3.fp16_partitioned_groups_flat
-            for master, flat in zip(self._zero3.fp32_partitioned_groups_flat, weights, strict=True):
-                # DeepSpeed means to do so itself, but compares a device with the name of one
-                if master.device.type == flat.device.type and not self._zero3.offload_optimizer:
-                    master.data = flat
-            self._partitions = flat_partitions_3(self._zero3, self._names)
-        else:
-            self._zero = cast(Zero, zero)
-            if not self._zero.cpu_offload:
-                for group, master in enumerate(self._zero.single_partition_of_fp32_groups):
-                    master.data = self._zero.parallel_partitioned_bit16_groups[group][self.runtime.rank]
-                self._zero._link_all_hp_params()
-            self._partitions = flat_partitions(self._zero, self._names)
-        if isinstance(self.optimizer, SGD):
-            _fill_momentum_(self.optimizer, [(p.flat, p.group) for p in self._partitions])
+        self.zero = (Zero3Optimizer if self.stage == 3 else ZeroOptimizer)(self.engine.optimizer, names)
+        self.zero.fill_momentum_(self.optimizer)
 
     def exchange_gradients(self, on: bool) -> None:
         """zero1 exchanges once a step; zero2 and zero3 hold only parts of gradients, so each backward exchanges."""
@@ -119,18 +77,15 @@ class DeepSpeed(Sharded):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Afterwards zero3 has nothing gathered: a forward without a backward leaves what it used."""
+        """Afterwards nothing is gathered."""
         try:
             yield
         finally:
-            if self.stage == 3:
-                self._zero3._partition_all_parameters()
+            self.zero.reshard()
 
-    @torch.no_grad()
     def zero_gradients(self) -> None:
-        """DeepSpeed drops gradients itself; zero3 would take an old one where a backward gives none."""
-        if self.stage == 3 and not self._zero3.offload_optimizer:
-            self._zero3.grad_partitions_flat_buffer.zero_()
+        """Forget the gradients of the last step."""
+        self.zero.zero_gradients()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; the mean over ranks is DeepSpeed's, that over microbatches is in the loss."""
@@ -138,113 +93,65 @@ class DeepSpeed(Sharded):
 
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the gradients, summed over ranks; parameters without one count as zeros."""
-        if self.stage == 3:
-            zero3 = self._zero3
-            if zero3.offload_optimizer:
-                return _there(p.flat.grad for p in self._partitions)
-            return [part for parts in zero3.averaged_gradients.values() for part in parts or ()]
-        if self._zero.cpu_offload:
-            self._zero._wait_for_offload_copies()
-            return _there(p.flat.grad for p in self._partitions)
-        return [part for parts in self._zero.averaged_gradients.values() for part in parts or ()]
+        return self.zero.gradients()
 
     @torch.no_grad()
-    def _clip_gradients_(self, measure: bool) -> Tensor | None:
-        if self.scaler.is_enabled():
-            self._scaling.unscale_(self.gradients())
-        scaler, self.scaler = self.scaler, torch.amp.GradScaler(enabled=False)
-        try:
-            return super()._clip_gradients_(measure)
-        finally:
-            self.scaler = scaler
+    def _unscale_gradients_(self) -> None:
+        """Divide by the loss scale, once a step, and learn whether a gradient of some rank is not finite."""
+        if self._found_inf is None:
+            scale = self.scaler_tensors()["scale"]
+            found_inf = torch.zeros(1, device=self.runtime.device)
+            inverse = scale.double().reciprocal().float()
+            torch._amp_foreach_non_finite_check_and_unscale_(self.gradients(), found_inf, inverse)
+            dist.all_reduce(found_inf, dist.ReduceOp.MAX)
+            self._found_inf = found_inf
 
     def update(self) -> None:
         """One update by DeepSpeed; fp16 skips it on the device when a gradient is not finite, and counts that."""
-        self.check_gradients()
-        if self.scaler.is_enabled():
-            self.skipped.add_(self._scaling.update(self.gradients(), self.optimizer, self.engine.step))
+        self._check_first_gradients()
+        if not self.scaler.is_enabled():
+            self.engine.step()
             return
+        self._unscale_gradients_()
+        assert self._found_inf is not None
+        found_inf, self._found_inf = self._found_inf.squeeze(), None
+        # as GradScaler.step does: the optimizer's kernel reads it, and leaves weights and state alone
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.engine.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        scaler, state = self.scaler, self.scaler_tensors()
+        with torch.no_grad():
+            torch._amp_update_scale_(
+                state["scale"], state["growth_tracker"], found_inf, scaler.get_growth_factor(),
+                scaler.get_backoff_factor(), scaler.get_growth_interval(),
+            )  # fmt: skip
+        self.skipped.add_(found_inf)
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer by its canonical name; zero3's parameters as this rank's elements of them."""
-        found: dict[str, Tensor] = dict(named_parameters(self.module).items())
-        if self.stage == 3:
-            found = {name: shard_of(parameter) for name, parameter in found.items()}
-        return {**found, **dict(self.module.named_buffers())}
+        parameters = {name: self.zero.shard(p) for name, p in named_parameters(self.module).items()}
+        return {**parameters, **dict(self.module.named_buffers())}
 
-    def _view(self) -> ParameterView:
-        return ParameterView(self.optimizer, self._partitions, self._groups)
+    @property
+    def optimizer_state(self) -> OptimizerState:
+        """The inner optimizer's state by parameter name; what belongs to elements is cut as they are."""
+        return FlatOptimizerState(self.optimizer, self.zero.partitions, self._groups)
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the optimizer's state, as `PARAMETER/KEY`; what belongs to elements is cut as they are."""
-        view = self._view()
-        return optimizer_tensors(view.optimizer, view.module)
-
-    def optimizer_structure(self) -> dict[str, object]:
-        """Everything else of the optimizer's state, as another strategy would describe it."""
-        view = self._view()
-        return optimizer_structure(view.optimizer, view.module)
-
-    def learned_tensors(self) -> Mapping[str, Tensor]:
-        """Model and optimizer, as `model/NAME` and `optimizer/PARAMETER/KEY`."""
-        view = self._view()
-        tensors = {f"model/{name}": tensor for name, tensor in self.model_tensors().items()}
-        state = named_optimizer_state(view.optimizer, view.module)
-        return tensors | {f"optimizer/{name}": tensor for name, tensor in state.items()}
-
-    def compare_optimizer(self, structure: Mapping[str, object]) -> list[str]:
-        """Why a saved optimizer does not fit, in lines; [] if it does."""
-        view = self._view()
-        return compare_optimizers(structure, view.optimizer, view.module) or unequal_groups(structure, self._groups)
-
-    def allocate_optimizer(
-        self, structure: Mapping[str, object], forms: Mapping[str, tuple[torch.dtype, Sequence[int]]]
-    ) -> dict[str, Tensor]:
-        """Tensors that take this rank's elements of a saved optimizer's state, by name."""
-        view = self._view()
-        return allocate_optimizer_state(view.optimizer, view.module, structure, forms)
-
-    def install_state(
-        self, structure: Mapping[str, object], model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
-    ) -> None:
-        """Go on with a saved state, when all of it has been read; all ranks together.
-
-        Raises:
-            CheckpointError: it cannot be that of flat partitions.
-        """
-        view = self._view()
-        install_optimizer_state(view.optimizer, view.module, structure, optimizer)
-        view.install()
-        self.install_weights(model)
-
-    @torch.no_grad()
-    def install_weights(self, model: Mapping[str, Tensor]) -> None:
-        """The model's tensors have new values: give them to offloaded master copies, and to what stays gathered."""
-        del model  # its tensors are the model's own
-        if self.stage < 3:
-            if self._zero.cpu_offload:
-                for group, master in enumerate(self._zero.single_partition_of_fp32_groups):
-                    master.copy_(self._zero.parallel_partitioned_bit16_groups[group][self.runtime.rank])
-            return
-        zero3 = self._zero3
-        for master, weights in zip(zero3.fp32_partitioned_groups_flat, zero3.fp16_partitioned_groups_flat, strict=True):
-            if master.data_ptr() != weights.data_ptr():
-                master.copy_(weights)
-        if kept := zero3.persistent_parameters:
-            kept[0].all_gather(kept)
+    def refresh_copies_(self) -> None:
+        """Copy the weights to offloaded master copies, and gather again what stays gathered."""
+        self.zero.refresh_copies_()
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's state dict in whole tensors on rank 0, {} elsewhere; all ranks together."""
         if self.stage < 3:
-            return self.gather(state_tensors(self.module))
-        found = self.gather({name: t for name, t in self.model_tensors().items() if name in self._aliases.values()})
-        return {name: found[canonical] for name, canonical in self._aliases.items()} if found else {}
+            return super().whole_weights()
+        saved = self.gather({name: t for name, t in self.model_tensors().items() if name in self._aliases.values()})
+        return {name: saved[canonical] for name, canonical in self._aliases.items()} if saved else {}
 
     @property
     def num_parameters(self) -> int:
         """Elements of all parameters of the model."""
-        return sum(whole_shape(parameter).numel() for parameter in self.module.parameters())
+        return sum(whole_numel(parameter) for parameter in self.module.parameters())
 
     def check(self) -> None:
         """Refuse what DeepSpeed cannot do, or cannot do as the other strategies do."""
@@ -258,9 +165,7 @@ class DeepSpeed(Sharded):
         if self.runtime.device.type not in ("cpu", "cuda"):
             raise ConfigError(f"--strategy {config.strategy} on {self.runtime.device.type}", expected="cuda or cpu",
                               fix="--strategy auto")  # fmt: skip
-        if config.compile and config.compile_scope == "whole":
-            raise ConfigError(f"--compile-scope whole with --strategy {config.strategy}",
-                              expected="blocks", got="whole", fix="--compile-scope blocks")  # fmt: skip
+        self._refuse_whole_compilation("blocks")
         if config.precision == "fp16" and (
             config.optim.name not in ("sgd", "adam", "adamw") or config.zero.offload != "none"
         ):
@@ -268,16 +173,3 @@ class DeepSpeed(Sharded):
                               "updates on the device", expected="adamw, adam or sgd, and no --zero.offload",
                               got=f"--optim.name {config.optim.name} --zero.offload {config.zero.offload}",
                               fix="--precision bf16")  # fmt: skip
-
-
-def _there(gradients: Iterator[Tensor | None]) -> list[Tensor]:
-    return [gradient for gradient in gradients if gradient is not None]
-
-
-@torch.no_grad()
-def _fill_momentum_(optimizer: Optimizer, partitions: Sequence[tuple[Tensor, int]]) -> None:
-    """Momentum of 0 for fused SGD, as distkit.optim.build fills it in for whole parameters."""
-    for flat, group in partitions:
-        settings = optimizer.param_groups[group]
-        if settings["momentum"] and settings.get("fused"):
-            optimizer.state[flat]["momentum_buffer"] = torch.zeros_like(flat)

@@ -1,13 +1,12 @@
-"""DeepSpeed's engine around a model and an optimizer, by way of Accelerate's plugin."""
+"""DeepSpeed's engine around a model and an optimizer, made by Accelerate's plugin."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +19,8 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-class Measures(Protocol):
-    """What is replaced of DeepSpeed's optimizers."""
-
-    scaled_global_norm: Callable[..., float]
-    update_offload_overflow_tracker: Callable[[Tensor], None]
-    _get_norm_groups: Callable[[], list[Tensor]]
-
-
 def require_installed(strategy: str) -> None:
-    """Say what to install where DeepSpeed is not there, or transformers, which Accelerate's plugin imports.
+    """Refuse to start without DeepSpeed, or transformers, which Accelerate's plugin imports.
 
     Raises:
         ConfigError: naming what is missing.
@@ -40,35 +31,35 @@ def require_installed(strategy: str) -> None:
 
 
 def start_engine(
-    module: nn.Module, optimizer: Optimizer, section: Section, device: torch.device, *, own: bool
+    module: nn.Module, optimizer: Optimizer, section: Section, device: torch.device, *, from_file: bool
 ) -> DeepSpeedEngine:
     """Lay `module` and `optimizer` over the ranks as `section` says; all ranks together.
 
     Args:
-        own: some of `section` comes from a user's file.
+        from_file: some of `section` comes from a user's file.
 
     Raises:
         ConfigError: DeepSpeed knows no such option, or not with this value.
     """
-    settings = {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        # with these Accelerate would turn DeepSpeed into DDP, or take a GPU that nobody asked for
-        "ACCELERATE_USE_CPU": None,
-        "ACCELERATE_USE_PARALLELISM_CONFIG": None,
-        # the names of what a launcher's file says, which Accelerate would hold against a whole configuration
-        "ACCELERATE_CONFIG_DS_FIELDS": None,
-        "ACCELERATE_TORCH_DEVICE": str(device),
-    }
-    # for good: DeepSpeed looks at it now and later
+    # for good: DeepSpeed reads it now and later
     os.environ["DS_ACCELERATOR"] = device.type
-    with _environment(settings):
-        from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-        from accelerate.state import AcceleratorState
-        from deepspeed.runtime.config import DeepSpeedConfigError
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import patch_environment
+    from deepspeed.runtime.config import DeepSpeedConfigError
 
+    with patch_environment(
+        accelerate_use_deepspeed="true",
+        # with these Accelerate would turn DeepSpeed into DDP, or take a GPU that was not asked for
+        accelerate_use_cpu="false",
+        accelerate_use_parallelism_config="false",
+        # the names of what a launcher's file says, which Accelerate would compare with a whole configuration
+        accelerate_config_ds_fields="",
+        accelerate_torch_device=str(device),
+    ):
         _quieten()
         _check_options(section)
-        AcceleratorState._reset_state(reset_partial_state=True)  # a run before in this process
+        AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier run in this process
         accelerator = Accelerator(
             mixed_precision="no",
             dynamo_backend="no",
@@ -79,24 +70,12 @@ def start_engine(
         try:
             engine, _ = accelerator.prepare(module, optimizer)
         except (AssertionError, DeepSpeedConfigError) as error:
-            if not own:
+            if not from_file:
                 raise
             raise ConfigError("--zero.config holds what DeepSpeed refuses", expected="options that fit each other",
                               got=error, fix="see DeepSpeed's documentation of its JSON") from error  # fmt: skip
         AcceleratorState._reset_state(reset_partial_state=True)
     return cast("DeepSpeedEngine", engine)
-
-
-def measure_nothing_(zero: Measures) -> None:
-    """Take the norm out of DeepSpeed's step: where it offloads, and in stage 3, it measures one and waits for it.
-
-    Clipping and reports have their own. A gradient that is not finite is then seen in the loss, as everywhere;
-    DeepSpeed would go on without the update and say nothing.
-    """
-    zero.scaled_global_norm = lambda norm_type=2.0: 1.0  # noqa: ARG005
-    zero.update_offload_overflow_tracker = lambda gradient: None  # noqa: ARG005
-    # of stage 3; on the CPU, so that looking at it waits for nothing
-    zero._get_norm_groups = lambda: [torch.ones((), device="cpu")]
 
 
 def gather_whole_(blocks: Sequence[nn.Module]) -> None:
@@ -113,7 +92,7 @@ def gather_whole_(blocks: Sequence[nn.Module]) -> None:
 
 
 def _with_gradient(block: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-    """The block's input, with a gradient: its arrival is what tells DeepSpeed that those of the block are complete.
+    """The block's input, with a gradient: its arrival tells DeepSpeed that those of the block are complete.
 
     Raises:
         ConfigError: the block takes no tensor that can have one.
@@ -141,29 +120,10 @@ def _check_options(section: Section) -> None:
                           got=first["input"], fix="see DeepSpeed's documentation of its JSON") from error  # fmt: skip
 
 
-@contextmanager
-def _environment(settings: Mapping[str, str | None]) -> Iterator[None]:
-    """Inside, the process has these variables (None: not); afterwards its own again."""
-    before = {name: os.environ.get(name) for name in settings}
-    _set_variables(settings)
-    try:
-        yield
-    finally:
-        _set_variables(before)
-
-
-def _set_variables(settings: Mapping[str, str | None]) -> None:
-    for name, value in settings.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
 def _quieten() -> None:
-    """DeepSpeed without its progress on stdout, and on the CPU with torch's collectives.
+    """Keep DeepSpeed's progress off stdout, and use torch's collectives on the CPU.
 
-    Its own ones for the CPU are compiled at the first start, and wait forever for a rank that is gone.
+    DeepSpeed's own for the CPU are compiled at the first start, and wait forever for a rank that is gone.
     """
     import deepspeed
 
