@@ -97,7 +97,7 @@ def test_comparing_metrics_ignores_times_and_names_the_first_step(tmp_path: Path
 
 
 def test_comparing_checkpoints_names_the_first_step_and_tensor(tmp_path: Path) -> None:
-    from checkpoint.writing import write_checkpoint
+    from support.writing import write_checkpoint
 
     for name in ("a", "b"):
         for step in (1, 2):

@@ -410,7 +410,7 @@ def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
     lambda state: state.update(ranks=[]),
 ])  # fmt: skip
 def test_a_malformed_state_is_named_in_one_line(change: Callable[[Any], object], tmp_path: Path) -> None:
-    from checkpoint.writing import rehash
+    from support.writing import rehash
 
     stop_at(tmp_path, FULL, 9)
     directory = tmp_path / "run" / "checkpoints" / step_name(7)
