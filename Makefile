@@ -7,17 +7,26 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
 TESTS ?= tests
+# Test files that run at the same time.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest $(TESTS)
+SIDE_BY_SIDE = -n $(WORKERS) --dist worksteal
 
-.PHONY: help train test check format install clean
+.PHONY: help train test test-slow check format install clean
 
 help:  ## Show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 train: $(STAMP)  ## Train CIFAR-10 on synthetic images, about a minute; more flags through ARGS=
 	$(BIN)/accelerate launch recipes/cifar10.py --preset quick --data.source synthetic $(ARGS)
 
-test: $(STAMP)  ## Run the whole test suite
-	$(BIN)/python -m pytest $(TESTS)
+test: $(STAMP)  ## Test every module, with real ranks, in a few minutes; some of it through TESTS=
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not slow"
+
+# 5 means that no such test was selected, as with TESTS=.
+test-slow: $(STAMP)  ## Test whole matrices, kills at every point, trainings and the benchmarks' checks
+	$(PYTEST) $(SIDE_BY_SIDE) -m "slow and not alone" || test $$? -eq 5
+	$(PYTEST) -m "slow and alone" || test $$? -eq 5
 
 check: $(STAMP)  ## Lint, format, types, floors
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
-"""Shared by all tests: the harness is importable, and no child process outlives a test."""
+"""Shared by all tests: the helpers are importable, one thread a process, and no child process outlives a test."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,19 +9,21 @@ import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+# Read when torch is imported. Tests run side by side, and tensors this small gain nothing from a second thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _children() -> set[int]:
     """Live descendants, without the fork server and multiprocessing's resource tracker."""
-    mine = []
+    alive = set()
     for process in psutil.Process().children(recursive=True):
         try:
             command = " ".join(process.cmdline())
             if process.status() != psutil.STATUS_ZOMBIE and "multiprocessing" not in command:
-                mine.append(process.pid)
+                alive.add(process.pid)
         except psutil.NoSuchProcess:
             continue
-    return set(mine)
+    return alive
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import pickle
 import runpy
+import socket
 import sys
 import tempfile
 import time
@@ -20,7 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from distkit.runtime.local_ranks import free_port, rank_environment
+from distkit.data import sources
+from distkit.runtime.local_ranks import rank_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "cifar10.py"
@@ -44,8 +47,24 @@ _context.set_forkserver_preload(
 )
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+#: Where this process looks for ports: below those that Linux gives to outgoing connections (32768 and up), and apart
+#: from the ports of other pytest workers.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_ports = itertools.cycle(range(12_000 + 1_000 * (_WORKER % 16), 13_000 + 1_000 * (_WORKER % 16)))
+#: Images of the synthetic train and test split in `run_recipe_cli`; a user's 2,000 take seconds to evaluate.
+SMALL_SYNTHETIC = {"num_train": 400, "num_test": 40}
+
 #: What a launcher of an outer process would say; ranks must not inherit it.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on, and that no other pytest worker will choose."""
+    for port in _ports:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable: the ports go round")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +107,7 @@ def run_recipe_cli(
     timeout: float = 180,
     stdin: str = "",
 ) -> list[Ended]:
-    """Run `python RECIPE *argv` on `world_size` ranks in `cwd`; how each rank ended."""
+    """Run `python RECIPE *argv` on `world_size` ranks in `cwd` with `SMALL_SYNTHETIC` data; how each ended."""
     with tempfile.TemporaryDirectory() as folder:
         outs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(world_size)]
         calls = [(_main, (str(recipe), list(argv), str(cwd), str(out), str(err), stdin)) for out, err in outs]
@@ -151,6 +170,7 @@ def _main(recipe: str, argv: list[str], cwd: str, out: str, err: str, stdin: str
     os.close(write)
     os.dup2(read, 0)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # lives as long as the process
+    sources.synthetic.__kwdefaults__.update(SMALL_SYNTHETIC)
     sys.argv = [recipe, *argv]
     try:
         with contextlib.suppress(KeyboardInterrupt):
