@@ -41,7 +41,7 @@ from distkit.checkpoint.plan import piece_of
 from distkit.checkpoint.read import load_tensors
 from distkit.checkpoint.restore import open_verified
 from distkit.checkpoint.saver import Saver, Snapshot
-from distkit.checkpoint.shard_file import allocate
+from distkit.checkpoint.staging import allocate
 from distkit.config import CheckpointConfig, TrainConfig
 from distkit.runtime import read_topology
 from distkit.runtime.local_ranks import free_port, rank_environment
@@ -102,7 +102,7 @@ class Arms:
             saver, begin = self.savers[how], perf_counter()
             outcomes = saver.save(self.step, self.snapshot)
             held = perf_counter() - begin
-            outcomes += saver.settle(wait=True)
+            outcomes += saver.finish()
             total = perf_counter() - begin
         assert [outcome.error for outcome in outcomes] == [None]
         return total, held
@@ -113,7 +113,7 @@ class Arms:
         value_of = partial(piece_of, self.state)
         with self.fresh():
             begin = perf_counter()
-            for image, buffer in zip(saver._images.values(), saver._staging.buffers, strict=True):
+            for image, buffer in zip(saver._files.values(), saver._staging.buffers, strict=True):
                 image.fill_(buffer, value_of)
             return perf_counter() - begin
 

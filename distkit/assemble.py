@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from distkit.checkpoint.plan import check_model_storable
 from distkit.config import BatchSplit, CheckpointConfig, TrainConfig, split_batch, to_json
 from distkit.data import Dataset, as_dataset
 from distkit.data.reading.iterable import IterableData, IterableSource
@@ -21,7 +22,6 @@ from distkit.data.reading.placement import Placed, Reading, TrainSource, open_tr
 from distkit.data.sets.fingerprint import fingerprint_of
 from distkit.ema import Ema
 from distkit.engine.flops import describe_peak, outline_utilization
-from distkit.engine.forms import check_keepable, kept_forms
 from distkit.engine.resume import check_not_completed, find_origin, settle_origin
 from distkit.engine.run import Best, Run
 from distkit.engine.run_dir import RunDirectory, check_usable
@@ -35,6 +35,7 @@ from distkit.runtime.seeding import derive_seed, seeded
 from distkit.schedules import build_plateau, build_schedule
 from distkit.strategies import Strategy, build_strategy, set_fp32_precision
 from distkit.strategies.parameters import state_dict_names
+from distkit.tensors.buffers import buffer_specs
 
 if TYPE_CHECKING:
     from distkit.recipe import Recipe
@@ -114,14 +115,14 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
         restored_elsewhere=origin.elsewhere,
         data_state=train.loader if isinstance(train.loader, IterableSource) else None,
         aliases=aliases,
-        buffer_forms=kept_forms(strategy.module),
+        buffer_specs=buffer_specs(strategy.module),
         fingerprint=fingerprint,
         utilization=utilization,
         facts=describe(config, runtime, strategy, split, num_steps, train, test) | describe_peak(config, runtime),
     )
     with runtime.raise_on_all_ranks("comparing the checkpoint with the run"):
         if config.checkpoint.enabled and not config.debug.enabled:
-            check_keepable(strategy.module, live_tensors(run))
+            check_model_storable(strategy.module, live_tensors(run))
         if origin.found is not None and not run.finished:
             with read_strictly(origin.found):
                 check_fits(run, origin.found)

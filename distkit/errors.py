@@ -74,6 +74,13 @@ class Stopped(DistkitError):
     exit_code: ClassVar[int] = 75
 
 
+def shorten(names: Iterable[str], limit: int = 3) -> str:
+    """`a, b, c and 5 more`: the first `limit` of `names`, and how many there are beyond them."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice spelled most like `word`, or None when none is close."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from distkit.checkpoint import retention
 from distkit.checkpoint.format import (
@@ -32,8 +31,9 @@ from distkit.checkpoint.format import (
     step_name,
 )
 from distkit.checkpoint.plan import Layout
-from distkit.checkpoint.write import replace_file, sync_folder, write_file
+from distkit.checkpoint.write import write_file
 from distkit.errors import CheckpointError
+from distkit.files import sync_folder, write_bytes
 from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
 from distkit.version import __version__
@@ -234,7 +234,7 @@ def _publish(folder: Path, target: Path, job: Job, votes: list[Vote], point: Cal
     point("before_manifest")
     text = dump_manifest(manifest)
     _check_size(MANIFEST, text, MAX_MANIFEST_BYTES)
-    replace_file(target / MANIFEST, text)
+    write_bytes(target / MANIFEST, text, mode=0o600)
     point("after_manifest")
     final = folder / step_name(job.step)
     if os.path.lexists(final):  # it did not verify, or the run would have gone on from it
@@ -247,8 +247,3 @@ def _check_size(name: str, text: bytes, most: int) -> None:
     """A save fails where no resume could read it."""
     if len(text) > most:
         raise CheckpointError(f"{name} would have {len(text)} bytes, more than the {most} that are read")
-
-
-def as_bytes(buffer: Tensor, nbytes: int) -> memoryview:
-    """The first `nbytes` of a uint8 tensor on the host, without a copy."""
-    return buffer[:nbytes].numpy().data

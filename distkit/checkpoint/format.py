@@ -41,6 +41,11 @@ _STEP_NAME = re.compile(r"step-([0-9]{9,18})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+def spec_bytes(spec: tuple[str, tuple[int, ...]]) -> int:
+    """Bytes of a tensor of this dtype (torch's name) and shape."""
+    return math.prod(spec[1]) * DTYPES[spec[0]][1]
+
+
 def step_name(step: int) -> str:
     """500 -> step-000000500."""
     return f"step-{step:09d}"
@@ -84,9 +89,14 @@ class TensorEntry:
     shards: tuple[Shard, ...]
 
     @property
+    def spec(self) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape."""
+        return self.dtype, self.shape
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return math.prod(self.shape) * DTYPES[self.dtype][1]
+        return spec_bytes(self.spec)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -21,10 +22,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from distkit.checkpoint.format import DTYPES, Shard, TensorEntry, shard_name
-from distkit.errors import CheckpointError
+from distkit.checkpoint.format import DTYPES, Shard, TensorEntry, shard_name, spec_bytes
+from distkit.errors import CheckpointError, ConfigError
+from distkit.tensors.buffers import extra_states, split_extra
 from distkit.tensors.flat_shard import FlatShard
 from distkit.tensors.shards import local_part
+from distkit.tensors.spec import dtype_name
 
 #: Replicated tensors of at least this many bytes a rank are cut into rows; smaller ones go whole to some rank.
 SPREAD_BYTES = 2**18
@@ -53,7 +56,7 @@ class Piece:
     @property
     def nbytes(self) -> int:
         """Bytes of the box."""
-        return math.prod(self.shape) * DTYPES[self.dtype][1]
+        return spec_bytes((self.dtype, self.shape))
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,34 @@ def check_storable(tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"tensor {name} is expanded: several of its elements are one in memory")
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """torch.float32 -> float32."""
-    return str(tensor.dtype).removeprefix("torch.")
+def check_model_storable(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse, before the first step, a run that no checkpoint could hold.
+
+    Args:
+        module: the model, for its extra states.
+        tensors: of the run, by name.
+
+    Raises:
+        ConfigError: naming the tensor or module.
+    """
+    extra, values = split_extra(extra_states(module))
+    try:
+        check_storable({**tensors, **extra})
+    except CheckpointError as error:
+        raise ConfigError(str(error), expected="tensors that safetensors can hold and a resume can write to",
+                          fix="another dtype, .contiguous(), or --no-checkpoint.enabled") from error  # fmt: skip
+    for name, state in values.items():
+        if not _survives_json(state):
+            raise ConfigError(f"get_extra_state of {name or 'the model'} returns what a checkpoint cannot hold",
+                              expected="a tensor, or a value that JSON reads back unchanged",
+                              got=type(state).__name__, fix="--no-checkpoint.enabled")  # fmt: skip
+
+
+def _survives_json(value: object) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _share(tensor: Tensor, rank: int, world_size: int) -> tuple[int, int | None]:
@@ -149,14 +177,14 @@ def global_layout(plans: Sequence[SavePlan]) -> Layout:
 def _piece(item: WriteItem) -> Piece:
     assert item.tensor_data is not None  # local_plan makes items of tensors only
     box, dtype = item.tensor_data.chunk, item.tensor_data.properties.dtype
-    return Piece(item.index.fqn, tuple(box.offsets), tuple(box.sizes), str(dtype).removeprefix("torch."))
+    return Piece(item.index.fqn, tuple(box.offsets), tuple(box.sizes), dtype_name(dtype))
 
 
 def _entries(metadata: Metadata, shards: Mapping[str, list[Shard]]) -> dict[str, TensorEntry]:
     entries = {}
     for name, stored in sorted(metadata.state_dict_metadata.items()):
         stored = cast(TensorStorageMetadata, stored)
-        dtype = str(stored.properties.dtype).removeprefix("torch.")
+        dtype = dtype_name(stored.properties.dtype)
         boxes = tuple(sorted(shards[name], key=lambda shard: shard.offsets))
         entries[name] = TensorEntry(dtype, tuple(stored.size), boxes)
     return entries

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,10 +24,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from distkit.checkpoint.format import MAX_STATE_BYTES, STATE, Manifest, Shard, TensorEntry
-from distkit.checkpoint.plan import dtype_name
-from distkit.checkpoint.shard_file import allocate
+from distkit.checkpoint.staging import allocate
 from distkit.checkpoint.verify import OpenFile, in_threads, list_contents, open_file, read_header, read_small
 from distkit.errors import CheckpointError
+from distkit.tensors.spec import spec_of, spec_text, torch_dtype
 
 #: Most bytes of one read; also what a thread takes at a time.
 BLOCK_BYTES = 2**25
@@ -84,14 +83,10 @@ def to_metadata(manifest: Manifest) -> Metadata:
     for name, entry in manifest.tensors.items():
         filled = [shard for shard in entry.shards if math.prod(shard.shape)]
         chunks = [ChunkStorageMetadata(torch.Size(shard.offsets), torch.Size(shard.shape)) for shard in filled]
-        properties = TensorProperties(dtype=_dtype(entry.dtype))
+        properties = TensorProperties(dtype=torch_dtype(entry.dtype))
         tensors[name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
         shards |= {MetadataIndex(name, chunk.offsets): shard for chunk, shard in zip(chunks, filled, strict=True)}
     return Metadata(state_dict_metadata=dict(tensors), storage_data=shards)
-
-
-def _dtype(name: str) -> torch.dtype:
-    return cast(torch.dtype, getattr(torch, name))
 
 
 class _Reader:
@@ -124,7 +119,7 @@ class _Reader:
     def whole(self, name: str) -> Tensor:
         """The tensor `name` on the CPU."""
         entry = self._entry(name)
-        tensor = torch.empty(entry.shape, dtype=_dtype(entry.dtype))
+        tensor = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
         self.load({name: tensor}, threads=1)
         return tensor
 
@@ -136,9 +131,8 @@ class _Reader:
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             entry = self._entry(name)
-            if (entry.dtype, entry.shape) != (dtype_name(tensor), tuple(tensor.shape)):
-                here = f"{dtype_name(tensor)} {list(tensor.shape)}"
-                saved = f"{entry.dtype} {list(entry.shape)}"
+            if entry.spec != spec_of(tensor):
+                saved, here = spec_text(entry.spec), spec_text(spec_of(tensor))
                 raise CheckpointError(f"{self._directory}: tensor {name} is {saved}, to be loaded into {here}")
             if tensor.is_meta:
                 raise CheckpointError(f"{self._directory}: tensor {name} is to be loaded into one without memory")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,19 +10,16 @@ from torch import Tensor
 
 from distkit.checkpoint.commit import describe
 from distkit.checkpoint.format import MANIFEST, Manifest, step_name, step_of
-from distkit.checkpoint.plan import dtype_name
 from distkit.checkpoint.read import read_state
 from distkit.checkpoint.retention import list_checkpoints, put_aside
 from distkit.checkpoint.verify import read_manifest, verify
-from distkit.errors import CheckpointError, ConfigError
+from distkit.errors import CheckpointError, ConfigError, shorten
 from distkit.runtime.process import Runtime
-
-#: Names that a message lists before it says how many more there are.
-LISTED = 3
+from distkit.tensors.spec import spec_of, spec_text
 
 
 @dataclass(frozen=True)
-class Found:
+class VerifiedCheckpoint:
     """A checkpoint that was verified: every byte of it has the sha256 that its manifest names."""
 
     directory: Path
@@ -37,7 +34,7 @@ class Found:
         return parts
 
 
-def open_verified(directory: Path, runtime: Runtime) -> Found:
+def open_verified(directory: Path, runtime: Runtime) -> VerifiedCheckpoint:
     """Verify `directory`, each rank a share of the files.
 
     Raises:
@@ -47,7 +44,7 @@ def open_verified(directory: Path, runtime: Runtime) -> Found:
     try:
         manifest = read_manifest(directory)
         verify(directory, sorted(manifest.files)[runtime.rank :: runtime.world_size])
-        found = Found(directory, manifest, read_state(directory))
+        found = VerifiedCheckpoint(directory, manifest, read_state(directory))
         found.parts()
     except (CheckpointError, OSError) as failure:
         error = str(failure) if isinstance(failure, CheckpointError) else f"{directory}: {describe(failure)}"
@@ -58,7 +55,7 @@ def open_verified(directory: Path, runtime: Runtime) -> Found:
     return found
 
 
-def newest_verified(folder: Path, runtime: Runtime, warn: Callable[[str], None]) -> Found | None:
+def newest_verified(folder: Path, runtime: Runtime, warn: Callable[[str], None]) -> VerifiedCheckpoint | None:
     """The newest checkpoint in `folder` that verifies; None where there is none at all.
 
     Raises:
@@ -135,17 +132,10 @@ def differences(
     if unexpected := sorted(saved.keys() - expected.keys()):
         lines.append(f"unexpected in the checkpoint: {shorten(unexpected)}")
     odd = [
-        f"{name} is {saved[name].dtype} {list(saved[name].shape)}, here {dtype_name(tensor)} {list(tensor.shape)}"
+        f"{name} is {spec_text(saved[name].spec)}, here {spec_text(spec_of(tensor))}"
         for name, tensor in sorted(expected.items())
-        if name in saved and (saved[name].dtype, saved[name].shape) != (dtype_name(tensor), tuple(tensor.shape))
+        if name in saved and saved[name].spec != spec_of(tensor)
     ]
     if odd:
         lines.append(f"mismatched: {shorten(odd)}")
     return lines
-
-
-def shorten(names: Iterable[str]) -> str:
-    """The first names, and how many follow."""
-    names = list(names)
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from distkit.checkpoint.format import step_name, step_of
-from distkit.checkpoint.write import sync_folder
 from distkit.errors import ConfigError
+from distkit.files import sync_folder
 
 #: Directories of a save that has not become a checkpoint, and of a checkpoint that is being removed.
 UNFINISHED = (".tmp-step-", ".trash-step-")

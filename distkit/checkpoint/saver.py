@@ -13,16 +13,17 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import psutil
-import torch
 from torch import Tensor
 
-from distkit.checkpoint.commit import Contents, Job, Outcome, as_bytes, commit, describe
-from distkit.checkpoint.plan import Layout, Piece, dtype_name, global_layout, local_plan, piece_of
-from distkit.checkpoint.shard_file import Image, allocate
+from distkit.checkpoint.commit import Contents, Job, Outcome, commit, describe
+from distkit.checkpoint.plan import Layout, Piece, global_layout, local_plan, piece_of
+from distkit.checkpoint.shard_file import ShardFile, tensor_bytes
+from distkit.checkpoint.staging import Staging
 from distkit.config import CheckpointConfig
 from distkit.errors import CheckpointError, RankFailedError
 from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
+from distkit.tensors.spec import dtype_name
 
 #: Most files that one rank writes at once, each with a thread that hashes it.
 THREADS = 3
@@ -45,21 +46,6 @@ class Snapshot:
     own: Mapping[str, Tensor]
     values: Mapping[str, object]
     own_values: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass
-class _Staging:
-    """Where the images of this rank's files lie, one buffer each; kept from save to save."""
-
-    buffers: list[Tensor] = field(default_factory=list)
-
-    def buffer(self, index: int, nbytes: int, device: torch.device) -> Tensor:
-        """A buffer of at least `nbytes`."""
-        while len(self.buffers) <= index:
-            self.buffers.append(allocate(max(nbytes, 1), device))
-        if self.buffers[index].numel() < nbytes:
-            self.buffers[index] = allocate(nbytes, device)
-        return self.buffers[index]
 
 
 class Saver:
@@ -91,8 +77,8 @@ class Saver:
         self._recipe, self._strategy, self._clean = recipe, strategy, clean
         self._form = b""
         self._layout = Layout((), {})
-        self._images: dict[str, Image] = {}
-        self._staging = _Staging()
+        self._files: dict[str, ShardFile] = {}
+        self._staging = Staging()
         self._in_flight: Future[Outcome] | None = None
         self._jobs: SimpleQueue[tuple[Future[Outcome], Job]] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -110,7 +96,7 @@ class Saver:
         Raises:
             CheckpointError: a tensor that cannot be saved; an exception of another rank.
         """
-        ended = self.settle(wait=True)
+        ended = self.finish()
         form = form_of(snapshot)
         # asked while the copy is made: a new form is rare, and then the copy is made again
         is_new = self._runtime.any_rank(form != self._form)
@@ -149,31 +135,31 @@ class Saver:
             except BaseException as error:
                 future.set_exception(error)
 
-    def settle(self, *, wait: bool) -> list[Outcome]:
-        """How the save in flight ended, if it has on every rank (`wait`: once it has); all ranks together.
+    def poll(self) -> list[Outcome]:
+        """The outcome of the save in flight if it has ended on every rank, else []; all ranks together."""
+        if self._in_flight is None or self._runtime.any_rank(not self._in_flight.done())():
+            return []
+        return self.finish()
+
+    def finish(self) -> list[Outcome]:
+        """Wait for the save in flight and return its outcome; [] if there is none.
 
         Raises:
-            RankFailedError: this rank's disk does not answer for so long that the others have given up.
+            RankFailedError: this rank's disk has not answered for so long that the other ranks have given up.
         """
         if self._in_flight is None:
             return []
-        if wait:
-            self._wait(self._in_flight)
-        elif self._runtime.any_rank(not self._in_flight.done())():
-            return []
-        future, self._in_flight = self._in_flight, None
-        return [self._count(future.result())]
-
-    def _wait(self, save: Future[Outcome]) -> None:
-        # alone, nobody waits for this rank's vote, and a slow disk is no failure
+        # a single rank keeps nobody waiting, and a slow disk is no failure
         patience = 2 * self._runtime.timeout.total_seconds() if self._runtime.cpu_group is not None else None
         try:
-            save.exception(timeout=patience)
+            self._in_flight.exception(timeout=patience)
         except TimeoutError as error:
             raise RankFailedError(
-                f"a checkpoint is being written for more than {patience:g} s, twice --timeout-seconds: does the disk "
-                f"of {self.folder} answer?"
+                f"writing a checkpoint has taken more than {patience:g} s, twice --timeout-seconds: does the disk of "
+                f"{self.folder} answer?"
             ) from error
+        save, self._in_flight = self._in_flight, None
+        return [self._count(save.result())]
 
     def _count(self, outcome: Outcome) -> Outcome:
         self._failures = 0 if outcome.error is None else self._failures + 1
@@ -208,7 +194,7 @@ class Saver:
         """Lay out the files over all ranks."""
         plan = local_plan(snapshot.shared, snapshot.own, self._runtime.rank, self._runtime.world_size)
         self._form, self._layout = form, global_layout(self._runtime.gather(plan))
-        self._images = {name: Image(held) for name, held in self._layout.files[self._runtime.rank].items()}
+        self._files = {name: ShardFile(held) for name, held in self._layout.files[self._runtime.rank].items()}
         if self.behind is None:
             self.behind = self._choose_behind()
 
@@ -223,42 +209,42 @@ class Saver:
 
     def _choose_behind(self) -> bool:
         """Whether to stage everything: as configured, or where it fits on every rank."""
-        needed = sum(image.nbytes for image in self._images.values())
+        needed = sum(file.nbytes for file in self._files.values())
         free = psutil.virtual_memory().available * STAGING_SHARE / self._runtime.topology.local_world_size
         fits = not self._runtime.any_rank(needed > free)()
         return fits if self.config.asynchronous == "auto" else self.config.asynchronous == "on"
 
     def _stage_all(self, value_of: Callable[[Piece], Tensor]) -> dict[str, Contents]:
         """Copy all files into their buffers now; the thread waits for the device, the step does not."""
-        files: dict[str, tuple[Image, Tensor]] = {}
-        for index, (name, image) in enumerate(self._images.items()):
-            files[name] = image, self._staging.buffer(index, image.nbytes, self._runtime.device)
-            image.fill_(files[name][1], value_of)
+        files: dict[str, tuple[ShardFile, Tensor]] = {}
+        for index, (name, file) in enumerate(self._files.items()):
+            files[name] = file, self._staging.buffer(index, file.nbytes, self._runtime.device)
+            file.fill_(files[name][1], value_of)
         copied = self._runtime.event()
 
-        def contents(image: Image, buffer: Tensor) -> memoryview:
+        def contents(file: ShardFile, buffer: Tensor) -> memoryview:
             copied()
-            return as_bytes(buffer, image.nbytes)
+            return tensor_bytes(buffer[: file.nbytes])
 
         return {name: partial(contents, *file) for name, file in files.items()}
 
     def _stage_each(self, value_of: Callable[[Piece], Tensor]) -> dict[str, Contents]:
         """Copy a file when its turn to be written comes, into one of a few buffers that are kept."""
-        largest = max((image.nbytes for image in self._images.values()), default=0)
+        largest = max((file.nbytes for file in self._files.values()), default=0)
         free = iter(range(self._threads))
         mine = threading.local()
 
-        def contents(image: Image) -> memoryview:
+        def contents(file: ShardFile) -> memoryview:
             if not hasattr(mine, "buffer"):
                 mine.buffer = self._staging.buffer(next(free), largest, self._runtime.device)
-            image.fill_(mine.buffer, value_of)
+            file.fill_(mine.buffer, value_of)
             self._runtime.wait()
-            return as_bytes(mine.buffer, image.nbytes)
+            return tensor_bytes(mine.buffer[: file.nbytes])
 
         # before the threads, which share them out
         for index in range(self._threads):
             self._staging.buffer(index, largest, self._runtime.device)
-        return {name: partial(contents, image) for name, image in self._images.items()}
+        return {name: partial(contents, file) for name, file in self._files.items()}
 
 
 def form_of(snapshot: Snapshot) -> bytes:

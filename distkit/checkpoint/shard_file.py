@@ -1,91 +1,97 @@
-"""One safetensors file in memory, byte for byte as it will lie on the disk."""
+"""The one writer of safetensors files: shards in memory, weights and exports straight to the disk.
+
+The format: 8 bytes of header length, the header (JSON), then the tensors without gaps. Larger elements come first, so
+that each tensor is aligned.
+"""
 
 from __future__ import annotations
 
 import json
-import mmap
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from distkit.checkpoint.format import DTYPES
+from distkit.checkpoint.format import DTYPES, spec_bytes
 from distkit.checkpoint.plan import Piece
+from distkit.files import atomic_file
+from distkit.tensors.spec import TensorSpec, spec_of, torch_dtype
 
-#: cudaHostRegisterPortable: pinned for every GPU of the process.
-PORTABLE = 1
 
+class Header:
+    """The first bytes of a file, and where each tensor goes.
 
-class Image:
-    """Where each piece of a file goes: 8 bytes of header length, the header, then the tensors without gaps.
-
-    The format is that of the safetensors library; larger elements come first, so that each tensor is aligned.
+    Attributes:
+        data: length and header, padded to 8 bytes.
+        spans: first byte in the file, and the one after the last, of each tensor, in the order of the file.
+        nbytes: of the whole file.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.pieces = sorted(pieces, key=lambda piece: (-DTYPES[piece.dtype][1], piece.key))
-        header: dict[str, object] = {}
-        spans, end = [], 0
-        for piece in self.pieces:
-            spans.append((end, end + piece.nbytes))
-            header[piece.key] = {"dtype": DTYPES[piece.dtype][0], "shape": piece.shape, "data_offsets": spans[-1]}
-            end += piece.nbytes
+    def __init__(self, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+        header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+        spans, end = {}, 0
+        for name, (dtype, shape) in sorted(specs.items(), key=lambda item: (-DTYPES[item[1][0]][1], item[0])):
+            start, end = end, end + spec_bytes((dtype, shape))
+            header[name] = {"dtype": DTYPES[dtype][0], "shape": shape, "data_offsets": (start, end)}
+            spans[name] = start, end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self.header = len(text).to_bytes(8, "little") + text
-        self._spans = [(start + len(self.header), stop + len(self.header)) for start, stop in spans]
-        self.nbytes = end + len(self.header)
+        self.data = len(text).to_bytes(8, "little") + text
+        self.spans = {name: (start + len(self.data), stop + len(self.data)) for name, (start, stop) in spans.items()}
+        self.nbytes = end + len(self.data)
+
+
+class ShardFile:
+    """One shard file in memory, byte for byte as it will be on the disk."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.pieces = {piece.key: piece for piece in pieces}
+        self.header = Header({piece.key: (piece.dtype, piece.shape) for piece in pieces})
+        self.nbytes = self.header.nbytes
 
     @torch.no_grad()
     def fill_(self, buffer: Tensor, value_of: Callable[[Piece], Tensor]) -> None:
         """Put the file into `buffer` (uint8, at least `nbytes`). Copies from a GPU are queued, not waited for."""
-        buffer[: len(self.header)] = torch.frombuffer(bytearray(self.header), dtype=torch.uint8)
-        for piece, (start, stop) in zip(self.pieces, self._spans, strict=True):
+        data = self.header.data
+        buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        for key, (start, stop) in self.header.spans.items():
+            piece = self.pieces[key]
             if stop > start:
-                place = buffer[start:stop].view(getattr(torch, piece.dtype)).view(piece.shape)
-                place.copy_(value_of(piece), non_blocking=True)
+                target = buffer[start:stop].view(torch_dtype(piece.dtype)).view(piece.shape)
+                target.copy_(value_of(piece), non_blocking=True)
 
 
-class _Memory(mmap.mmap):
-    """Memory of this process alone, in huge pages where Linux has them; pinned by CUDA as long as it lives."""
+def write_tensors(file: BinaryIO, header: Header, values: Iterable[Tensor]) -> None:
+    """Write a whole file, one tensor in memory at a time.
 
-    _unpin: Callable[[], None] | None = None
+    Args:
+        file: open for writing, empty.
+        header: of the file.
+        values: in the order of `header.spans`; any device and strides.
 
-    def pin(self, device: torch.device) -> None:
-        """Let the GPU copy here by itself.
-
-        torch's own pinned memory is rounded up to a power of two, and kept when nobody needs it any more.
-
-        Raises:
-            RuntimeError: the driver cannot.
-        """
-        here, process = torch.frombuffer(self, dtype=torch.uint8).data_ptr(), os.getpid()
-        cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        with torch.cuda.device(device):  # a thread begins on GPU 0, which may be another rank's
-            error = int(cuda.cudaHostRegister(here, len(self), PORTABLE))
-        if error:
-            raise RuntimeError(f"CUDA cannot pin {len(self):,} bytes of this machine's memory: error {error}")
-
-        def unpin() -> None:
-            if os.getpid() == process:
-                with torch.cuda.device(device):
-                    cuda.cudaHostUnregister(here)
-
-        self._unpin = unpin
-
-    def __del__(self) -> None:
-        if self._unpin is not None:
-            self._unpin()
+    Raises:
+        OSError: the disk is full or failing.
+    """
+    file.write(header.data)
+    for tensor in values:
+        file.write(tensor_bytes(tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()))
+        del tensor  # before the next one is made
 
 
-def allocate(nbytes: int, device: torch.device) -> Tensor:
-    """uint8 [nbytes] on the host, aligned to a page for direct writes; pinned where copies come from CUDA."""
-    # private: Linux gives huge pages to shared memory only where an administrator said so
-    memory = _Memory(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # a fault, and a segment of a direct write, for 2 MiB instead of 4 KiB
-        memory.madvise(mmap.MADV_DONTFORK)  # a worker forked later would make the next save copy each page
-    if device.type == "cuda":
-        memory.pin(device)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write whole tensors to `path` as one file, tied ones under each of their names.
+
+    Raises:
+        OSError: the disk is full or not writable; what was at `path` is unchanged then.
+    """
+    header = Header({name: spec_of(tensor) for name, tensor in tensors.items()}, metadata)
+    with atomic_file(path) as file:
+        write_tensors(file, header, (tensors[name] for name in header.spans))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, without a copy."""
+    # numpy has no bfloat16: the same bytes as uint8
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

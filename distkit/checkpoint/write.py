@@ -104,24 +104,3 @@ def _make_buffered(descriptor: int) -> bool:
         return False
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
     return True
-
-
-def sync_folder(path: Path) -> None:
-    """fsync a directory, so that the names in it survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path`: a reader sees the old file or the new one, also after a power cut."""
-    partial = path.with_name(f".tmp-{path.name}")
-    partial.unlink(missing_ok=True)
-    try:
-        write_file(partial, memoryview(data))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)

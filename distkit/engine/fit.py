@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distkit.checkpoint.digest import state_digest
 from distkit.checkpoint.retention import list_checkpoints
-from distkit.checkpoint.weights import save_weights
+from distkit.checkpoint.shard_file import save_weights
 from distkit.engine.evaluate import evaluate
 from distkit.engine.run import Run
 from distkit.engine.save import save, save_due, settle

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distkit.checkpoint.restore import Found, newest_verified, open_verified, resolve_source, set_aside
+from distkit.checkpoint.restore import VerifiedCheckpoint, newest_verified, open_verified, resolve_source, set_aside
 from distkit.config import TrainConfig
 from distkit.engine.run import Run
 from distkit.engine.run_dir import RunDirectory
@@ -19,7 +19,7 @@ from distkit.runtime.process import Runtime
 class Origin:
     """The checkpoint that a run begins from, None for a new run, and what was said while it was looked for."""
 
-    found: Found | None = None
+    found: VerifiedCheckpoint | None = None
     elsewhere: bool = False
     warnings: list[str] = field(default_factory=list)
 

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-from distkit.checkpoint.restore import Found
+from distkit.checkpoint.restore import VerifiedCheckpoint
 from distkit.checkpoint.saver import Saver
 from distkit.config import BatchSplit, TrainConfig
 from distkit.data import Batch
@@ -17,7 +17,6 @@ from distkit.data.reading.loader import EvaluationLoader
 from distkit.ema import Ema
 from distkit.engine.clock import Clock
 from distkit.engine.flops import Utilization
-from distkit.engine.forms import Form
 from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
 from distkit.errors import TrainingError
@@ -26,6 +25,7 @@ from distkit.observers import Event, Observer
 from distkit.runtime.process import Runtime
 from distkit.schedules import Plateau, Schedule
 from distkit.strategies import Strategy
+from distkit.tensors.spec import TensorSpec
 
 ComputeLoss = Callable[[nn.Module, Batch], LossOutput]
 
@@ -150,13 +150,13 @@ class Run:
     clock: Clock = field(default_factory=Clock)
     meter: Meter = field(init=False)
     saver: Saver | None = None
-    restored_from: Found | None = None
+    restored_from: VerifiedCheckpoint | None = None
     restored_elsewhere: bool = False
     """restored_from does not lie in this run's own directory."""
     data_state: DataState | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Further names that the model's state dict has for tied tensors -> the one in checkpoints."""
-    buffer_forms: Mapping[str, Form] = field(default_factory=dict)
+    buffer_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     """Of the persistent buffers as they were built."""
     fingerprint: str | None = None
     """Tells the training set from another one, where it can say so."""

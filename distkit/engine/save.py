@@ -14,11 +14,11 @@ from distkit.checkpoint.read import read_state
 from distkit.checkpoint.retention import Retention, choose_removed, list_checkpoints, score_of
 from distkit.checkpoint.saver import Saver
 from distkit.config import CheckpointConfig
-from distkit.engine.forms import check_forms
 from distkit.engine.run import Best, Run
 from distkit.engine.state import snapshot
 from distkit.errors import CheckpointError
 from distkit.runtime.faults import fault
+from distkit.tensors.buffers import check_buffer_specs
 
 
 def build_saver(run: Run, source: int | None) -> Saver:
@@ -60,7 +60,7 @@ def save(run: Run) -> None:
         CheckpointError: too many saves in a row have failed, or none could be resumed from; on all ranks alike.
     """
     if run.saver is not None:
-        check_forms(run.strategy.module, run.buffer_forms, run.progress.step)
+        check_buffer_specs(run.strategy.module, run.buffer_specs, run.progress.step)
         with run.clock.excluded():
             tell(run, run.saver.save(run.progress.step, snapshot(run)))
 
@@ -68,7 +68,7 @@ def save(run: Run) -> None:
 def settle(run: Run, *, wait: bool = False) -> None:
     """Tell how a save behind the steps has ended, if it has; with `wait`, when it has."""
     if run.saver is not None:
-        tell(run, run.saver.settle(wait=wait))
+        tell(run, run.saver.finish() if wait else run.saver.poll())
 
 
 def tell(run: Run, outcomes: list[Outcome]) -> None:

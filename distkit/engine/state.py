@@ -15,23 +15,16 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from distkit.checkpoint.plan import dtype_name
 from distkit.checkpoint.read import load_tensors
-from distkit.checkpoint.restore import Found, differences, shorten
+from distkit.checkpoint.restore import VerifiedCheckpoint, differences
 from distkit.checkpoint.saver import Snapshot
 from distkit.config import to_json
-from distkit.engine.forms import (
-    Form,
-    caches_of_another_form,
-    extra_states,
-    form_of,
-    set_extra_states,
-    split_extra,
-)
 from distkit.engine.meter import Meter
 from distkit.engine.run import Run
-from distkit.errors import CheckpointError, ConfigError
+from distkit.errors import CheckpointError, ConfigError, shorten
 from distkit.runtime.seeding import capture_rng, restore_rng
+from distkit.tensors.buffers import buffer_slots, extra_states, set_extra_states, split_extra
+from distkit.tensors.spec import spec_of
 
 #: Fields that decide which samples a step reads: with another value it would be another run.
 FIXED = ("seed", "global_batch_size")
@@ -100,7 +93,7 @@ def snapshot(run: Run) -> Snapshot:
     )
 
 
-def check_fits(run: Run, found: Found) -> None:
+def check_fits(run: Run, found: VerifiedCheckpoint) -> None:
     """Refuse a checkpoint that is not of this run, before anything of the run is changed.
 
     Raises:
@@ -151,7 +144,7 @@ def check_fits(run: Run, found: Found) -> None:
 
 
 @contextmanager
-def read_strictly(found: Found) -> Iterator[None]:
+def read_strictly(found: VerifiedCheckpoint) -> Iterator[None]:
     """What the saved state does not have, or has in another form, is damage: one line that names the checkpoint."""
     try:
         yield
@@ -159,7 +152,7 @@ def read_strictly(found: Found) -> Iterator[None]:
         raise CheckpointError(f"{found.directory}: malformed state: {type(error).__name__} {error}") from error
 
 
-def restore(run: Run, found: Found) -> None:
+def restore(run: Run, found: VerifiedCheckpoint) -> None:
     """Bring back everything but the random generators."""
     if run.takes_weights_only:
         weights = _prefixed("model", run.model_tensors())
@@ -173,7 +166,7 @@ def restore(run: Run, found: Found) -> None:
         _restore_all(run, found)
 
 
-def _restore_all(run: Run, found: Found) -> None:
+def _restore_all(run: Run, found: VerifiedCheckpoint) -> None:
     strategy = run.strategy
     structure = cast(dict[str, object], found.parts()["optimizer"])
     forms = {
@@ -200,27 +193,32 @@ def _restore_all(run: Run, found: Found) -> None:
         run.data_state.load_state_dict(place)
 
 
-def _made_anew(run: Run, found: Found) -> set[str]:
-    """Caches of the model that are not saved in the form that they have here."""
-    live = {name: form_of(tensor) for name, tensor in live_tensors(run).items()}
-    saved: dict[str, Form] = {name: (entry.dtype, entry.shape) for name, entry in found.manifest.tensors.items()}
-    return caches_of_another_form(run.strategy.module, live, saved)
+def _made_anew(run: Run, found: VerifiedCheckpoint) -> set[str]:
+    """Buffers with persistent=False that were saved with another dtype or shape: their layers recompute them."""
+    live, saved = live_tensors(run), found.manifest.tensors
+    caches = [slot.name for slot in buffer_slots(run.strategy.module) if not slot.persistent]
+    names = [f"{part}/{name}" for name in caches for part in ("model", "ema")]
+    return {
+        name
+        for name in names
+        if (spec_of(live[name]) if name in live else None) != (saved[name].spec if name in saved else None)
+    }
 
 
-def _saved_extra(found: Found) -> dict[str, object]:
+def _saved_extra(found: VerifiedCheckpoint) -> dict[str, object]:
     """The extra states of modules: those that are tensors, and the others."""
     values = cast(dict[str, object], found.parts().get("extra", {}))
     return {**values, **_own_tensors(found, "extra/")}
 
 
-def _extra_differences(run: Run, found: Found) -> list[str]:
+def _extra_differences(run: Run, found: VerifiedCheckpoint) -> list[str]:
     names = {name.removeprefix("extra/") for name in found.manifest.tensors if name.startswith("extra/")}
     names |= cast(dict[str, object], found.parts().get("extra", {})).keys()
     odd = sorted(names ^ extra_states(run.strategy.module).keys())
     return [f"extra states (get_extra_state) of other modules: {shorten(odd)}"] if odd else []
 
 
-def _data_place(run: Run, found: Found) -> Mapping[str, object] | None:
+def _data_place(run: Run, found: VerifiedCheckpoint) -> Mapping[str, object] | None:
     """This rank's place in an iterable data set; a rank that was not there gets the first one's, and is refused."""
     ranks = cast(list[dict[str, Mapping[str, object]]], found.state["ranks"])
     return ranks[run.runtime.rank if run.runtime.rank < len(ranks) else 0].get("data")
@@ -284,17 +282,17 @@ def changes(before: Mapping[str, object], after: Mapping[str, object], prefix: s
     return lines
 
 
-def _matching_weights(run: Run, found: Found) -> dict[str, Tensor]:
+def _matching_weights(run: Run, found: VerifiedCheckpoint) -> dict[str, Tensor]:
     """The model's tensors that the checkpoint has with the same name, shape and dtype."""
     return _matching(_prefixed("model", run.model_tensors()), found)
 
 
-def _matching(live: Mapping[str, Tensor], found: Found) -> dict[str, Tensor]:
-    saved = {name: (entry.dtype, entry.shape) for name, entry in found.manifest.tensors.items()}
-    return {n: tensor for n, tensor in live.items() if saved.get(n) == (dtype_name(tensor), tuple(tensor.shape))}
+def _matching(live: Mapping[str, Tensor], found: VerifiedCheckpoint) -> dict[str, Tensor]:
+    saved = found.manifest.tensors
+    return {name: tensor for name, tensor in live.items() if name in saved and saved[name].spec == spec_of(tensor)}
 
 
-def _meter_tensors(run: Run, found: Found) -> dict[str, Tensor]:
+def _meter_tensors(run: Run, found: VerifiedCheckpoint) -> dict[str, Tensor]:
     """This rank's open sums; over another number of ranks, the first one takes them all."""
     rank, before = run.runtime.rank, found.manifest.world_size
     if before == run.runtime.world_size:
@@ -304,7 +302,7 @@ def _meter_tensors(run: Run, found: Found) -> dict[str, Tensor]:
     return merged if rank == 0 else {name: torch.zeros_like(tensor) for name, tensor in merged.items()}
 
 
-def _own_tensors(found: Found, prefix: str) -> dict[str, Tensor]:
+def _own_tensors(found: VerifiedCheckpoint, prefix: str) -> dict[str, Tensor]:
     entries = {name: entry for name, entry in found.manifest.tensors.items() if name.startswith(prefix)}
     tensors = {name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in entries.items()}
     load_tensors(found.directory, found.manifest, tensors)

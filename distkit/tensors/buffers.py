@@ -1,11 +1,15 @@
-"""The places of a model's buffers: a layer may put another tensor there at any time."""
+"""What a module holds beside its parameters: buffers, which a layer may replace at any time, and extra states."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
+
+from distkit.errors import CheckpointError
+from distkit.tensors.spec import TensorSpec, spec_of, spec_text
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class BufferSlot:
 
     Attributes:
         name: canonical, as in named_buffers.
-        owner, key: the module, and its own name for it.
+        owner, key: the module, and its own name for the buffer.
     """
 
     name: str
@@ -23,12 +27,12 @@ class BufferSlot:
 
     @property
     def tensor(self) -> Tensor | None:
-        """What lies there now; None before the layer has made it."""
+        """The tensor that is there now; None before the layer has made one."""
         return self.owner._buffers[self.key]
 
     @property
     def persistent(self) -> bool:
-        """False for a cache: the layer makes it, of any form, and no state dict has it."""
+        """False for a cache: the layer computes it itself, its shape may change, and no state dict has it."""
         return self.key not in self.owner._non_persistent_buffers_set
 
 
@@ -37,3 +41,57 @@ def buffer_slots(model: nn.Module) -> Iterator[BufferSlot]:
     for prefix, owner in model.named_modules():
         for key in owner._buffers:
             yield BufferSlot(f"{prefix}.{key}" if prefix else key, owner, key)
+
+
+def buffer_specs(module: nn.Module) -> dict[str, TensorSpec]:
+    """Dtype and shape of each buffer that a state dict has, too."""
+    tensors = {slot.name: slot.tensor for slot in buffer_slots(module) if slot.persistent}
+    return {name: spec_of(tensor) for name, tensor in tensors.items() if tensor is not None}
+
+
+def check_buffer_specs(module: nn.Module, at_start: Mapping[str, TensorSpec], step: int) -> None:
+    """Refuse to continue when a buffer's dtype or shape has changed: no save from here on could be resumed from.
+
+    Args:
+        module: the model.
+        at_start: its `buffer_specs` before the first step.
+        step: finished steps, for the message.
+
+    Raises:
+        CheckpointError: naming the buffer; on all ranks alike, because every rank has the same model.
+    """
+    now = buffer_specs(module)
+    if now == at_start:
+        return
+    name = next(name for name in (*now, *at_start) if now.get(name) != at_start.get(name))
+    here, before = (spec_text(specs[name]) if name in specs else "missing" for specs in (now, at_start))
+    error = CheckpointError(
+        f"buffer {name} is {here} at step {step} and was {before} at the start: a checkpoint of it could not be "
+        "resumed; give it its final shape in build_model, or register it with persistent=False if the layer can "
+        "recompute it"
+    )
+    error.on_all_ranks = True
+    raise error
+
+
+def extra_states(module: nn.Module) -> dict[str, object]:
+    """What modules keep beside parameters and buffers, by module (torch.nn.Module.get_extra_state)."""
+    return {name: owner.get_extra_state() for name, owner in _with_extra_state(module).items()}
+
+
+def set_extra_states(module: nn.Module, states: Mapping[str, object]) -> None:
+    """Restore the extra states of the modules that `states` names."""
+    for name, owner in _with_extra_state(module).items():
+        if name in states:
+            owner.set_extra_state(cast(Tensor, states[name]))  # torch types it so, and documents any value
+
+
+def split_extra(states: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Extra states that are tensors, as `extra/MODULE`, and the others, by module."""
+    tensors = {f"extra/{name}": state for name, state in states.items() if isinstance(state, Tensor)}
+    return tensors, {name: state for name, state in states.items() if not isinstance(state, Tensor)}
+
+
+def _with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
+    default = nn.Module.get_extra_state
+    return {name: owner for name, owner in module.named_modules() if type(owner).get_extra_state is not default}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distkit.checkpoint.digest import state_digest
-from distkit.checkpoint.weights import save_weights
+from distkit.checkpoint.shard_file import save_weights
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).view(2, 3),

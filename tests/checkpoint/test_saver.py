@@ -69,7 +69,7 @@ def save_sharded(folder: str, layout: str) -> None:
     own = {f"rng/{runtime.rank:05d}/torch": torch.full((3,), runtime.rank)}
     saver = saver_in(Path(folder), runtime, asynchronous="on")
     saver.save(5, Snapshot(shared=sharded(layout, runtime.world_size), own=own, values={"parts": {}}))
-    assert [outcome.error for outcome in saver.settle(wait=True)] == [None]
+    assert [outcome.error for outcome in saver.finish()] == [None]
     runtime.close()
 
 
@@ -115,7 +115,7 @@ def outcomes_of(folder: str, how: str, break_rank: int) -> list[tuple[int, str |
         os.environ["DISTKIT_FAULT"] = f"half_shard:{break_rank}:2:enospc"
         told += saver.save(step, snapshot)
         saver.check()
-    told += saver.settle(wait=True)
+    told += saver.finish()
     saver.check(last=True)
     runtime.close()
     return [(outcome.step, outcome.error) for outcome in told]
@@ -141,7 +141,7 @@ def test_the_state_is_that_of_the_boundary_and_not_of_later_steps(tmp_path: Path
         weights.fill_(step)
         saver.save(step, Snapshot(shared={"model/w": weights}, own={}, values={"parts": {}}))
         weights.fill_(-1)
-    saver.settle(wait=True)
+    saver.finish()
     for step in (1, 2, 3):
         directory = tmp_path / step_name(step)
         ((_, saved),) = iterate(directory, verify(directory))
@@ -158,10 +158,10 @@ def test_at_most_one_save_is_in_flight(tmp_path: Path, monkeypatch: pytest.Monke
     begin = time.monotonic()
     assert saver.save(1, snapshot) == []
     assert time.monotonic() - begin < 1
-    assert saver.settle(wait=False) == []
+    assert saver.poll() == []
     assert [outcome.step for outcome in saver.save(2, snapshot)] == [1]
     assert time.monotonic() - begin > 1.9
-    assert [outcome.step for outcome in saver.settle(wait=True)] == [2]
+    assert [outcome.step for outcome in saver.finish()] == [2]
     monkeypatch.delenv(faults.VARIABLE)
     faults.check_faults()
 
@@ -229,8 +229,8 @@ def test_a_disk_that_does_not_answer_does_not_hold_its_rank_for_ever(
     group = dist.ProcessGroup(0, 2)
     saver._runtime = dataclasses.replace(saver._runtime, cpu_group=group, timeout=datetime.timedelta(seconds=0.01))
     with pytest.raises(RankFailedError, match="twice --timeout-seconds: does the disk of"):
-        saver.settle(wait=True)
+        saver.finish()
     saver._runtime = dataclasses.replace(saver._runtime, cpu_group=None)
-    assert [outcome.error for outcome in saver.settle(wait=True)] == [None]
+    assert [outcome.error for outcome in saver.finish()] == [None]
     monkeypatch.delenv(faults.VARIABLE)
     faults.check_faults()

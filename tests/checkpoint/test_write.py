@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distkit.checkpoint.commit import as_bytes
 from distkit.checkpoint.format import DTYPES
-from distkit.checkpoint.plan import Piece, dtype_name
-from distkit.checkpoint.shard_file import Image, allocate
-from distkit.checkpoint.write import replace_file, write_file
+from distkit.checkpoint.plan import Piece
+from distkit.checkpoint.shard_file import ShardFile, tensor_bytes
+from distkit.checkpoint.staging import allocate
+from distkit.checkpoint.write import write_file
+from distkit.tensors.spec import dtype_name
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ def test_every_size_is_written_whole_and_hashed(size: int, tmp_path: Path) -> No
     buffer = allocate(max(size, 1), CPU)
     buffer[:size] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if size else buffer[:0]
     calls = []
-    entry = write_file(tmp_path / "f", as_bytes(buffer, size), halfway=lambda: calls.append("half"),
+    entry = write_file(tmp_path / "f", tensor_bytes(buffer[:size]), halfway=lambda: calls.append("half"),
                        before_sync=lambda: calls.append("sync"))  # fmt: skip
     assert (tmp_path / "f").read_bytes() == data
     assert (entry.bytes, entry.sha256) == (size, hashlib.sha256(data).hexdigest())
@@ -121,27 +122,14 @@ def test_nothing_that_exists_is_written_over(tmp_path: Path) -> None:
     assert not (tmp_path / "target").exists()
 
 
-def test_replace_leaves_the_old_file_when_the_new_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace_file(tmp_path / "f", b"old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        replace_file(tmp_path / "f", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["f"]
-    assert (tmp_path / "f").read_bytes() == b"old"
-
-
-def test_an_image_is_a_safetensors_file(tmp_path: Path) -> None:
+def test_a_shard_file_is_a_safetensors_file(tmp_path: Path) -> None:
     tensors = {name: torch.randint(0, 2, (3, 5)).to(getattr(torch, name)) for name in DTYPES}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "rows": torch.randn(6, 4).t()}
     pieces = [Piece(name, (0,) * t.ndim, tuple(t.shape), dtype_name(t)) for name, t in tensors.items()]
-    image = Image(pieces)
-    buffer = allocate(image.nbytes, CPU)
-    image.fill_(buffer, lambda piece: tensors[piece.name])
-    write_file(tmp_path / "a.safetensors", as_bytes(buffer, image.nbytes))
+    file = ShardFile(pieces)
+    buffer = allocate(file.nbytes, CPU)
+    file.fill_(buffer, lambda piece: tensors[piece.name])
+    write_file(tmp_path / "a.safetensors", tensor_bytes(buffer[: file.nbytes]))
     loaded = load_file(tmp_path / "a.safetensors")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -16,7 +16,7 @@ from support.harness import run_ranks
 from support.tiny import BASE, TinyConfig, build_run
 
 from distkit.checkpoint.format import step_name
-from distkit.checkpoint.restore import Found
+from distkit.checkpoint.restore import VerifiedCheckpoint
 from distkit.checkpoint.retention import list_checkpoints
 from distkit.config import CheckpointConfig, OptimConfig, ResumeConfig, ScheduleConfig
 from distkit.engine.fit import fit
@@ -327,7 +327,7 @@ def test_another_kind_of_data_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
     check = assembly.check_fits
 
-    def with_a_place(run: Run, found: Found) -> None:
+    def with_a_place(run: Run, found: VerifiedCheckpoint) -> None:
         run.data_state = Place()  # type: ignore[assignment]
         check(run, found)
 

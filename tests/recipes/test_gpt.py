@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.harness import ROOT, run_recipe_cli
 
-from distkit.checkpoint.weights import save_weights
+from distkit.checkpoint.shard_file import save_weights
 from distkit.commands.generate import load_recipe
 from distkit.config import DataConfig, OptimConfig
 from distkit.errors import ConfigError, DataError

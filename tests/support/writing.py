@@ -28,6 +28,7 @@ from distkit.checkpoint.format import (
     shard_name,
     step_name,
 )
+from distkit.tensors.spec import dtype_name
 
 #: Offsets and shape of a part of a tensor.
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -75,7 +76,7 @@ def write_checkpoint(
         save_file(held, directory / file)
     (directory / STATE).write_text(json.dumps(default_state(step, world_size) if state is None else state))
     entries = {
-        name: TensorEntry(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tuple(shards[name]))
+        name: TensorEntry(dtype_name(tensor), tuple(tensor.shape), tuple(shards[name]))
         for name, tensor in tensors.items()
     }
     manifest = Manifest(

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from distkit.assemble import assemble
 from distkit.config import CheckpointConfig
 from distkit.engine.fit import fit
-from distkit.engine.forms import extra_states, kept_forms
 from distkit.engine.run import Run
 from distkit.errors import CheckpointError, ConfigError
 from distkit.recipe import Recipe
 from distkit.runtime import Topology
 from distkit.runtime.process import start
+from distkit.tensors.buffers import buffer_specs, extra_states
 
 SAVING = replace(BASE, checkpoint=CheckpointConfig(save_every=7, keep_best=None), ema_decay=0.9)
 
@@ -247,7 +247,7 @@ def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(kind: str,
 
 def test_forms_are_those_of_persistent_buffers() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), Cache())
-    assert kept_forms(model) == {
+    assert buffer_specs(model) == {
         "0.running_mean": ("float32", (3,)),
         "0.running_var": ("float32", (3,)),
         "0.num_batches_tracked": ("int64", ()),

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from distkit.checkpoint.plan import dtype_name
+from distkit.tensors.spec import dtype_name
 
 #: Elements that are compared at a time, so that temporaries stay small.
 BLOCK = 2**20

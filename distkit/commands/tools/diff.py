@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from distkit.checkpoint.digest import StateDigest
-from distkit.checkpoint.format import STATE, Manifest, TensorEntry
+from distkit.checkpoint.format import STATE, Manifest
 from distkit.checkpoint.read import iterate, read_state
 from distkit.checkpoint.verify import read_manifest, verify
 from distkit.commands.tools.compare import compare
 from distkit.commands.tools.list import one_line
 from distkit.commands.tools.locate import find_checkpoint
+from distkit.tensors.spec import spec_text
 
 #: What of state.json is no state: how a run was configured, named and timed. It differs between runs that are equal.
 ASIDE = ("config.", "parts.clock.", "parts.observers.")
@@ -64,7 +65,7 @@ def diff(first: Path, second: Path, *, limit: int = 10) -> Diff:
     if tensors or values or notes:
         for directory in dict.fromkeys(directories):
             verify(directory)  # a flipped bit is not a difference between two runs
-    return Diff(tuple(tensors), tuple(shorten(values, limit)), tuple(shorten(notes, limit)))
+    return Diff(tuple(tensors), tuple(first_lines(values, limit)), tuple(first_lines(notes, limit)))
 
 
 def _differing_values(first: Mapping[str, object], second: Mapping[str, object]) -> tuple[list[str], list[str]]:
@@ -94,17 +95,19 @@ def differing_tensors(first: Path, second: Path, limit: int = 10) -> list[str]:
     lines: list[str] = []
     for directory, here, there in ((first, *entries), (second, *entries[::-1])):
         alone = sorted(here.keys() - there.keys())
-        lines += shorten([one_line(f"only in {directory}: {name} {_form(here[name])}") for name in alone], limit)
-    forms = {name: (_form(entries[0][name]), _form(entries[1][name])) for name in entries[0].keys() & entries[1]}
+        lines += first_lines(
+            [one_line(f"only in {directory}: {name} {spec_text(here[name].spec)}") for name in alone], limit
+        )
+    forms = {name: tuple(spec_text(side[name].spec) for side in entries) for name in entries[0].keys() & entries[1]}
     odd = [name for name in sorted(forms) if forms[name][0] != forms[name][1]]
-    lines += shorten([one_line(f"{name}: {' and '.join(forms[name])}") for name in odd], limit)
+    lines += first_lines([one_line(f"{name}: {' and '.join(forms[name])}") for name in odd], limit)
     different = []
     for name, mine, theirs in _pairs(one, other, sorted(forms.keys() - set(odd))):
         found = compare(name, mine, theirs)
         del mine, theirs  # before the next pair is read
         if found is not None:
             different.append(one_line(str(found)))
-    return lines + shorten(different, limit)
+    return lines + first_lines(different, limit)
 
 
 def _pairs(first: Side, second: Side, names: Iterable[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -123,10 +126,6 @@ def _advance(tensors: Iterator[tuple[str, Tensor]], name: str) -> Tensor:
     raise KeyError(name)
 
 
-def _form(entry: TensorEntry) -> str:
-    return f"{entry.dtype} {list(entry.shape)}"
-
-
 def leaves(value: object, path: str = "") -> Iterator[tuple[str, str]]:
     """`parts.progress.step` and the JSON text of its value, for every value in `value` that holds no others."""
     inner: Iterable[tuple[object, object]] = ()
@@ -142,8 +141,9 @@ def leaves(value: object, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, json.dumps(value)
 
 
-def shorten(lines: Sequence[str], limit: int) -> list[str]:
+def first_lines(lines: Iterable[str], limit: int) -> list[str]:
     """The first `limit` lines, and how many follow."""
+    lines = list(lines)
     return [*lines[:limit], *([f"... and {len(lines) - limit:,} more"] if len(lines) > limit else [])]
 
 

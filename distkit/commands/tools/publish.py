@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from distkit.checkpoint.format import MANIFEST
-from distkit.checkpoint.write import sync_folder
 from distkit.errors import CheckpointError, ConfigError
+from distkit.files import sync_folder
 
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 
