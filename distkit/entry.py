@@ -113,9 +113,9 @@ def debug_config(config: C, topology: Topology) -> C:
     if config.resume.source != "auto":
         raise ConfigError("--debug starts from fresh weights", got=f"--resume {config.resume.source}",
                           fix="--resume auto")  # fmt: skip
-    if config.observe.tensorboard or config.observe.wandb:
-        raise ConfigError("--debug reports to the terminal only", expected="neither tensorboard nor wandb",
-                          fix="--observe.no-tensorboard --observe.no-wandb")  # fmt: skip
+    if config.observe.tensorboard or config.observe.wandb or config.observe.also:
+        raise ConfigError("--debug reports to the terminal only", expected="no other observer",
+                          fix="--observe.no-tensorboard --observe.no-wandb --observe.also None")  # fmt: skip
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     return replace(
         config,

@@ -65,6 +65,8 @@ class ObserveConfig:
     """Also write TensorBoard event files into the run directory; needs distkit[tensorboard]."""
     wandb: bool = False
     """Also report to Weights & Biases; needs distkit[wandb]. WANDB_PROJECT, WANDB_MODE… are honoured."""
+    also: tuple[str, ...] | None = None
+    """Further observers, by their names in the table of distkit/observers/__init__.py."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,16 @@
 """Models that recipes combine, and ways to initialise them. They know no engine."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from distkit.models.fastnet import FastNet, whitening_init_
-from distkit.models.generate import generate
-from distkit.models.gpt import GPT, Block, GPTConfig
 from distkit.models.init import dirac_init_, kaiming_init_, trunc_normal_init_, xavier_init_, zero_init_residual_
 from distkit.models.resnet import NORMS, Norm, ResNet, Shortcut, Stage, resnet18, resnet_cifar
+
+if TYPE_CHECKING:
+    from distkit.models.gpt import GPT, Block, GPTConfig
+    from distkit.models.sampling import generate
 
 __all__ = [
     "GPT",
@@ -26,3 +32,12 @@ __all__ = [
     "xavier_init_",
     "zero_init_residual_",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The transformer, imported when it is asked for: its module imports torch._dynamo, which takes over a second."""
+    if name not in ("GPT", "Block", "GPTConfig", "generate"):
+        raise AttributeError(f"distkit.models has no {name}")
+    from distkit.models import gpt, sampling
+
+    return getattr(sampling if name == "generate" else gpt, name)

@@ -12,12 +12,18 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol, TextIO
 
 from distkit.observers.base import Event, Observer, RunInfo, Scalar
 
 HIDDEN = frozenset({"event", "step", "samples", "data_wait_seconds"})
 """In every metrics.jsonl line, and too much for a screen."""
+
+
+def build(_run_dir: Path) -> ConsoleObserver:
+    """Progress on sys.stdout."""
+    return ConsoleObserver()
 
 
 class ConsoleObserver(Observer):

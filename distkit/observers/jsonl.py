@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from distkit.errors import TrainingError
+from distkit.files import TEMPORARY, atomic_file
 from distkit.observers.base import Event, Observer, RunInfo
 
 TAIL_BYTES = 65536
@@ -23,15 +24,19 @@ BLOCK_BYTES = 1 << 20
 STEP = re.compile(rb'"step"\s*:\s*(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)')
 
 
+def build(run_dir: Path) -> JsonlObserver:
+    """metrics.jsonl in the run directory."""
+    return JsonlObserver(run_dir / "metrics.jsonl")
+
+
 class JsonlObserver(Observer):
-    """Appends to `path`; a run that goes on with `step` steps done first cuts the file back to them.
+    """Appends to `path`; a run that resumes at `step` first removes the lines of later steps.
 
-    The lines of later steps are removed, so that a step which is done again stands there once; a run that begins anew,
-    at step 0, keeps no step of an older one. Lines without a step stay. What a kill or a power failure left at the end,
-    a torn line or one that is not JSON, is removed, so every line is a whole object.
+    So a step that is repeated has one line, and a run that starts over at step 0 has no line of an earlier attempt.
+    Lines without a step stay. A line that a kill or a power failure left incomplete at the end is removed, so every
+    line is a whole JSON object.
 
-    JSON has no NaN and no infinity: such a value is written as null, and the line gets `"nonfinite": ["loss"]` with the
-    names.
+    JSON has no NaN and no infinity: such a value is written as null, and the line names it in `"nonfinite": ["loss"]`.
 
     Raises:
         TrainingError: naming the path, when a line cannot be written. On a full disk lines are kept, up to 1 MiB, and
@@ -46,6 +51,8 @@ class JsonlObserver(Observer):
     def start(self, info: RunInfo, step: int) -> None:
         """Cut the file back to `step`, and open it."""
         try:
+            for leftover in self.path.parent.glob(f"{TEMPORARY}{self.path.name}*"):
+                leftover.unlink()  # of a start that was killed while it removed lines
             if self.path.is_file():
                 cut_back(self.path.resolve(), step)
             # Unbuffered: a buffer would keep lines that a full disk refused, and fail again at exit.
@@ -96,10 +103,9 @@ def to_line(event: Event) -> str:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Remove the lines of steps after `step`, and what stands at the end and is not JSON; the order stays.
+    """Remove the lines of steps after `step`, and lines at the end that are not JSON; the order stays.
 
-    The file is read once, in blocks. It is cut where all that must go stands at its end; otherwise it is written anew
-    beside itself and renamed: a reader, or a kill, sees the old file or the new one.
+    The file is read once, in blocks. It is truncated where everything to remove is at its end, and replaced otherwise.
     """
     with open(path, "r+b") as file:
         _trim(file)
@@ -118,19 +124,11 @@ def cut_back(path: Path, step: int) -> None:
 
 def _rewrite(path: Path, file: BinaryIO, begin: int, step: int) -> None:
     """Replace `path` by its first `begin` bytes and those of the lines behind them that are not of later steps."""
-    partial = path.with_name(f".tmp-{path.name}")
-    try:
-        with open(partial, "w+b") as kept:
-            os.chmod(partial, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
-            for left in range(begin, 0, -BLOCK_BYTES):
-                kept.write(file.read(min(left, BLOCK_BYTES)))
-            kept.writelines(line for line in file if not _is_later(line, step))
-            _trim(kept)
-            kept.flush()
-            os.fsync(kept.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path, stat.S_IMODE(os.fstat(file.fileno()).st_mode)) as shorter:
+        for left in range(begin, 0, -BLOCK_BYTES):
+            shorter.write(file.read(min(left, BLOCK_BYTES)))
+        shorter.writelines(line for line in file if not _is_later(line, step))
+        _trim(shorter)
 
 
 def _first_later(file: BinaryIO, step: int) -> int | None:
@@ -143,7 +141,7 @@ def _first_later(file: BinaryIO, step: int) -> int | None:
     file.seek(0)
     while block := file.read(BLOCK_BYTES):
         block += file.readline()
-        if any(float(found) > step for found in STEP.findall(block)):
+        if any(float(number) > step for number in STEP.findall(block)):
             begin = offset
             for line in io.BytesIO(block):
                 if _is_later(line, step):
@@ -155,8 +153,7 @@ def _first_later(file: BinaryIO, step: int) -> int | None:
 
 def _is_later(line: bytes, step: int) -> bool:
     """True for an object whose `step` is a number above `step`."""
-    found = STEP.search(line)
-    if found is None:
+    if STEP.search(line) is None:
         return False
     event = _parse(line)
     value = event.get("step") if isinstance(event, dict) else None

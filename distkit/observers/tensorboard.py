@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+def build(run_dir: Path) -> TensorboardObserver:
+    """Event files in the run directory."""
+    return TensorboardObserver(run_dir / "tensorboard")
+
+
 class TensorboardObserver(Observer):
     """Writes every number of train and eval events under `train/` and `eval/`, at its step, into `log_dir`.
 

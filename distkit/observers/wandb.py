@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 RUN_ID = "wandb_run_id"
 
 
+def build(run_dir: Path) -> WandbObserver:
+    """A wandb run with the name of the run directory."""
+    return WandbObserver(run_dir)
+
+
 class WandbObserver(Observer):
     """Reports every number of train and eval events under `train/` and `eval/`, over `step`.
 

@@ -43,15 +43,9 @@ def _version(package: str) -> str | None:
 
 def git_revision(directory: Path) -> str | None:
     """Commit hash of `directory`, with `+changes` where tracked files differ; None outside of git."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
-        commit = _git(directory, "rev-parse", "HEAD")
-        changed = _git(directory, "status", "--porcelain", "--untracked-files=no")
+        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if changed else "")
-
-
-def _git(directory: Path, *words: str) -> str:
-    command = ["git", *words]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()

@@ -6,13 +6,11 @@ import pytest
 
 from distkit.config import ObserveConfig
 from distkit.errors import ConfigError
-from distkit.observers import (
-    ConsoleObserver,
-    JsonlObserver,
-    TensorboardObserver,
-    WandbObserver,
-    build_observers,
-)
+from distkit.observers import build_observers
+from distkit.observers.console import ConsoleObserver
+from distkit.observers.jsonl import JsonlObserver
+from distkit.observers.tensorboard import TensorboardObserver
+from distkit.observers.wandb import WandbObserver
 
 ALL = ObserveConfig(console=True, tensorboard=True, wandb=True)
 
@@ -25,6 +23,13 @@ def test_jsonl_is_always_on_and_the_console_comes_last(tmp_path: Path) -> None:
     only = build_observers(ObserveConfig(console=False), tmp_path, True)
     assert [type(observer) for observer in only] == [JsonlObserver]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_observer_without_a_switch_is_asked_for_by_name(tmp_path: Path) -> None:
+    observe = ObserveConfig(console=False, also=("console",))
+    assert [type(observer) for observer in build_observers(observe, tmp_path, True)] == [JsonlObserver, ConsoleObserver]
+    with pytest.raises(ConfigError, match=r"--observe\.also console"):
+        build_observers(ObserveConfig(also=("consol",)), tmp_path, False)
 
 
 def test_other_ranks_have_none(tmp_path: Path) -> None:

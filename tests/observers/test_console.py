@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from distkit.observers import ConsoleObserver, RunInfo
-from distkit.observers.console import duration, event_line, train_line
+from distkit.observers import RunInfo
+from distkit.observers.console import ConsoleObserver, duration, event_line, train_line
 
 INFO = RunInfo(
     recipe="cifar10", run_dir=Path("runs/a"), num_steps=1955, facts={"device": "cpu (1)", "precision": "fp32"}

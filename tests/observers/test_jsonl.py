@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from distkit.errors import TrainingError
-from distkit.observers import Event, JsonlObserver, RunInfo, jsonl
-from distkit.observers.jsonl import TAIL_BYTES, cut_back
+from distkit.observers import Event, RunInfo, jsonl
+from distkit.observers.jsonl import TAIL_BYTES, JsonlObserver, cut_back
 
 
 def info(run_dir: Path) -> RunInfo:
@@ -186,7 +186,7 @@ def test_a_kill_or_a_full_disk_while_writing_anew_leaves_the_old_file(
             write(path, step=2)
     assert path.read_text() == train(1, 3, 2)
     assert list(tmp_path.iterdir()) == [path]
-    (tmp_path / ".tmp-metrics.jsonl").write_text(train(*range(99)))  # of a run that was killed here
+    (tmp_path / ".tmp-metrics.jsonl-0123abcd").write_text(train(*range(99)))  # of a run that was killed here
     write(path, step=2)
     assert path.read_text() == train(1, 2)
     assert list(tmp_path.iterdir()) == [path]

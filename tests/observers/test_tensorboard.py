@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from distkit.observers import RunInfo, TensorboardObserver
+from distkit.observers import RunInfo
+from distkit.observers.tensorboard import TensorboardObserver
 
 pytest.importorskip("tensorboard")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distkit.observers import WandbObserver
+from distkit.observers.wandb import WandbObserver
 
 pytest.importorskip("wandb")
 
@@ -16,7 +16,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from distkit.errors import ConfigError
-from distkit.observers import RunInfo, WandbObserver
+from distkit.observers import RunInfo
+from distkit.observers.wandb import WandbObserver
 
 run_dir, state = Path(sys.argv[1]), json.loads(sys.argv[2])
 observer = WandbObserver(run_dir)
