@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, cast
 
-import distkit
 from distkit.cli import parse
 from distkit.commands.parser import Parser
 from distkit.config import TrainConfig
@@ -165,7 +164,7 @@ def load_recipe(name: str, file: Path | None) -> ModuleType:
         ConfigError: there is no such file, it is another recipe, or one that samples nothing.
     """
     if file is None:
-        known = [parent / "recipes" / f"{name}.py" for parent in (Path(), Path(distkit.__file__).parent.parent)]
+        known = [parent / "recipes" / f"{name}.py" for parent in (Path(), Path(__file__).parents[2])]
         file = next((path for path in known if path.exists()), known[0])
     spec = importlib.util.spec_from_file_location(f"distkit_recipe_{os.getpid()}", file)
     if spec is None or spec.loader is None or not file.exists():

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import distkit
 from distkit.debug.watch import ModuleWatch, range_line, shape_line, tensors_of
 from distkit.errors import DistkitError, NonFiniteError, TrainingError
 
@@ -54,7 +53,7 @@ Bounds = tuple[int, int]
 
 def users_line(error: BaseException) -> str | None:
     """`recipe.py:77 in compute_loss: loss = ...`: the innermost line that is neither torch's nor distkit's."""
-    libraries = [str(Path(module.__file__).parent) for module in (torch, distkit) if module.__file__]
+    libraries = [str(Path(torch.__file__).parent), str(Path(__file__).parents[1])]
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
