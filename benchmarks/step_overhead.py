@@ -157,7 +157,7 @@ def engine(run: Run) -> Arm:
                 report(run)
             if due(run.config.eval_every, run.progress.step, run.num_steps):
                 raise AssertionError("nothing to evaluate")
-            if save_due(run, due):
+            if save_due(run):
                 save(run)
         return (perf_counter() - begin) / count * 1e6
 

@@ -8,18 +8,21 @@ from distkit.version import __version__
 
 if TYPE_CHECKING:
     from distkit.config import TrainConfig
-    from distkit.entry import main
+    from distkit.entry import main, train
+    from distkit.load import load_run
     from distkit.losses import LossOutput
     from distkit.recipe import Recipe
 
-__all__ = ["LossOutput", "Recipe", "TrainConfig", "__version__", "main"]
+__all__ = ["LossOutput", "Recipe", "TrainConfig", "__version__", "load_run", "main", "train"]
 
 #: Name -> the module it comes from. They are imported when they are asked for: `import distkit` imports no torch.
 _HOMES = {
     "LossOutput": "distkit.losses",
     "Recipe": "distkit.entry",
     "TrainConfig": "distkit.config",
+    "load_run": "distkit.load",
     "main": "distkit.entry",
+    "train": "distkit.entry",
 }
 
 

@@ -1,19 +1,22 @@
-"""From a recipe and a configuration to a Run: everything is checked before anything is written."""
+"""From a recipe and a configuration to a run, in stages: data, model, loop, directory.
+
+Each stage can be called by itself. Everything is checked before anything is written.
+"""
 
 from __future__ import annotations
 
 import datetime
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distkit.checkpoint.plan import check_model_storable
 from distkit.config import BatchSplit, CheckpointConfig, TrainConfig, split_batch, to_json
 from distkit.data import Dataset, as_dataset
 from distkit.data.reading.iterable import IterableData, IterableSource
@@ -21,14 +24,17 @@ from distkit.data.reading.loader import EvaluationLoader
 from distkit.data.reading.placement import Placed, Reading, TrainSource, open_training, place, summary_of
 from distkit.data.sets.fingerprint import fingerprint_of
 from distkit.ema import Ema
-from distkit.engine.flops import describe_peak, outline_utilization
-from distkit.engine.resume import check_not_completed, find_origin, settle_origin
-from distkit.engine.run import Best, Run
+from distkit.engine.flops import FirstBatch, describe_peak, outline_utilization
+from distkit.engine.meter import Meter
+from distkit.engine.resume import check_resume, choose_checkpoint, put_damaged_aside
+from distkit.engine.run import Best, Data, ResumePoint, Run, Trackers
 from distkit.engine.run_dir import RunDirectory, check_usable
-from distkit.engine.state import check_fits, live_tensors, read_strictly
+from distkit.engine.save import build_saver
 from distkit.errors import ConfigError, DataError
 from distkit.observers import build_observers
 from distkit.optim import build_optimizer, default_param_groups, skips_on_device
+from distkit.recipe import Recipe
+from distkit.runtime import Topology
 from distkit.runtime.environment import describe_environment
 from distkit.runtime.process import Runtime
 from distkit.runtime.seeding import derive_seed, seeded
@@ -37,10 +43,9 @@ from distkit.strategies import Strategy, build_strategy, set_fp32_precision
 from distkit.strategies.parameters import state_dict_names
 from distkit.tensors.buffers import buffer_specs
 
-if TYPE_CHECKING:
-    from distkit.recipe import Recipe
-
 C = TypeVar("C", bound=TrainConfig)
+#: One process on the CPU without a process group: what a stage is called with from a notebook.
+ALONE = Runtime(topology=Topology(), device=torch.device("cpu"))
 
 
 def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
@@ -49,97 +54,30 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
     Raises:
         ConfigError: the parts do not fit each other, or the checkpoint; the message says what to type.
     """
+    split_batch(config, runtime.world_size)
     directory = open_directory(recipe.name, config, runtime)
     try:
-        return build_run(recipe, config, runtime, directory)
+        resume = choose_checkpoint(config, runtime, directory)
+        strategy = build_strategy(config, runtime)
+        data = open_data(recipe, config, runtime)
+        model = build_model(recipe, config, data.train_set)
+        run = open_loop(recipe, config, runtime, directory, resume, strategy, data, model)
+        with runtime.raise_on_all_ranks("comparing the checkpoint with the run"):
+            check_resume(run)
+        if not (config.debug.enabled or run.finished):
+            write_directory(recipe, run)
     except BaseException:
         directory.release()
         raise
-
-
-def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDirectory) -> Run:
-    """`assemble`, with the directory chosen and, where it exists, its lease taken."""
-    split = split_batch(config, runtime.world_size)
-    origin = find_origin(config, runtime, directory)
-    strategy = build_strategy(config, runtime)
-    set_fp32_precision(config.precision)
-    train_set, test_set = build_datasets(recipe, config, runtime)
-    fingerprint = agree_on_data(train_set, test_set, runtime)
-    if not isinstance(train_set, IterableData):
-        check_sizes(train_set, split)
-    check_evaluation(config, test_set)
-    steps_per_epoch = len(train_set) / split.global_batch_size
-    num_steps = count_steps(config, steps_per_epoch)
-    with seeded(derive_seed(config.seed, "init")):
-        model = recipe.build_model(config)
-        if recipe.init_model_ is not None:
-            recipe.init_model_(config, model, train_set)
-    # pretrained models come in evaluation mode; a layer that shall stay in it overrides `train`
-    model.train()
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("the model has no parameter to train", expected="at least one with requires_grad")
-    aliases = {name: canonical for name, canonical in state_dict_names(model).items() if name != canonical}
-    utilization = outline_utilization(config, runtime, model)
-    strategy.prepare(model, optimizer_builder(recipe, config))
-    reading = Reading(
-        data=config.data,
-        seed=config.seed,
-        device=runtime.device,
-        channels_last=config.channels_last,
-        local_world_size=runtime.topology.local_world_size,
-        in_process=config.debug.enabled,
-        timeout_seconds=config.timeout_seconds,
-    )
-    train = open_training(train_set, reading, split, runtime.rank)
-    test = None if test_set is None else place(test_set, reading)
-    own_schedule = recipe.build_schedule
-    run = Run(
-        recipe=recipe.name,
-        config=config,
-        runtime=runtime,
-        split=split,
-        num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
-        strategy=strategy,
-        loader=train.loader,
-        test_loader=None if test is None else EvaluationLoader(test.fetcher, len(test.dataset)),
-        compute_loss=partial(recipe.compute_loss, config),
-        schedule=own_schedule(config, num_steps)
-        if own_schedule is not None
-        else build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch),
-        plateau=build_plateau(config.schedule),
-        ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay, strategy.model_tensors()),
-        best=Best(*recipe.best),
-        directory=directory,
-        restored_from=origin.found,
-        restored_elsewhere=origin.elsewhere,
-        data_state=train.loader if isinstance(train.loader, IterableSource) else None,
-        aliases=aliases,
-        buffer_specs=buffer_specs(strategy.module),
-        fingerprint=fingerprint,
-        utilization=utilization,
-        facts=describe(config, runtime, strategy, split, num_steps, train, test) | describe_peak(config, runtime),
-    )
-    with runtime.raise_on_all_ranks("comparing the checkpoint with the run"):
-        if config.checkpoint.enabled and not config.debug.enabled:
-            check_model_storable(strategy.module, live_tensors(run))
-        if origin.found is not None and not run.finished:
-            with read_strictly(origin.found):
-                check_fits(run, origin.found)
-        elif not run.finished:
-            check_not_completed(directory)
-    if config.debug.enabled or run.finished:
-        return run
-    run.observers = build_observers(config.observe, directory.path, runtime.is_main_process)
-    with runtime.raise_on_all_ranks("making the run directory"):
-        environment = describe_environment(runtime) | {"data": run.fingerprint}
-        directory.create(to_json(config), environment, saves=config.checkpoint.enabled)
-    settle_origin(run, origin)
     return run
 
 
 def open_directory(recipe: str, config: TrainConfig, runtime: Runtime) -> RunDirectory:
-    """--run-dir, or a new runs/RECIPE/DATE_TIME that all ranks agree on; its lease is taken where it exists."""
+    """--run-dir, or a new runs/RECIPE/DATE_TIME that all ranks agree on; its lease is taken where it exists.
+
+    Raises:
+        ConfigError: the directory cannot hold this run, or another process has it.
+    """
     path = config.run_dir
     if path is None:
         parent = Path("runs") / recipe
@@ -160,6 +98,32 @@ def open_directory(recipe: str, config: TrainConfig, runtime: Runtime) -> RunDir
     return directory
 
 
+def open_data(recipe: Recipe[C], config: C, runtime: Runtime = ALONE) -> Data:
+    """The recipe's data sets, the same on every rank.
+
+    Raises:
+        DataError: they cannot be had, are too small for a global batch, or differ between ranks.
+        ConfigError: the configuration needs evaluations, and there is no test set.
+    """
+    train_set, test_set = build_datasets(recipe, config, runtime)
+    with runtime.raise_on_all_ranks("reading the data"):
+        here = [(len(part), fingerprint_of(part)) for part in (train_set, test_set) if part is not None]
+    first, *others = runtime.gather(here)
+    with runtime.raise_on_all_ranks("comparing the data of the ranks"):
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise DataError(f"rank {rank} has other data than rank 0", expected=_sizes(first), got=_sizes(other),
+                                fix="the same files on every machine")  # fmt: skip
+    if not isinstance(train_set, IterableData):
+        check_sizes(train_set, split_batch(config, runtime.world_size))
+    check_evaluation(config, test_set)
+    return Data(train_set=train_set, test_set=test_set, fingerprint=first[0][1])
+
+
+def _sizes(parts: list[tuple[int, str | None]]) -> str:
+    return ", ".join(f"{size:,} samples" + (f" ({digest})" if digest else "") for size, digest in parts)
+
+
 def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Dataset | IterableData, Dataset | None]:
     """The training and the test set; rank 0 first, so that a download or a cache is made once."""
     train_set: Dataset | IterableData | None = None
@@ -175,29 +139,8 @@ def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Data
                             expected="a data set with __len__ and fetch or __getitem__")  # fmt: skip
         train_set = train if isinstance(train, IterableData) else as_dataset(train)
         test_set = None if test is None else as_dataset(test)
-    assert train_set is not None  # together raises on every rank when one failed
+    assert train_set is not None  # raise_on_all_ranks raises on every rank when one failed
     return train_set, test_set
-
-
-def agree_on_data(train_set: Dataset | IterableData, test_set: Dataset | None, runtime: Runtime) -> str | None:
-    """The fingerprint of the training set, None where it has none.
-
-    Raises:
-        DataError: a rank has other data than rank 0, such as an older copy on its machine.
-    """
-    with runtime.raise_on_all_ranks("reading the data"):
-        own = [(len(part), fingerprint_of(part)) for part in (train_set, test_set) if part is not None]
-    first, *others = runtime.gather(own)
-    with runtime.raise_on_all_ranks("comparing the data of the ranks"):
-        for rank, other in enumerate(others, 1):
-            if other != first:
-                raise DataError(f"rank {rank} has other data than rank 0", expected=_sizes(first), got=_sizes(other),
-                                fix="the same files on every machine")  # fmt: skip
-    return first[0][1]
-
-
-def _sizes(parts: list[tuple[int, str | None]]) -> str:
-    return ", ".join(f"{size:,} samples" + (f" ({digest})" if digest else "") for size, digest in parts)
 
 
 def check_sizes(train_set: Dataset, split: BatchSplit) -> None:
@@ -221,6 +164,108 @@ def check_evaluation(config: TrainConfig, test_set: Dataset | None) -> None:
     if config.schedule.name == "plateau" and (config.eval_every is None or test_set is None):
         raise ConfigError("--schedule.name plateau acts on evaluations", expected="a test set, and evaluations of it",
                           got=f"--eval-every {config.eval_every}", fix="--eval-every 500")  # fmt: skip
+
+
+def build_model(recipe: Recipe[C], config: C, train_set: Dataset | IterableData | None = None) -> nn.Module:
+    """The recipe's model with its initial weights, on the CPU, in training mode; the same on every rank.
+
+    Args:
+        recipe, config: of the run.
+        train_set: for a recipe whose initial weights depend on data (`init_model_`); without it these are left out.
+
+    Raises:
+        ConfigError: the model has no parameter to train.
+    """
+    with seeded(derive_seed(config.seed, "init")):
+        model = recipe.build_model(config)
+        if recipe.init_model_ is not None and train_set is not None:
+            recipe.init_model_(config, model, train_set)
+    # pretrained models come in evaluation mode; a layer that shall stay in it overrides `train`
+    model.train()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("the model has no parameter to train", expected="at least one with requires_grad")
+    return model
+
+
+def open_loop(
+    recipe: Recipe[C],
+    config: C,
+    runtime: Runtime,
+    directory: RunDirectory,
+    resume: ResumePoint,
+    strategy: Strategy,
+    data: Data,
+    model: nn.Module,
+) -> Run:
+    """Lay the model over the ranks, open the loaders, and put the run together; nothing is written."""
+    set_fp32_precision(config.precision)
+    split = split_batch(config, runtime.world_size)
+    steps_per_epoch = len(data.train_set) / split.global_batch_size
+    num_steps = count_steps(config, steps_per_epoch)
+    aliases = {name: canonical for name, canonical in state_dict_names(model).items() if name != canonical}
+    utilization = outline_utilization(config, runtime, model)
+    strategy.prepare(model, optimizer_builder(recipe, config))
+    reading = Reading(
+        data=config.data,
+        seed=config.seed,
+        device=runtime.device,
+        channels_last=config.channels_last,
+        local_world_size=runtime.topology.local_world_size,
+        in_process=config.debug.enabled,
+        timeout_seconds=config.timeout_seconds,
+    )
+    train = open_training(data.train_set, reading, split, runtime.rank)
+    test = None if data.test_set is None else place(data.test_set, reading)
+    best = Best(*recipe.best)
+    saves = config.checkpoint.enabled and not config.debug.enabled and resume.completed_steps < num_steps
+    own_schedule = recipe.build_schedule
+    return Run(
+        recipe=recipe.name,
+        config=config,
+        runtime=runtime,
+        split=split,
+        num_steps=num_steps,
+        data=data,
+        strategy=strategy,
+        loader=train.loader if utilization is None else FirstBatch(train.loader, utilization.see),
+        test_loader=None if test is None else EvaluationLoader(test.fetcher, len(test.dataset)),
+        compute_loss=partial(recipe.compute_loss, config),
+        schedule=own_schedule(config, num_steps)
+        if own_schedule is not None
+        else build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch),
+        plateau=build_plateau(config.schedule),
+        ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay, strategy.model_tensors()),
+        directory=directory,
+        resume=resume,
+        data_state=train.loader if isinstance(train.loader, IterableSource) else None,
+        aliases=aliases,
+        buffer_specs=buffer_specs(strategy.module),
+        utilization=utilization,
+        facts=describe(config, runtime, strategy, split, num_steps, train, test) | describe_peak(config, runtime),
+        meter=Meter(runtime, copies=strategy.reuses_outputs),
+        trackers=Trackers(best),
+        saver=build_saver(directory.checkpoints, runtime, config.checkpoint, recipe=recipe.name, strategy=strategy.name,
+                          best=best, source=resume.own_step) if saves else None,
+        observers=build_observers(config.observe, directory.path, runtime.is_main_process),
+    )  # fmt: skip
+
+
+def write_directory(recipe: Recipe[C], run: Run) -> None:
+    """Make the run directory and write what the run is.
+
+    Raises:
+        ConfigError: it cannot be made or written, or another process has it.
+    """
+    with run.runtime.raise_on_all_ranks("making the run directory"):
+        environment = describe_environment(run.runtime) | {"data": run.data.fingerprint}
+        run.directory.create(to_json(run.config), environment, recipe_file(recipe), saves=run.saver is not None)
+    put_damaged_aside(run)
+
+
+def recipe_file(recipe: Recipe[C]) -> tuple[str, Path] | None:
+    """The recipe's name and the file that its functions come from; None where they were typed into a notebook."""
+    file = getattr(sys.modules.get(recipe.compute_loss.__module__), "__file__", None)
+    return None if file is None else (recipe.name, Path(file).resolve())
 
 
 def count_steps(config: TrainConfig, steps_per_epoch: float) -> int:
@@ -259,11 +304,11 @@ def describe(
     """The resolved choices, as printed at the start and repeated in summary.json."""
     threads = f", {torch.get_num_threads()} threads each" if runtime.device.type == "cpu" else ""
     ranks = "1 rank" if runtime.world_size == 1 else f"{runtime.world_size} ranks"
-    laid_out = f"{ranks} ({strategy.describe()}{threads})"
     parameters = strategy.num_parameters
     waits = config.precision == "fp16" and not skips_on_device(strategy.optimizer)
     return {
-        "device": f"{runtime.device.type}, {laid_out}, started by {runtime.topology.launcher}",
+        "device": f"{runtime.device.type}, {ranks} ({strategy.describe()}{threads}), "
+        f"started by {runtime.topology.launcher}",
         "precision": config.precision
         + (", compiled" if config.compile else "")
         + (f"; {config.optim.name} waits for the device once a step to skip bad updates" if waits else ""),
@@ -274,14 +319,14 @@ def describe(
         "global_batch": f"{split.global_batch_size} = {split.microbatch_size} x {ranks} x {split.accum_steps} "
         + ("microbatch" if split.accum_steps == 1 else "microbatches"),
         "length": f"{num_steps:,} steps of {train.num_samples / split.global_batch_size:,.1f} an epoch",
-        "checkpoints": saves(config.checkpoint) if config.checkpoint.enabled else "none",
+        "checkpoints": describe_saves(config.checkpoint) if config.checkpoint.enabled else "none",
         "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name}",
     }
 
 
-def saves(config: CheckpointConfig) -> str:
-    """When a run saves, and what stays."""
+def describe_saves(config: CheckpointConfig) -> str:
+    """When a run saves, and which checkpoints are kept."""
     when = "at the end" if config.save_every is None else f"every {config.save_every:,} steps and at the end"
-    kept = "all stay" if config.keep_last is None else f"the last {config.keep_last} stay"
+    kept = "all are kept" if config.keep_last is None else f"the last {config.keep_last} are kept"
     best = "" if config.keep_best is None else f", and the best {config.keep_best}"
     return f"{when}; {kept}{best}" + ("" if config.keep_every is None else f", and every {config.keep_every:,}th step")

@@ -134,6 +134,28 @@ def debug_config(config: C, topology: Topology) -> C:
     )
 
 
+def train(recipe: Recipe[C], config: C) -> dict[str, object]:
+    """Train `recipe` with `config` from Python: a notebook, or a search over hyperparameters.
+
+    What it changes in this process (threads, determinism, global random generators, environment variables) is as
+    before afterwards, so it can be called many times.
+
+    Returns:
+        What summary.json holds; {} for a run that was finished already, and in debug mode.
+
+    Raises:
+        DistkitError: the run failed or was stopped; ConfigError where nothing was begun.
+    """
+    topology = read_topology(os.environ)
+    check_faults()
+    from distkit.runtime.process_state import unchanged_process
+
+    with unchanged_process():
+        config = debug_config(config, topology) if config.debug.enabled else config
+        split_batch(config, topology.world_size)
+        return run_recipe(recipe, config, topology)
+
+
 def run_recipe(recipe: Recipe[C], config: C, topology: Topology) -> dict[str, object]:
     """Train `recipe` as `config` says in this process; returns what summary.json holds.
 
@@ -146,19 +168,24 @@ def run_recipe(recipe: Recipe[C], config: C, topology: Topology) -> dict[str, ob
     from distkit.runtime.process import start
 
     runtime = start(config, topology)
-    run = assemble(recipe, config, runtime)
     summary: dict[str, object] = {}
     try:
-        if config.debug.enabled:
-            expected = recipe.expected_initial_loss(config) if recipe.expected_initial_loss is not None else None
-            debug(run, expected)
-        elif run.finished:
-            if runtime.is_main_process:
-                done = run.directory.completed_steps()
-                print(f"{run.directory.path} is finished: {done:,} steps are done (more: --num-steps N)")
-        else:
-            summary = fit(run)
-    finally:
-        run.directory.release()
+        run = assemble(recipe, config, runtime)
+        try:
+            if config.debug.enabled:
+                expected = recipe.expected_initial_loss(config) if recipe.expected_initial_loss is not None else None
+                debug(run, expected)
+            elif run.finished:
+                if runtime.is_main_process:
+                    done = run.resume.completed_steps
+                    print(f"{run.directory.path} is finished: {done:,} steps are done (more: --num-steps N)")
+            else:
+                summary = fit(run)
+        finally:
+            run.directory.release()
+    except BaseException:
+        if runtime.world_size == 1:
+            runtime.close()
+        raise
     runtime.close()
     return summary

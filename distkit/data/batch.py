@@ -100,3 +100,13 @@ def batch_size(batch: object) -> int:
             got=shapes or f"no tensor in {type(batch).__name__}",
         )
     return sizes.pop()[0]
+
+
+class Microbatches(Protocol):
+    """Where microbatches come from."""
+
+    def microbatch(self, step: int, accum_index: int) -> Batch:
+        """This rank's microbatch `accum_index` of global batch `step`, on the device."""
+
+    def close(self) -> None:
+        """Leave no thread and no process behind."""

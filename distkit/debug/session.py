@@ -6,15 +6,17 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from distkit.data import Batch
+from distkit.data.batch import Microbatches
 from distkit.debug.explain import explain, summarize
 from distkit.debug.watch import ModuleWatch, count_nonfinite, range_line
 from distkit.engine.meter import check_output
-from distkit.engine.run import Loader, Run
+from distkit.engine.run import Run
 from distkit.engine.train_step import train_step
 from distkit.errors import NonFiniteError, TrainingError
 from distkit.losses import LossOutput
@@ -44,9 +46,8 @@ def debug(run: Run, expected_loss: float | None) -> None:
     print_parameters(module)
     num_batches = config.overfit_batches
     if num_batches is not None:
-        run.loader = RepeatedLoader(run.loader, num_batches)
-        run.schedule = constant_lr
-        run.num_steps = OVERFIT_STEPS
+        loader = RepeatedLoader(run.loader, num_batches)
+        run = replace(run, loader=loader, schedule=constant_lr, num_steps=OVERFIT_STEPS)
     losses: list[float] = []
     problems = 0
     with closing(run.loader), ModuleWatch(module) as watch, deterministic_and_anomalous():
@@ -62,7 +63,6 @@ def debug(run: Run, expected_loss: float | None) -> None:
                 break
     if num_batches is not None:
         conclude_overfit(losses, num_batches)
-    if num_batches is not None:
         print("the model can learn: overfit test passed")
     print(f"debug mode found {problems} thing(s) to look at" if problems else "debug mode found nothing wrong")
 
@@ -87,7 +87,7 @@ def constant_lr(_step: int) -> float:
 class RepeatedLoader:
     """The first `num_batches` global batches again and again, with the same augmentation."""
 
-    def __init__(self, loader: Loader, num_batches: int) -> None:
+    def __init__(self, loader: Microbatches, num_batches: int) -> None:
         self._loader, self._num_batches = loader, num_batches
 
     def microbatch(self, step: int, accum_index: int) -> Batch:
@@ -124,13 +124,10 @@ def debug_step(run: Run, watch: ModuleWatch) -> float:
             )
         return output
 
-    run.compute_loss = watched
     try:
-        train_step(run)
+        train_step(replace(run, compute_loss=watched))
     except Exception as error:
         raise explain(error, watch, seen, phase) from error
-    finally:
-        run.compute_loss = compute_loss
     for name, parameter in run.strategy.module.named_parameters():
         if parameter.grad is not None and count_nonfinite(parameter.grad):
             raise NonFiniteError(f"step {watch.step}: the gradient of {name} is {range_line(parameter.grad)}")

@@ -27,7 +27,7 @@ def evaluate(run: Run, loader: EvaluationLoader) -> Means:
     """
     strategy = run.strategy
     meter = Meter(run.runtime, copies=strategy.reuses_outputs)
-    strategy.synchronize_buffers_(run.ema.averaged_buffers if run.ema is not None else ())
+    run.synchronize_buffers_()
     modes = {module: module.training for module in strategy.module.modules()}
     strategy.module.eval()
     try:

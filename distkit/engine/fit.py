@@ -14,9 +14,9 @@ from distkit.checkpoint.digest import state_digest
 from distkit.checkpoint.retention import list_checkpoints
 from distkit.checkpoint.shard_file import save_weights
 from distkit.engine.evaluate import evaluate
+from distkit.engine.resume import restore, restore_generators, resume_notes
 from distkit.engine.run import Run
-from distkit.engine.save import save, save_due, settle
-from distkit.engine.state import restore, restore_generators, resume_notes
+from distkit.engine.save import report_saves, save, save_due
 from distkit.engine.train_step import due, train_step
 from distkit.errors import NonFiniteError, TrainingError
 from distkit.observers import RunInfo
@@ -27,7 +27,7 @@ Summary = dict[str, object]
 
 
 def fit(run: Run) -> Summary:
-    """Train from where the run stands to `run.num_steps`; report, evaluate and save when due.
+    """Train from the run's current step to `run.num_steps`; report, evaluate and save when due.
 
     Returns:
         What summary.json says: last and best evaluation, samples_per_second, state_digest.
@@ -37,8 +37,8 @@ def fit(run: Run) -> Summary:
         CheckpointError: more saves in a row failed than `--checkpoint.max-failures` allows.
     """
     config, progress, clock = run.config, run.progress, run.clock
-    if run.restored_from is not None:
-        restore(run, run.restored_from)
+    if run.resume.checkpoint is not None:
+        restore(run, run.resume.checkpoint)
     with opened(run):
         restore_generators(run)
         clock.begin()
@@ -51,7 +51,7 @@ def fit(run: Run) -> Summary:
                 run.runtime.wait()  # what is queued still belongs to training
                 with clock.excluded():
                     report_evaluation(run)
-            if save_due(run, due):
+            if save_due(run):
                 save(run)
         return finish(run)
 
@@ -65,8 +65,8 @@ def opened(run: Run) -> Iterator[None]:
     try:
         for observer in run.observers:
             observer.start(info, progress.step)
-        for note in [*run.warnings, *resume_notes(run)]:
-            run.tell({"event": "note", "step": progress.step, "message": note})
+        for note in [*run.resume.warnings, *resume_notes(run)]:
+            run.note(note)
         yield
         run.loader.close()
         for observer in run.observers:
@@ -111,19 +111,19 @@ def report(run: Run) -> None:
         "lr": run.strategy.optimizer.param_groups[0]["lr"],
         "samples": means.samples,
         "samples_per_second": samples_per_second,
-        "data_wait_seconds": run.data_wait_seconds,
+        "data_wait_seconds": run.meter.data_wait_seconds,
     }
     if run.utilization is not None and (mfu := run.utilization.of(samples_per_second)) is not None:
         event["mfu"] = mfu
-    if run.grad_norm is not None:
-        event["grad_norm"] = run.grad_norm.item()
+    if run.meter.grad_norm is not None:
+        event["grad_norm"] = run.meter.grad_norm.item()
     if run.config.precision == "fp16":
         event["loss_scale"] = run.strategy.scaler.get_scale()
         event["skipped_updates"] = int(run.strategy.skipped.item())
-    run.data_wait_seconds = 0.0
+    run.meter.data_wait_seconds = 0.0
     run.tell(event)
     report_compiler(run)
-    settle(run)
+    report_saves(run)
     if not math.isfinite(means.loss):
         error = NonFiniteError(
             f"the loss became {means.loss} in the {run.config.report_every} steps before step {run.progress.step}; "
@@ -139,13 +139,13 @@ def settle_utilization(run: Run) -> None:
         with run.clock.excluded():
             failure = run.utilization.settle(run.compute_loss)
         if failure:
-            run.tell({"event": "note", "step": run.progress.step, "message": failure})
+            run.note(failure)
 
 
 def report_compiler(run: Run) -> None:
     """A note for each graph break and recompilation of the training so far."""
     for note in run.strategy.compiler_notes():
-        run.tell({"event": "note", "step": run.progress.step, "message": note})
+        run.note(note)
 
 
 def report_evaluation(run: Run) -> None:
@@ -157,7 +157,7 @@ def report_evaluation(run: Run) -> None:
     # compiled once more without gradients, and for a last batch of another size
     run.strategy.skip_compiler_notes()
     values = {"step": float(run.progress.step), "loss": means.loss, **means.metrics}
-    is_best = run.trackers.see(values, run.best)
+    is_best = run.trackers.update(values)
     if run.plateau is not None:
         metric = run.config.schedule.metric or "loss"
         if metric not in values:
@@ -175,8 +175,8 @@ def finish(run: Run) -> Summary:
     Raises:
         CheckpointError: the last checkpoint could not be saved.
     """
-    settle(run, wait=True)
-    run.strategy.synchronize_buffers_(run.ema.averaged_buffers if run.ema is not None else ())
+    report_saves(run, wait=True)
+    run.synchronize_buffers_()
     summary: Summary = {
         "recipe": run.recipe,
         "step": run.progress.step,

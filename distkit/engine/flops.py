@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distkit.config import TrainConfig
 from distkit.data import Batch
-from distkit.data.batch import batch_size, map_tensors
+from distkit.data.batch import Microbatches, batch_size, map_tensors
 from distkit.losses import LossOutput
 from distkit.runtime.process import Runtime
 from distkit.runtime.seeding import seeded
@@ -160,6 +160,26 @@ class Utilization:
         if self.flops_per_sample is None:
             return {"mfu": f"unknown: {self.unknown or 'no step was reported'}"}
         return {"flops_per_sample": self.flops_per_sample, "mfu": self.of(samples_per_second)}
+
+
+class FirstBatch:
+    """A loader that shows its first microbatch to `see`, and then is the loader itself.
+
+    Args:
+        loader: anything with `microbatch(step, accum_index)` and `close()`.
+        see: called once.
+    """
+
+    def __init__(self, loader: Microbatches, see: Callable[[Batch], None]) -> None:
+        self._loader, self._see = loader, see
+        self.microbatch: Callable[[int, int], Batch] = self._first
+        self.close: Callable[[], None] = loader.close
+
+    def _first(self, step: int, accum_index: int) -> Batch:
+        self.microbatch = self._loader.microbatch
+        batch = self._loader.microbatch(step, accum_index)
+        self._see(batch)
+        return batch
 
 
 def find_peak(config: TrainConfig, runtime: Runtime) -> float | None:

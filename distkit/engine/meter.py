@@ -77,6 +77,10 @@ class Meter:
         self._runtime, self._copies = runtime, copies
         self._dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
         self._checked = False
+        #: Norm of the last step's gradients (0-dim, on the device), where it was measured.
+        self.grad_norm: Tensor | None = None
+        #: Seconds that steps have waited for data since the last report.
+        self.data_wait_seconds = 0.0
         self._reset()
 
     def _reset(self) -> None:

@@ -1,68 +1,87 @@
-"""Where a run begins: from nothing, from its own newest checkpoint, or from another run's."""
+"""Where a run begins (C3): choose a checkpoint, check that it fits, restore it, and say what changed.
+
+A run begins from nothing, from its own newest checkpoint, or from another run's. Nothing of the run is changed before
+the checkpoint is known to fit.
+"""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
-from distkit.checkpoint.restore import VerifiedCheckpoint, newest_verified, open_verified, resolve_source, set_aside
-from distkit.config import TrainConfig
-from distkit.engine.run import Run
+import torch
+from torch import Tensor, nn
+
+from distkit.checkpoint.plan import check_model_storable
+from distkit.checkpoint.read import load_tensors
+from distkit.checkpoint.restore import (
+    VerifiedCheckpoint,
+    differences,
+    newest_verified,
+    open_verified,
+    resolve_source,
+    set_aside,
+)
+from distkit.config import TrainConfig, to_json
+from distkit.engine.meter import Meter
+from distkit.engine.run import ResumePoint, Run
 from distkit.engine.run_dir import RunDirectory
-from distkit.engine.save import build_saver
-from distkit.errors import CheckpointError, ConfigError
+from distkit.engine.state import live_tensors, parts, prefixed
+from distkit.errors import CheckpointError, ConfigError, shorten
 from distkit.runtime.process import Runtime
+from distkit.runtime.seeding import capture_rng, restore_rng
+from distkit.tensors.buffers import buffer_slots, extra_states, set_extra_states
+from distkit.tensors.spec import spec_of
+
+#: Fields that decide which samples a step reads: with another value it would be another run.
+FIXED = ("seed", "global_batch_size")
 
 
-@dataclass
-class Origin:
-    """The checkpoint that a run begins from, None for a new run, and what was said while it was looked for."""
+def choose_checkpoint(config: TrainConfig, runtime: Runtime, directory: RunDirectory) -> ResumePoint:
+    """Choose and verify the checkpoint to begin from; a run in `directory` takes precedence over `--resume DIR`.
 
-    found: VerifiedCheckpoint | None = None
-    elsewhere: bool = False
-    warnings: list[str] = field(default_factory=list)
-
-
-def find_origin(config: TrainConfig, runtime: Runtime, directory: RunDirectory) -> Origin:
-    """Choose and verify the checkpoint to begin from; a run that stands in `directory` goes before `--resume DIR`.
-
-    So the same command goes on after a kill, also one that began from somewhere else.
+    So the same command continues after a kill, even a run that began from somewhere else.
 
     Raises:
         ConfigError: --resume names no checkpoint.
         CheckpointError: there are checkpoints, and none verifies.
     """
-    origin = Origin()
     source = config.resume.source
+    # read once: another rank could see the file before or after a change
+    completed = runtime.broadcast(directory.completed_steps())
     if source == "never" or config.debug.enabled:
-        return origin
+        return ResumePoint(completed_steps=completed)
+    warnings: list[str] = []
 
     def warn(message: str) -> None:
-        origin.warnings.append(message)
+        warnings.append(message)
         if runtime.is_main_process:
             print(f"distkit: warning: {message}", file=sys.stderr, flush=True)
 
+    checkpoint, from_another_run = None, False
     try:
-        origin.found = newest_verified(directory.checkpoints, runtime, warn)
+        checkpoint = newest_verified(directory.checkpoints, runtime, warn)
     except CheckpointError as error:
-        if directory.completed_steps() < 0:
+        if completed < 0:
             raise
-        warn(str(error).splitlines()[0])  # a completed run needs none, and one of more steps is refused below
-    if origin.found is not None:
+        warn(str(error).splitlines()[0])  # a completed run needs none, and one of more steps is refused later
+    if checkpoint is not None:
         with runtime.raise_on_all_ranks("looking for the checkpoint"):
-            check_own_goes_first(source, directory, origin.found.manifest.step)
+            check_own_goes_first(source, directory, checkpoint.manifest.step)
         if source != "auto":
-            warn(f"--resume {source} is not used: {directory.path} has checkpoints of its own, and goes on from them")
-        return origin
-    if source == "auto" and directory.holds_run() and directory.completed_steps() < 0:
-        warn(f"{directory.path} holds a run that has saved nothing: it begins again at step 0")
-    if source != "auto":
+            warn(f"--resume {source} is not used: {directory.path} has checkpoints of its own and continues from them")
+    elif source != "auto":
         with runtime.raise_on_all_ranks("looking for the checkpoint"):
             path, single = resolve_source(source)
-        origin.elsewhere = True
-        origin.found = open_verified(path, runtime) if single else newest_verified(path, runtime, warn)
-    return origin
+        from_another_run = True
+        checkpoint = open_verified(path, runtime) if single else newest_verified(path, runtime, warn)
+    elif completed < 0 and directory.holds_run():
+        warn(f"{directory.path} holds a run that has saved nothing: it begins again at step 0")
+    return ResumePoint(checkpoint=checkpoint, from_another_run=from_another_run, completed_steps=completed,
+                       warnings=warnings)  # fmt: skip
 
 
 def check_own_goes_first(source: str, directory: RunDirectory, newest: int) -> None:
@@ -78,29 +97,251 @@ def check_own_goes_first(source: str, directory: RunDirectory, newest: int) -> N
                           fix=f"--run-dir {directory.path}-2 --resume {source}, or --resume auto")  # fmt: skip
 
 
-def check_not_completed(directory: RunDirectory) -> None:
-    """Refuse to begin a completed run again at step 0 for more steps: its metrics and weights would be lost.
+def check_resume(run: Run) -> None:
+    """Refuse, before anything is written or changed, a run that could not be restored or whose saves could not be.
 
     Raises:
-        ConfigError: naming the directory.
+        ConfigError: naming what does not fit, and what to type.
     """
-    done = directory.completed_steps()
-    if done >= 0:
-        raise ConfigError(
-            f"--run-dir {directory.path} holds a run of {done} steps and no checkpoint to go on from",
-            expected="a checkpoint, or another directory",
-            fix=f"--run-dir {directory.path}-2",
+    if run.saver is not None and not run.config.debug.enabled:
+        check_model_storable(run.strategy.module, live_tensors(run))
+    checkpoint, done = run.resume.checkpoint, run.resume.completed_steps
+    if run.finished:
+        return
+    if checkpoint is not None:
+        with read_strictly(checkpoint):
+            check_fits(run, checkpoint)
+    elif done >= 0:
+        # begun again at step 0, its metrics and weights would be lost
+        path = run.directory.path
+        raise ConfigError(f"--run-dir {path} holds a run of {done} steps and no checkpoint to continue from",
+                          expected="a checkpoint, or another directory", fix=f"--run-dir {path}-2")  # fmt: skip
+
+
+def put_damaged_aside(run: Run) -> None:
+    """Move newer checkpoints of this run that did not verify out of the way."""
+    step, folder = run.resume.own_step, run.directory.checkpoints
+    with run.runtime.raise_on_all_ranks("putting damaged checkpoints aside"):
+        if run.runtime.is_main_process and step is not None:
+            run.resume.warnings.extend(f"kept for you as {folder / name}" for name in set_aside(folder, step))
+
+
+def check_fits(run: Run, checkpoint: VerifiedCheckpoint) -> None:
+    """Refuse a checkpoint that is not of this run, before anything of the run is changed.
+
+    Raises:
+        ConfigError: listing what is missing, unexpected and mismatched, and what to type.
+    """
+    where = f"checkpoint {checkpoint.directory}"
+    if run.takes_weights_only:
+        if not _matching_weights(run, checkpoint):
+            raise ConfigError(f"{where} has no weight with the name, shape and dtype of one here",
+                              expected=shorten(run.model_tensors()), fix="--resume auto")  # fmt: skip
+        return
+    step = checkpoint.manifest.step
+    if checkpoint.state.get("step") != step or checkpoint.parts()["progress"] != {"step": step}:
+        raise CheckpointError(f"{checkpoint.directory}: state.json is not that of step {step}")
+    if step > run.num_steps:
+        raise ConfigError(f"{where} is further than this run goes", expected=f"at least {step} steps",
+                          got=f"{run.num_steps} steps", fix=f"--num-steps {step}, or another --run-dir")  # fmt: skip
+    if checkpoint.state.get("recipe") != run.recipe:
+        raise ConfigError(f"{where} belongs to another recipe", expected=run.recipe, got=checkpoint.state.get("recipe"),
+                          fix="another --run-dir, or --resume.weights-only")  # fmt: skip
+    saved = cast(dict[str, object], checkpoint.state.get("config", {}))
+    for name in FIXED:
+        before, value = saved.get(name), getattr(run.config, name)
+        if before != value:
+            raise ConfigError(f"{where} was trained on another sample stream", expected=f"{name} {before}",
+                              got=f"{name} {value}",
+                              fix=f"--{name.replace('_', '-')} {before}, or another --run-dir")  # fmt: skip
+    for name, here in (("num_samples", run.num_samples), ("data", run.data.fingerprint)):
+        before = checkpoint.state.get(name)
+        if here != before and not (name == "data" and None in (here, before)):
+            raise ConfigError(f"{where} was trained on other data", expected=f"{name} {before}", got=f"{name} {here}",
+                              fix="the data it was trained on, or another --run-dir")  # fmt: skip
+    position = _data_position(run, checkpoint)
+    if (position is None) != (run.data_state is None):
+        kinds = ("data with numbers", "an iterable data set")
+        raise ConfigError(f"{where} was trained on another kind of data", expected=kinds[position is not None],
+                          got=kinds[run.data_state is not None], fix="another --run-dir")  # fmt: skip
+    if position is not None and run.data_state is not None:
+        run.data_state.check_state_dict(position)
+    recomputed = _recomputed(run, checkpoint)
+    lines = differences(checkpoint.manifest, live_tensors(run), ("model/", "ema/", "scaler/"), recomputed)
+    lines += _extra_differences(run, checkpoint)
+    structure = cast(dict[str, object], checkpoint.parts().get("optimizer", {}))
+    lines += run.strategy.optimizer_state.compare(structure)
+    if lines:
+        raise ConfigError("\n  ".join([f"{where} does not fit this run", *lines]),
+                          fix="the configuration it was saved with, or --resume DIR --resume.weights-only")  # fmt: skip
+
+
+@contextmanager
+def read_strictly(checkpoint: VerifiedCheckpoint) -> Iterator[None]:
+    """What the saved state does not have, or has in another form, is damage: one line that names the checkpoint."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{checkpoint.directory}: malformed state: {type(error).__name__} {error}") from error
+
+
+def restore(run: Run, checkpoint: VerifiedCheckpoint) -> None:
+    """Bring back everything but the random generators."""
+    if run.takes_weights_only:
+        weights = prefixed("model", run.model_tensors())
+        load_tensors(checkpoint.directory, checkpoint.manifest, _matching(weights, checkpoint))
+        run.strategy.refresh_copies_()
+        set_extra_states(run.strategy.module, saved_extra_states(checkpoint))
+        if run.ema is not None:
+            run.ema.restart_()
+        return
+    with read_strictly(checkpoint):
+        _restore_all(run, checkpoint)
+
+
+def _restore_all(run: Run, checkpoint: VerifiedCheckpoint) -> None:
+    strategy = run.strategy
+    structure = cast(dict[str, object], checkpoint.parts()["optimizer"])
+    forms = {
+        name.removeprefix("optimizer/"): (cast(torch.dtype, getattr(torch, entry.dtype)), entry.shape)
+        for name, entry in checkpoint.manifest.tensors.items()
+        if name.startswith("optimizer/")
+    }
+    recomputed = _recomputed(run, checkpoint)
+    live = {name: tensor for name, tensor in live_tensors(run).items() if name not in recomputed}
+    optimizer_tensors = strategy.optimizer_state.allocate(structure, forms)
+    load_tensors(checkpoint.directory, checkpoint.manifest, live | prefixed("optimizer", optimizer_tensors))
+    strategy.optimizer_state.install(structure, optimizer_tensors)
+    strategy.refresh_copies_()
+    set_extra_states(strategy.module, saved_extra_states(checkpoint))
+    run.meter.load_state_tensors(_meter_tensors(run, checkpoint))
+    for name, part in parts(run).items():
+        if name in checkpoint.parts() or name != "plateau":  # a schedule may have been changed for one with history
+            part.load_state_dict(cast(dict[str, object], checkpoint.parts()[name]))
+    for observer in run.observers:
+        observer.load_state_dict(cast(dict[str, str], checkpoint.parts()["observers"]))
+    position = _data_position(run, checkpoint)
+    if run.data_state is not None and position is not None:
+        run.data_state.load_state_dict(position)
+
+
+def recomputed_buffers(
+    module: nn.Module, tensors: Mapping[str, Tensor], checkpoint: VerifiedCheckpoint
+) -> set[str]:
+    """Of `tensors`, buffers with persistent=False saved with another dtype or shape: their layers recompute them."""
+    saved = checkpoint.manifest.tensors
+    caches = [slot.name for slot in buffer_slots(module) if not slot.persistent]
+    names = [f"{part}/{name}" for name in caches for part in ("model", "ema")]
+    return {
+        name
+        for name in names
+        if (spec_of(tensors[name]) if name in tensors else None) != (saved[name].spec if name in saved else None)
+    }
+
+
+def _recomputed(run: Run, checkpoint: VerifiedCheckpoint) -> set[str]:
+    return recomputed_buffers(run.strategy.module, live_tensors(run), checkpoint)
+
+
+def saved_extra_states(checkpoint: VerifiedCheckpoint) -> dict[str, object]:
+    """The extra states of modules: those that are tensors, and the others."""
+    values = cast(dict[str, object], checkpoint.parts().get("extra", {}))
+    return {**values, **_read_tensors(checkpoint, "extra/")}
+
+
+def _extra_differences(run: Run, checkpoint: VerifiedCheckpoint) -> list[str]:
+    names = {name.removeprefix("extra/") for name in checkpoint.manifest.tensors if name.startswith("extra/")}
+    names |= cast(dict[str, object], checkpoint.parts().get("extra", {})).keys()
+    odd = sorted(names ^ extra_states(run.strategy.module).keys())
+    return [f"extra states (get_extra_state) of other modules: {shorten(odd)}"] if odd else []
+
+
+def _data_position(run: Run, checkpoint: VerifiedCheckpoint) -> Mapping[str, object] | None:
+    """This rank's position in an iterable data set; a rank that did not exist gets rank 0's, which is then refused."""
+    ranks = cast(list[dict[str, Mapping[str, object]]], checkpoint.state["ranks"])
+    return ranks[run.runtime.rank if run.runtime.rank < len(ranks) else 0].get("data")
+
+
+def restore_generators(run: Run) -> None:
+    """Bring back this rank's random generators: last, because opening data and observers may draw numbers.
+
+    A rank or a kind of device that was not there keeps the seed of its number; `resume_notes` says so.
+    """
+    checkpoint, device = run.resume.checkpoint, run.runtime.device
+    if checkpoint is None or run.takes_weights_only:
+        return
+    saved = _read_tensors(checkpoint, f"rng/{run.runtime.rank:05d}/")
+    if not saved or saved.keys() != capture_rng(device).keys():
+        return
+    try:
+        restore_rng(saved, device)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.directory}: the random generators do not fit here: {error}") from error
+
+
+def resume_notes(run: Run) -> list[str]:
+    """What a person should know about this resume: what changed, and what that costs."""
+    checkpoint = run.resume.checkpoint
+    if checkpoint is None:
+        return []
+    if run.takes_weights_only:
+        kept = sorted(run.model_tensors().keys() - {n.removeprefix("model/") for n in _matching_weights(run, checkpoint)})
+        left = f"; not in it, or of another shape: {shorten(kept)}" if kept else ""
+        return [f"started from the weights of {checkpoint.directory}{left}"]
+    notes = [f"resumed from {checkpoint.directory}"]
+    if recomputed := sorted(_recomputed(run, checkpoint)):
+        notes.append(f"recomputed by their layers (persistent=False): {shorten(recomputed)}")
+    before, after = checkpoint.manifest.world_size, run.runtime.world_size
+    if before != after:
+        notes.append(
+            f"saved on {before} ranks, resumed on {after}: the samples are the same; the order of sums is not, so that "
+            "losses agree to rounding, and what a rank does by itself (dropout, BatchNorm's statistics) is another"
         )
+    kinds = {name.removeprefix("rng/00000/") for name in checkpoint.manifest.tensors if name.startswith("rng/00000/")}
+    if kinds != capture_rng(run.runtime.device).keys():
+        notes.append("saved on another kind of device: arithmetic and random draws (dropout) are not those of before")
+    changed = changes(cast(dict[str, object], checkpoint.state["config"]), to_json(run.config))
+    if changed:
+        notes.append(f"changed since: {shorten(changed)}")
+    return notes
 
 
-def settle_origin(run: Run, origin: Origin) -> None:
-    """What follows once the directory is written: put damaged checkpoints aside, and make what saves new ones."""
-    config, runtime, folder = run.config, run.runtime, run.directory.checkpoints
-    source = origin.found.manifest.step if origin.found is not None and not origin.elsewhere else None
-    with runtime.raise_on_all_ranks("putting damaged checkpoints aside"):
-        if runtime.is_main_process and source is not None:
-            for name in set_aside(folder, source):
-                origin.warnings.append(f"kept for you as {folder / name}")
-    run.warnings = origin.warnings
-    if config.checkpoint.enabled:
-        run.saver = build_saver(run, source)
+def changes(before: Mapping[str, object], after: Mapping[str, object], prefix: str = "") -> list[str]:
+    """`optim.lr 0.1 -> 0.2` for each field that differs; where a run lies and begins does not count."""
+    lines: list[str] = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if prefix + name in ("run_dir", "resume") or old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += changes(old, new, f"{prefix}{name}.")
+        else:
+            lines.append(f"{prefix}{name} {old} -> {new}")
+    return lines
+
+
+def _matching_weights(run: Run, checkpoint: VerifiedCheckpoint) -> dict[str, Tensor]:
+    """The model's tensors that the checkpoint has with the same name, shape and dtype."""
+    return _matching(prefixed("model", run.model_tensors()), checkpoint)
+
+
+def _matching(live: Mapping[str, Tensor], checkpoint: VerifiedCheckpoint) -> dict[str, Tensor]:
+    saved = checkpoint.manifest.tensors
+    return {name: tensor for name, tensor in live.items() if name in saved and saved[name].spec == spec_of(tensor)}
+
+
+def _meter_tensors(run: Run, checkpoint: VerifiedCheckpoint) -> dict[str, Tensor]:
+    """This rank's open sums; over another number of ranks, the first one takes them all."""
+    rank, before = run.runtime.rank, checkpoint.manifest.world_size
+    if before == run.runtime.world_size:
+        return _read_tensors(checkpoint, f"meter/{rank:05d}/")
+    merged = Meter.merge([_read_tensors(checkpoint, f"meter/{other:05d}/") for other in range(before)])
+    # the others keep the names, which must be the same on every rank
+    return merged if rank == 0 else {name: torch.zeros_like(tensor) for name, tensor in merged.items()}
+
+
+def _read_tensors(checkpoint: VerifiedCheckpoint, prefix: str) -> dict[str, Tensor]:
+    entries = {name: entry for name, entry in checkpoint.manifest.tensors.items() if name.startswith(prefix)}
+    tensors = {name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in entries.items()}
+    load_tensors(checkpoint.directory, checkpoint.manifest, tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -1,9 +1,9 @@
-"""Everything one training run consists of, and its named state."""
+"""Everything one training run consists of; complete when it is made, and made by `distkit.assemble`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from distkit.checkpoint.restore import VerifiedCheckpoint
 from distkit.checkpoint.saver import Saver
 from distkit.config import BatchSplit, TrainConfig
-from distkit.data import Batch
+from distkit.data import Batch, Dataset
+from distkit.data.batch import Microbatches
+from distkit.data.reading.iterable import IterableData
 from distkit.data.reading.loader import EvaluationLoader
 from distkit.ema import Ema
 from distkit.engine.clock import Clock
@@ -30,27 +32,53 @@ from distkit.tensors.spec import TensorSpec
 ComputeLoss = Callable[[nn.Module, Batch], LossOutput]
 
 
-class Loader(Protocol):
-    """Where microbatches come from."""
-
-    def microbatch(self, step: int, accum_index: int) -> Batch:
-        """This rank's microbatch `accum_index` of global batch `step`, on the device."""
-
-    def close(self) -> None:
-        """Leave no thread and no process behind."""
-
-
 class DataState(Protocol):
-    """The place in data that has no numbers, a rank's own."""
+    """This rank's position in an iterable data set, whose samples have no numbers."""
 
     def state_dict(self) -> dict[str, object]:
-        """The place, ready for JSON."""
+        """The position, ready for JSON."""
 
     def check_state_dict(self, state: Mapping[str, object]) -> None:
         """Raise ConfigError when it does not fit; change nothing."""
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on there."""
+        """Continue from there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The data sets of a run, the same on every rank.
+
+    Attributes:
+        train_set, test_set: as the recipe built them; test_set is None where there is none.
+        fingerprint: tells the training set from another one; None where it cannot be computed.
+    """
+
+    train_set: Dataset | IterableData
+    test_set: Dataset | None
+    fingerprint: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: what it is restored from; None for a new run.
+        from_another_run: the checkpoint does not lie in this run's own directory.
+        completed_steps: of the run that was completed in this directory; -1 when none was.
+        warnings: what was said about it before there was anybody to tell.
+    """
+
+    checkpoint: VerifiedCheckpoint | None = None
+    from_another_run: bool = False
+    completed_steps: int = -1
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def own_step(self) -> int | None:
+        """The step of the checkpoint, where it is one of this run's own."""
+        return None if self.checkpoint is None or self.from_another_run else self.checkpoint.manifest.step
 
 
 @dataclass(frozen=True)
@@ -78,40 +106,42 @@ class Progress:
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take the step back."""
+        """Restore the step."""
         self.step = state["step"]
 
 
 @dataclass
 class Trackers:
-    """What a run remembers of its evaluations."""
+    """The last and the best evaluation of a run; `rule` says which one is best."""
 
+    rule: Best = field(default_factory=Best)
     last: dict[str, float] | None = None
     best: dict[str, float] | None = None
 
-    def see(self, values: dict[str, float], best: Best) -> bool:
+    def update(self, values: dict[str, float]) -> bool:
         """Remember an evaluation (with its "step"); True when it is the best so far.
 
         Raises:
             TrainingError: the evaluation has no such metric.
         """
         self.last = values
-        if best.metric not in values:
+        metric = self.rule.metric
+        if metric not in values:
             known = ", ".join(name for name in values if name != "step")
             raise TrainingError(
-                f"the best evaluation is chosen by {best.metric}, which compute_loss does not report: {known}"
+                f"the best evaluation is chosen by {metric}, which compute_loss does not report: {known}"
             )
-        if best.better(values[best.metric], self.best[best.metric] if self.best else math.nan):
+        if self.rule.better(values[metric], self.best[metric] if self.best else math.nan):
             self.best = values
             return True
         return False
 
     def state_dict(self) -> dict[str, dict[str, float | str] | None]:
-        """The last and the best evaluation; what is not finite as a text, because JSON has no number for it."""
+        """Both evaluations; values that are not finite as text, because JSON has no number for them."""
         return {"last": _for_json(self.last), "best": _for_json(self.best)}
 
     def load_state_dict(self, state: dict[str, dict[str, float | str] | None]) -> None:
-        """Take both back."""
+        """Restore both."""
         self.last, self.best = (
             None if values is None else {name: float(value) for name, value in values.items()}
             for values in (state["last"], state["best"])
@@ -124,71 +154,70 @@ def _for_json(values: dict[str, float] | None) -> dict[str, float | str] | None:
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run, assembled: configuration, parts that hold state, and those who watch."""
+    """A run, assembled: what it is, its parts, those that hold state, and those who watch.
+
+    Attributes:
+        recipe: its name.
+        schedule, plateau: step -> multiplier of the learning rate, and the factor that follows a metric.
+        data_state: the position in an iterable data set; None for data with numbers, whose position is the step.
+        buffer_specs: dtype and shape of the persistent buffers, as the model was built.
+        aliases: further names that the model's state dict has for tied tensors -> their name in checkpoints.
+        utilization: None where the device's peak is not known.
+        facts: the resolved choices, printed at the start and repeated in summary.json.
+        saver: None where no checkpoint is saved.
+    """
 
     recipe: str
     config: TrainConfig
     runtime: Runtime
     split: BatchSplit
     num_steps: int
-    steps_per_epoch: float
+    data: Data
     strategy: Strategy
-    loader: Loader
+    loader: Microbatches
     test_loader: EvaluationLoader | None
     compute_loss: ComputeLoss
     schedule: Schedule
     directory: RunDirectory
+    meter: Meter
     plateau: Plateau | None = None
     ema: Ema | None = None
-    best: Best = field(default_factory=Best)
-    observers: list[Observer] = field(default_factory=list)
-    facts: dict[str, str] = field(default_factory=dict)
+    data_state: DataState | None = None
+    buffer_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    utilization: Utilization | None = None
+    resume: ResumePoint = field(default_factory=ResumePoint)
+    saver: Saver | None = None
+    observers: Sequence[Observer] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     trackers: Trackers = field(default_factory=Trackers)
     clock: Clock = field(default_factory=Clock)
-    meter: Meter = field(init=False)
-    saver: Saver | None = None
-    restored_from: VerifiedCheckpoint | None = None
-    restored_elsewhere: bool = False
-    """restored_from does not lie in this run's own directory."""
-    data_state: DataState | None = None
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    """Further names that the model's state dict has for tied tensors -> the one in checkpoints."""
-    buffer_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
-    """Of the persistent buffers as they were built."""
-    fingerprint: str | None = None
-    """Tells the training set from another one, where it can say so."""
-    utilization: Utilization | None = None
-    """None where the device's peak is not known."""
-    warnings: list[str] = field(default_factory=list)
-    """What was said before there was anybody to tell."""
-    grad_norm: Tensor | None = None
-    data_wait_seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.meter = Meter(self.runtime, copies=self.strategy.reuses_outputs)
-        if self.utilization is not None:
-            self.loader = _FirstBatch(self, self.utilization)
 
     @property
     def num_samples(self) -> int:
         """Samples of the training set, or of one epoch of an iterable one."""
-        return round(self.steps_per_epoch * self.split.global_batch_size)
+        return len(self.data.train_set)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which the training set is read once."""
+        return self.num_samples / self.split.global_batch_size
 
     @property
     def takes_weights_only(self) -> bool:
         """True when the run begins at step 0 with weights from elsewhere."""
-        return self.config.resume.weights_only and self.restored_elsewhere
+        return self.config.resume.weights_only and self.resume.from_another_run
 
     @property
     def finished(self) -> bool:
         """True when this directory holds the run with all its steps already."""
-        return self.directory.completed_steps() >= self.num_steps
+        return self.resume.completed_steps >= self.num_steps
 
     def lr_multiplier(self) -> float:
-        """What the peak learning rates are multiplied with at the current step."""
+        """What the peak learning rates are multiplied by at the current step."""
         multiplier = self.schedule(self.progress.step)
         return multiplier if self.plateau is None else multiplier * self.plateau.factor
 
@@ -196,6 +225,10 @@ class Run:
         """Hand an event to every observer."""
         for observer in self.observers:
             observer.record(event)
+
+    def note(self, message: str) -> None:
+        """Tell the observers something for people to read."""
+        self.tell({"event": "note", "step": self.progress.step, "message": message})
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer of the model by its canonical name; tied ones once."""
@@ -205,21 +238,6 @@ class Run:
         """Model and optimizer tensors, as `model/NAME` and `optimizer/NAME/KEY`: what `state_digest` covers."""
         return self.strategy.learned_tensors()
 
-
-class _FirstBatch:
-    """A loader that shows the first microbatch to what counts FLOPs, and then steps aside."""
-
-    def __init__(self, run: Run, utilization: Utilization) -> None:
-        self._run, self._utilization, self._loader = run, utilization, run.loader
-
-    def microbatch(self, step: int, accum_index: int) -> Batch:
-        """The loader's own."""
-        if self._run.loader is self:
-            self._run.loader = self._loader
-        batch = self._loader.microbatch(step, accum_index)
-        self._utilization.see(batch)
-        return batch
-
-    def close(self) -> None:
-        """Close the loader."""
-        self._loader.close()
+    def synchronize_buffers_(self) -> None:
+        """Give every rank the buffers that a checkpoint would hold, and their averages."""
+        self.strategy.synchronize_buffers_(self.ema.averaged_buffers if self.ema is not None else ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,10 +13,12 @@ from typing import Literal
 from distkit.checkpoint.retention import list_checkpoints, sweep
 from distkit.engine.lease import Lease
 from distkit.errors import ConfigError, TrainingError
-from distkit.files import remove_temporaries, sync_folder, write_json
+from distkit.files import remove_temporaries, sync_folder, write_bytes, write_json
 
 State = Literal["running", "completed", "preempted", "failed"]
 #: What a run writes beside its checkpoints; a FIFO or a folder in place of one would be met in the middle of a run.
+#: In recipe/: where the file beside it was copied from, and its sha256.
+SOURCE = "source.json"
 FILES = ("config.json", "environment.json", "status.json", "summary.json", "metrics.jsonl")
 
 
@@ -41,6 +44,11 @@ class RunDirectory:
         """Where the checkpoints lie."""
         return self.path / "checkpoints"
 
+    @property
+    def recipe(self) -> Path:
+        """Where the copy of the recipe's file lies."""
+        return self.path / "recipe"
+
     def claim(self) -> None:
         """Take the lease of a directory that exists; without effect when it is held, or made later.
 
@@ -50,8 +58,20 @@ class RunDirectory:
         if self.writes and self.lease is None and self.path.is_dir():
             self.lease = Lease.acquire(self.path)
 
-    def create(self, config: Mapping[str, object], environment: Mapping[str, object], *, saves: bool) -> None:
+    def create(
+        self,
+        config: Mapping[str, object],
+        environment: Mapping[str, object],
+        recipe: tuple[str, Path] | None,
+        *,
+        saves: bool,
+    ) -> None:
         """Make the directory and write what the run is; with `saves`, make sure that checkpoints can be written.
+
+        Args:
+            config, environment: for config.json and environment.json.
+            recipe: its name, and its file, of which a copy is kept; None where it has no file.
+            saves: the run writes checkpoints.
 
         Raises:
             ConfigError: it cannot be made or written, or another process has it.
@@ -74,9 +94,19 @@ class RunDirectory:
                 probe(self.checkpoints)
             write_json(self.path / "config.json", config)
             write_json(self.path / "environment.json", environment)
+            if recipe is not None:
+                self._copy_recipe(*recipe)
         except OSError as error:
             raise ConfigError(f"cannot write the run directory {self.path}", expected="a writable directory",
                               got=error, fix="--run-dir DIR") from error  # fmt: skip
+
+    def _copy_recipe(self, name: str, file: Path) -> None:
+        """Keep the recipe's file as it is now, and where it came from; the copies of earlier attempts are replaced."""
+        text = file.read_bytes()
+        self.recipe.mkdir(exist_ok=True)
+        write_bytes(self.recipe / file.name, text)
+        source = {"recipe": name, "file": str(file), "sha256": hashlib.sha256(text).hexdigest()}
+        write_json(self.recipe / SOURCE, source)
 
     def _check_files(self) -> None:
         for name in FILES:

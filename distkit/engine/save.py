@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,26 @@ from distkit.checkpoint.saver import Saver
 from distkit.config import CheckpointConfig
 from distkit.engine.run import Best, Run
 from distkit.engine.state import snapshot
+from distkit.engine.train_step import due
 from distkit.errors import CheckpointError
 from distkit.runtime.faults import fault
+from distkit.runtime.process import Runtime
 from distkit.tensors.buffers import check_buffer_specs
 
 
-def build_saver(run: Run, source: int | None) -> Saver:
-    """What saves `run`; `source` is the step of the checkpoint in its own directory that it came from."""
-    folder, config = run.directory.checkpoints, run.config.checkpoint
-    clean = partial(remove_old, folder, config, run.best, source)
-    return Saver(folder, run.runtime, config, recipe=run.recipe, strategy=run.strategy.name, clean=clean)
+def build_saver(
+    folder: Path,
+    runtime: Runtime,
+    config: CheckpointConfig,
+    *,
+    recipe: str,
+    strategy: str,
+    best: Best,
+    source: int | None,
+) -> Saver:
+    """What saves a run under `folder`; `source` is the step of the checkpoint of its own that it was restored from."""
+    clean = partial(remove_old, folder, config, best, source)
+    return Saver(folder, runtime, config, recipe=recipe, strategy=strategy, clean=clean)
 
 
 def remove_old(folder: Path, config: CheckpointConfig, best: Best, source: int | None, step: int) -> None:
@@ -44,7 +53,7 @@ def remove_old(folder: Path, config: CheckpointConfig, best: Best, source: int |
         retention.remove(folder, old)
 
 
-def save_due(run: Run, due: Callable[[int | None, int, int], bool]) -> bool:
+def save_due(run: Run) -> bool:
     """True at every `save_every`-th step, at the last one, and right after the best evaluation so far."""
     if run.saver is None:
         return False
@@ -65,10 +74,10 @@ def save(run: Run) -> None:
             tell(run, run.saver.save(run.progress.step, snapshot(run)))
 
 
-def settle(run: Run, *, wait: bool = False) -> None:
+def report_saves(run: Run, *, wait: bool = False) -> None:
     """Tell how a save behind the steps has ended, if it has; with `wait`, when it has."""
     if run.saver is not None:
-        tell(run, run.saver.finish() if wait else run.saver.poll())
+        tell(run, run.saver.settle(wait=wait))
 
 
 def tell(run: Run, outcomes: list[Outcome]) -> None:

@@ -30,7 +30,7 @@ def train_step(run: Run) -> None:
         strategy.update_with_closure(lambda: global_loss(run, report=next(evaluations) == 0))
     else:
         compute_gradients(run)
-        run.grad_norm = strategy.clip_gradients_(due(run.config.report_every, progress.step + 1, run.num_steps))
+        run.meter.grad_norm = strategy.clip_gradients_(due(run.config.report_every, progress.step + 1, run.num_steps))
         strategy.update()
     if run.ema is not None:
         run.ema.update_(progress.step)
@@ -59,7 +59,7 @@ def next_microbatch(run: Run, accum_index: int) -> Batch:
     """The next microbatch; the time it made the step wait is added up."""
     start = perf_counter()
     batch = run.loader.microbatch(run.progress.step, accum_index)
-    run.data_wait_seconds += perf_counter() - start
+    run.meter.data_wait_seconds += perf_counter() - start
     return batch
 
 

@@ -26,7 +26,7 @@ from distkit.checkpoint.verify import verify
 from distkit.commands.tools.diff import digest
 from distkit.config import OptimConfig, ResumeConfig, StrategyName
 from distkit.engine.fit import fit
-from distkit.engine.state import restore
+from distkit.engine.resume import restore
 from distkit.runtime import read_topology
 from distkit.runtime.process import start
 
@@ -55,8 +55,8 @@ def test_it_verifies_and_says_what_it_is() -> None:
 
 def resume(folder: str, config: TinyConfig) -> tuple[str, int, int]:
     run = build_run(Path(folder), config)
-    assert run.restored_from is not None
-    restore(run, run.restored_from)
+    assert run.resume.checkpoint is not None
+    restore(run, run.resume.checkpoint)
     found = state_digest(run.learned_tensors())
     step = run.progress.step
     fit(run)
@@ -107,8 +107,8 @@ def test_one_of_three_ranks_in_shards_verifies_and_says_what_it_is() -> None:
 def resume_sharded(folder: str, config: GPTTrainConfig) -> tuple[str, int, int, int]:
     config = replace(config, run_dir=Path(folder) / "run")
     run = assemble(golden_run.RECIPE, config, start(config, read_topology(os.environ)))
-    assert run.restored_from is not None
-    restore(run, run.restored_from)
+    assert run.resume.checkpoint is not None
+    restore(run, run.resume.checkpoint)
     found = state_digest(run.learned_tensors())
     module = cast(golden_run.Model, run.strategy.module)
     forwards, count = module.forwards, int(module.counter.count)

@@ -201,7 +201,7 @@ def test_fp16_skips_an_update_and_counts_it(tmp_path: Path) -> None:
         output = honest(model, batch)  # type: ignore[arg-type]
         return replace(output, loss=output.loss * 1e30) if run.progress.step == 0 else output
 
-    run.compute_loss = overflow
+    run = replace(run, compute_loss=overflow)
     train_step(run)
     assert run.strategy.skipped.item() == 1
     assert all(torch.equal(p, old) for p, old in zip(run.strategy.module.parameters(), before, strict=True))
@@ -415,7 +415,7 @@ def test_a_step_of_padding_alone_moves_nothing(tmp_path: Path) -> None:
     config = replace(BASE, optim=OptimConfig(name="sgd", lr=0.1), schedule=ScheduleConfig(name="constant"))
     run = build_run(tmp_path, config)
     honest = run.compute_loss
-    run.compute_loss = lambda model, batch: replace(honest(model, batch), weight=torch.zeros(()))
+    run = replace(run, compute_loss=lambda model, batch: replace(honest(model, batch), weight=torch.zeros(())))
     before = [p.detach().clone() for p in run.strategy.module.parameters()]
     train_step(run)
     assert all(torch.equal(p, old) for p, old in zip(run.strategy.module.parameters(), before, strict=True))
@@ -432,7 +432,7 @@ def test_a_step_of_padding_alone_moves_nothing(tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_reported_are_refused(tmp_path: Path, sums: dict[str, Tensor], says: str) -> None:
     run = build_run(tmp_path)
     honest = run.compute_loss
-    run.compute_loss = lambda model, batch: replace(honest(model, batch), sums=sums)
+    run = replace(run, compute_loss=lambda model, batch: replace(honest(model, batch), sums=sums))
     with pytest.raises(TrainingError, match=says):
         fit(run)
 
@@ -448,18 +448,18 @@ def test_sums_with_a_graph_do_not_keep_it(tmp_path: Path) -> None:
 def test_a_metric_that_is_not_there_is_named(tmp_path: Path, changes: dict[str, object]) -> None:
     run = build_run(tmp_path, replace(BASE, eval_every=5, **changes))  # type: ignore[arg-type]
     if not changes:
-        run.best = Best("acc", "max")
+        run.trackers.rule = Best("acc", "max")
     with pytest.raises(TrainingError, match=r"acc.*correct"):
         fit(run)
 
 
 def test_trackers_remember_the_best() -> None:
-    trackers, best = Trackers(), Best("top1", "max")
+    trackers = Trackers(Best("top1", "max"))
     for value in (float("nan"), 0.5, float("nan"), 0.7, 0.6):
-        trackers.see({"step": 1.0, "top1": value}, best)
+        trackers.update({"step": 1.0, "top1": value})
     assert trackers.best is not None
     assert trackers.best["top1"] == 0.7
-    copy = Trackers()
+    copy = Trackers(Best("top1", "max"))
     copy.load_state_dict(trackers.state_dict())
     assert copy == trackers
 

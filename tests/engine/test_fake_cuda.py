@@ -29,7 +29,7 @@ from distkit.data.reading.loader import EvaluationLoader, Loader
 from distkit.ema import Ema
 from distkit.engine.evaluate import count_batches
 from distkit.engine.meter import Meter
-from distkit.engine.run import Run
+from distkit.engine.run import Data, Run
 from distkit.engine.train_step import train_step
 from distkit.models.gpt import attend
 from distkit.recipe import Recipe
@@ -159,13 +159,14 @@ def fake_run(recipe: Recipe[Any], config: TrainConfig, model: nn.Module, dataset
         runtime=runtime,
         split=split,
         num_steps=STEPS,
-        steps_per_epoch=8.0,
+        data=Data(train_set=dataset, test_set=None, fingerprint=None),
         strategy=strategy,
         loader=Loader(fetcher, SampleStream(config.seed, SAMPLES, split.global_batch_size), split, 0),
         test_loader=EvaluationLoader(fetcher, SAMPLES),
         compute_loss=partial(recipe.compute_loss, config),
         schedule=build_schedule(config.schedule, num_steps=STEPS, steps_per_epoch=8.0),
         directory=cast(Any, None),
+        meter=Meter(runtime, copies=strategy.reuses_outputs),
         ema=Ema(strategy.module, 0.9, strategy.model_tensors()),
     )
     strategy.backward = partial(stand_in_for_backward, run)  # type: ignore[method-assign]
@@ -202,8 +203,8 @@ def test_a_step_needs_nothing_from_the_host(name: str, monkeypatch: pytest.Monke
         train_step(run)
         assert not copies.pageable[late:]
         assert {t.device for t in run.meter.state_tensors().values() if t.ndim == 0} <= {CUDA, torch.device("cpu")}
-        assert run.grad_norm is not None
-        assert run.grad_norm.device == CUDA
+        assert run.meter.grad_norm is not None
+        assert run.meter.grad_norm.device == CUDA
 
 
 def test_deterministic_attention_on_a_gpu_leaves_the_mode_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def stop_at(folder: Path, config: TinyConfig, step: int) -> None:
             raise KeyboardInterrupt
         return compute_loss(model, batch)
 
-    run.compute_loss = dying
+    run = replace(run, compute_loss=dying)
     try:
         with pytest.raises(KeyboardInterrupt):
             fit(run)
@@ -98,7 +98,7 @@ def test_a_run_that_died_ends_as_the_one_that_did_not(name: str, step: int, tmp_
     straight = train(tmp_path / "straight", config)
     stop_at(tmp_path / "killed", config, step)
     resumed = build_run(tmp_path / "killed", config)
-    assert (resumed.restored_from.manifest.step if resumed.restored_from else 0) == step // 7 * 7
+    assert (resumed.resume.checkpoint.manifest.step if resumed.resume.checkpoint else 0) == step // 7 * 7
     fit(resumed)
     resumed.directory.release()
     assert_same(straight, resumed)
@@ -150,11 +150,11 @@ def saved_then_killed(folder: str, config: TinyConfig, step: int) -> str:
 
 def digest_when_restored(folder: str, config: TinyConfig) -> str:
     from distkit.checkpoint.digest import state_digest
-    from distkit.engine.state import restore
+    from distkit.engine.resume import restore
 
     run = build_run(Path(folder), config)
-    assert run.restored_from is not None
-    restore(run, run.restored_from)
+    assert run.resume.checkpoint is not None
+    restore(run, run.resume.checkpoint)
     digest = state_digest(run.learned_tensors())
     run.directory.release()
     run.runtime.close()
@@ -268,7 +268,7 @@ def test_weights_only_takes_what_fits_and_starts_at_step_0(tmp_path: Path) -> No
     config = replace(FULL, batch_norm=False, seed=5, optim=OptimConfig(name="adamw", lr=0.01),
                      resume=ResumeConfig(source=source, weights_only=True))  # fmt: skip
     second = build_run(tmp_path / "second", config)
-    from distkit.engine.state import restore
+    from distkit.engine.resume import restore
 
     assert second.restored_from is not None
     restore(second, second.restored_from)
@@ -288,8 +288,8 @@ def test_falls_back_loudly_and_puts_the_damaged_one_aside(tmp_path: Path, capsys
     data[-3] ^= 1
     shard.write_bytes(data)
     resumed = build_run(tmp_path / "killed", FULL)
-    assert resumed.restored_from is not None
-    assert resumed.restored_from.manifest.step == 7
+    assert resumed.resume.checkpoint is not None
+    assert resumed.resume.checkpoint.manifest.step == 7
     assert "step 14 does not verify" in capsys.readouterr().err
     assert list_checkpoints(folder) == [7]
     assert [path.name for path in folder.glob("damaged-*")] == ["damaged-1-step-000000014"]
@@ -323,15 +323,14 @@ def test_another_kind_of_data_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         def state_dict(self) -> dict[str, object]:
             return {}
 
-    import distkit.assemble as assembly
+    from distkit.engine import resume
 
-    check = assembly.check_fits
+    check = resume.check_fits
 
     def with_a_place(run: Run, found: VerifiedCheckpoint) -> None:
-        run.data_state = Place()  # type: ignore[assignment]
-        check(run, found)
+        check(replace(run, data_state=Place()), found)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(assembly, "check_fits", with_a_place)
+    monkeypatch.setattr(resume, "check_fits", with_a_place)
     with pytest.raises(ConfigError, match="another kind of data"):
         build_run(tmp_path, FULL)
 
@@ -342,8 +341,8 @@ def test_a_checkpoint_that_lost_its_manifest_is_damage(tmp_path: Path, capsys: p
     (folder / step_name(14) / "MANIFEST.json").unlink()
     run = build_run(tmp_path, FULL)
     run.directory.release()
-    assert run.restored_from is not None
-    assert run.restored_from.manifest.step == 7
+    assert run.resume.checkpoint is not None
+    assert run.resume.checkpoint.manifest.step == 7
     assert "missing file MANIFEST.json" in capsys.readouterr().err
     assert (folder / "damaged-1-step-000000014").is_dir()
 
@@ -382,7 +381,7 @@ def test_a_run_that_saved_nothing_begins_again_and_says_so(tmp_path: Path, capsy
     stop_at(tmp_path, FULL, 3)
     run = build_run(tmp_path, FULL)
     run.directory.release()
-    assert run.restored_from is None
+    assert run.resume.checkpoint is None
     assert "has saved nothing: it begins again at step 0" in capsys.readouterr().err
 
 

@@ -94,12 +94,12 @@ def test_progress_state() -> None:
 
 def test_only_the_writer_writes(tmp_path: Path) -> None:
     quiet = RunDirectory(tmp_path / "quiet", writes=False)
-    quiet.create({}, {}, saves=True)
+    quiet.create({}, {}, None, saves=True)
     quiet.write_status("running", 1)
     quiet.write_summary({})
     assert not (tmp_path / "quiet").exists()
     loud = RunDirectory(tmp_path / "loud", writes=True)
-    loud.create({"seed": 1}, {"python": "3"}, saves=False)
+    loud.create({"seed": 1}, {"python": "3"}, None, saves=False)
     loud.write_status("failed", 3, "ValueError: x")
     assert json.loads((loud.path / "status.json").read_text())["reason"] == "ValueError: x"
     loud.release()
@@ -110,7 +110,7 @@ def test_attempts_are_counted_and_a_completed_run_is_known(tmp_path: Path) -> No
     for attempt in (1, 2):
         directory = RunDirectory(tmp_path / "run", writes=True)
         directory.claim()
-        directory.create({}, {}, saves=True)
+        directory.create({}, {}, None, saves=True)
         assert directory.attempt == attempt
         assert directory.completed_steps() == -1
         directory.write_status("running", 3)
@@ -129,7 +129,7 @@ def test_what_is_no_file_is_refused_before_the_run(name: str, make: Callable[[Pa
     directory.claim()
     assert directory.completed_steps() == -1
     with pytest.raises(ConfigError, match=f"{name} is no regular file"):
-        directory.create({}, {}, saves=True)
+        directory.create({}, {}, None, saves=True)
     directory.release()
 
 
@@ -169,10 +169,10 @@ def test_a_directory_that_another_run_began_meanwhile_is_not_taken(tmp_path: Pat
     late = RunDirectory(tmp_path / "run", writes=True)
     late.claim()  # it does not exist yet
     first = RunDirectory(tmp_path / "run", writes=True)
-    first.create({}, {}, saves=False)
+    first.create({}, {}, None, saves=False)
     first.release()
     with pytest.raises(ConfigError, match=r"started in .* just now"):
-        late.create({}, {}, saves=False)
+        late.create({}, {}, None, saves=False)
     assert not (tmp_path / "run" / "lease.json").exists()
 
 
@@ -181,7 +181,7 @@ def test_what_a_killed_run_left_half_made_is_swept(tmp_path: Path) -> None:
     for name in (".tmp-step-000000005", ".trash-step-000000001", "step-000000003"):
         (directory.checkpoints / name).mkdir(parents=True)
     directory.claim()
-    directory.create({}, {}, saves=True)
+    directory.create({}, {}, None, saves=True)
     directory.release()
     assert [path.name for path in directory.checkpoints.iterdir()] == ["step-000000003"]
 

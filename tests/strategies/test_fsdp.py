@@ -130,10 +130,10 @@ def reads_and_share(folder: str, config: TrainConfig) -> tuple[int, float, list[
     with CountReads() as count:
         for _ in range(3):
             train_step(run)
-    run.grad_norm = run.strategy.clip_gradients_(True)
-    assert run.grad_norm is not None
-    assert type(run.grad_norm) is Tensor
-    assert run.grad_norm.ndim == 0
+    run.meter.grad_norm = run.strategy.clip_gradients_(True)
+    assert run.meter.grad_norm is not None
+    assert type(run.meter.grad_norm) is Tensor
+    assert run.meter.grad_norm.ndim == 0
     strategy = run.strategy
     learned = {**dict(run.strategy.model_tensors()), **strategy.optimizer_state.tensors()}
     learned |= {f"grad {n}": p.grad for n, p in strategy.module.named_parameters() if p.grad is not None}

@@ -21,7 +21,7 @@ from distkit.checkpoint.digest import state_digest
 from distkit.config import TrainConfig
 from distkit.engine.fit import fit
 from distkit.engine.run import Run
-from distkit.engine.state import restore
+from distkit.engine.resume import restore
 from distkit.runtime import read_topology
 from distkit.runtime.process import Runtime, start
 from distkit.tensors.shards import whole
@@ -65,8 +65,8 @@ def train_all(folder: str, configs: Mapping[str, TrainConfig]) -> dict[str, Ende
     for name, config in configs.items():
         torch._dynamo.reset()  # what a run before has compiled
         run = build(Path(folder) / name, config, runtime)
-        if run.restored_from is not None:
-            restore(run, run.restored_from)
+        if run.resume.checkpoint is not None:
+            restore(run, run.resume.checkpoint)
         restored = state_digest(run.learned_tensors())
         summary = fit(run)
         weights = {n: whole(t.detach()).clone() for n, t in run.strategy.model_tensors().items()}

@@ -139,7 +139,7 @@ def train(folder: Path, model: type[nn.Module], die_at: int | None = None, confi
             raise KeyboardInterrupt
         return loss(module, batch)
 
-    run.compute_loss = dying
+    run = replace(run, compute_loss=dying)
     try:
         fit(run)
     except KeyboardInterrupt:
@@ -159,8 +159,8 @@ def test_it_is_resumed_to_the_bit(model: type[nn.Module], tmp_path: Path) -> Non
     train(tmp_path / "straight", model)
     train(tmp_path / "killed", model, die_at=16)
     resumed = train(tmp_path / "killed", model)
-    assert resumed.restored_from is not None
-    assert resumed.restored_from.manifest.step == 14
+    assert resumed.resume.checkpoint is not None
+    assert resumed.resume.checkpoint.manifest.step == 14
     for name in ("weights.safetensors", "ema.safetensors"):
         one, other = (load_file(tmp_path / run / name) for run in ("straight", "killed"))
         assert one.keys() == other.keys()
