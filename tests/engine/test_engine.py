@@ -161,7 +161,7 @@ def test_the_run_directory_says_what_happened(tmp_path: Path) -> None:
     files = {path.name for path in folder.iterdir()}
     assert files == {
         "config.json", "environment.json", "status.json", "summary.json", "metrics.jsonl",
-        "weights.safetensors", "ema.safetensors",
+        "weights.safetensors", "ema.safetensors", "recipe",
     }  # fmt: skip
     status, summary = (json.loads((folder / name).read_text()) for name in ("status.json", "summary.json"))
     assert status == {"state": "completed", "step": 20, "reason": None, "attempt": 1}

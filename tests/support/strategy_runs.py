@@ -20,8 +20,8 @@ from distkit.assemble import assemble
 from distkit.checkpoint.digest import state_digest
 from distkit.config import TrainConfig
 from distkit.engine.fit import fit
-from distkit.engine.run import Run
 from distkit.engine.resume import restore
+from distkit.engine.run import Run
 from distkit.runtime import read_topology
 from distkit.runtime.process import Runtime, start
 from distkit.tensors.shards import whole
