@@ -225,9 +225,7 @@ def _restore_all(run: Run, checkpoint: VerifiedCheckpoint) -> None:
         run.data_state.load_state_dict(position)
 
 
-def recomputed_buffers(
-    module: nn.Module, tensors: Mapping[str, Tensor], checkpoint: VerifiedCheckpoint
-) -> set[str]:
+def recomputed_buffers(module: nn.Module, tensors: Mapping[str, Tensor], checkpoint: VerifiedCheckpoint) -> set[str]:
     """Of `tensors`, buffers with persistent=False saved with another dtype or shape: their layers recompute them."""
     saved = checkpoint.manifest.tensors
     caches = [slot.name for slot in buffer_slots(module) if not slot.persistent]
@@ -285,7 +283,9 @@ def resume_notes(run: Run) -> list[str]:
     if checkpoint is None:
         return []
     if run.takes_weights_only:
-        kept = sorted(run.model_tensors().keys() - {n.removeprefix("model/") for n in _matching_weights(run, checkpoint)})
+        kept = sorted(
+            run.model_tensors().keys() - {n.removeprefix("model/") for n in _matching_weights(run, checkpoint)}
+        )
         left = f"; not in it, or of another shape: {shorten(kept)}" if kept else ""
         return [f"started from the weights of {checkpoint.directory}{left}"]
     notes = [f"resumed from {checkpoint.directory}"]

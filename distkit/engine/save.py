@@ -77,7 +77,7 @@ def save(run: Run) -> None:
 def report_saves(run: Run, *, wait: bool = False) -> None:
     """Tell how a save behind the steps has ended, if it has; with `wait`, when it has."""
     if run.saver is not None:
-        tell(run, run.saver.settle(wait=wait))
+        tell(run, run.saver.finish() if wait else run.saver.poll())
 
 
 def tell(run: Run, outcomes: list[Outcome]) -> None:
