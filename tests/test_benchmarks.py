@@ -25,6 +25,7 @@ def run_benchmark(name: str, *flags: str, code: int = 0, env: dict[str, str] | N
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_engine_is_as_fast_as_a_loop_by_hand(tmp_path: Path) -> None:
     out = run_benchmark("step_overhead.py", "--rounds", "5", "--json", str(tmp_path / "r.json"))
     assert "all arms end with equal weights" in out
@@ -35,6 +36,7 @@ def test_the_engine_is_as_fast_as_a_loop_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_data_path_runs_at_memory_speed(tmp_path: Path) -> None:
     out = run_benchmark("data.py", "--rounds", "3", "--json", str(tmp_path / "r.json"))
     assert "distkit's pixels are PIL's for the same draws" in out
@@ -66,6 +68,7 @@ def test_the_quick_preset_learns_real_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(find_spec("deepspeed") is None or find_spec("transformers") is None, reason="no DeepSpeed")
 def test_strategies_hold_what_arithmetic_says_and_the_engine_no_more_than_by_hand(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_folder_and_packed_give_the_same_run_in_every_placement(tmp_path: Path) 
 
 def test_a_resume_on_images_that_were_replaced_is_refused(tmp_path: Path) -> None:
     tree = image_tree(tmp_path / "images")
-    argv = ["--data.source", "folder", "--data.root", str(tree), "--global-batch-size", "10", "--run-dir", "run"]
+    argv = ["--data.source", "folder", "--data.root", str(tree), "--global-batch-size", "10", "--run-dir", "run",
+            "--precision", "fp32", "--num-threads", "1"]  # fmt: skip
     (ended,) = run_recipe_cli([*argv, "--num-steps", "2"], tmp_path)
     assert ended.returncode == 0, ended.stderr
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())

@@ -26,7 +26,10 @@ FILES: dict[str, tuple[str, str, int, str, dict[str, object]]] = {
     "zero3_offload": ("DEEPSPEED", "zero3", 2, "2 ranks (zero3,", {"zero.offload": "parameters"}),
     "multi_node_ddp": ("MULTI_GPU", "auto", 2, "2 ranks (ddp,", {}),
 }
-CIFAR = ["--num-steps", "3", "--global-batch-size", "10", "--eval-batch-size", "500", "--run-dir", "run"]
+CIFAR = [
+    "--num-steps", "3", "--global-batch-size", "10", "--eval-batch-size", "500", "--run-dir", "run",
+    "--num-threads", "1", "--precision", "fp32",
+]  # fmt: skip
 MACHINES = {"hsdp_2_nodes": 2, "multi_node_ddp": 2}
 
 
