@@ -1,4 +1,4 @@
-"""What a batch is, and the few things that are done to any batch: map its tensors, move them, count its samples."""
+"""What a batch is, and what works on any batch: map its tensors, move them, count its samples."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def tensors(value: object) -> Iterator[tuple[str, Tensor]]:
 
 
 def to_device(batch: T, device: torch.device, channels_last: bool = False) -> T:
-    """The batch on `device`; the copy does not wait for the device. What is there already is not copied.
+    """The batch on `device`; the copy does not wait for the device. Tensors that are there already are not copied.
 
     Args:
         batch: any batch.
@@ -90,14 +90,14 @@ def batch_size(batch: object) -> int:
     Raises:
         DataError: it has no tensor, a 0-dim tensor, or tensors that disagree; the message names them.
     """
-    found = {name: tuple(tensor.shape) for name, tensor in tensors(batch)}
-    sizes = {shape[:1] for shape in found.values()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors(batch)}
+    sizes = {shape[:1] for shape in shapes.values()}
     if len(sizes) != 1 or () in sizes:
-        shapes = ", ".join(f"batch{name} {list(shape)}" for name, shape in found.items())
+        listed = ", ".join(f"batch{name} {list(shape)}" for name, shape in shapes.items())
         raise DataError(
             "a batch does not say how many samples it has",
             expected="tensors that all have the batch as their first dim",
-            got=shapes or f"no tensor in {type(batch).__name__}",
+            got=listed or f"no tensor in {type(batch).__name__}",
         )
     return sizes.pop()[0]
 

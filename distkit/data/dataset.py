@@ -67,8 +67,8 @@ class MapDataset:
         """`default_collate` of the samples with these numbers; `__getitems__` is used where the data set has it."""
         numbers = indices.tolist()
         several = getattr(self.samples, "__getitems__", None)
-        found = several(numbers) if several else [self.samples[i] for i in numbers]
-        return cast(Batch, default_collate(found))
+        samples = several(numbers) if several else [self.samples[i] for i in numbers]
+        return cast(Batch, default_collate(samples))
 
 
 def as_dataset(candidate: object) -> Dataset:

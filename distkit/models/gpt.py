@@ -92,8 +92,8 @@ class RMSNorm(nn.Module):
 def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of position x base^(-2 i / head_dim), both float32 [length, head_dim / 2].
 
-    Made anew in every block rather than kept: a table would be saved with the weights, rounded where a strategy casts
-    buffers or inputs, and left without values by a model that starts on the meta device.
+    Recomputed in every block rather than stored: a table would be saved with the weights, rounded where a strategy
+    casts buffers or inputs, and left without values by a model that starts on the meta device.
     """
     pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     positions = torch.arange(length, device=device, dtype=torch.float32)
@@ -128,28 +128,28 @@ def attend_fast(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Te
 def attend_alike(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """The same by kernels whose backward adds up in one order.
 
-    Told to warn where an operation has no such kernel, torch takes the others here, though it has both, and says so
-    (aten/src/ATen/native/transformers/cuda/attention_backward.cu). So it is told to refuse, around this operation.
+    In the mode that only warns, torch picks the non-deterministic kernels here, though it has both, and warns
+    (aten/src/ATen/native/transformers/cuda/attention_backward.cu). So the mode is "error" around this operation.
     """
-    told = torch.get_deterministic_debug_mode()
+    mode = torch.get_deterministic_debug_mode()
 
     def refuse(*_: object) -> None:
         torch.set_deterministic_debug_mode("error")
 
-    def as_told(*_: object) -> None:
-        torch.set_deterministic_debug_mode(told)
+    def restore(*_: object) -> None:
+        torch.set_deterministic_debug_mode(mode)
 
     refuse()
     try:
         mixed = attend_fast(query, key, value, dropout)
     finally:
-        as_told()
+        restore()
     node = mixed.grad_fn
     if node is not None and "ScaledDotProduct" not in node.name():
         node = node.next_functions[0][0]  # what pads an odd head_dim also cuts the result
     if node is not None:
         node.register_prehook(refuse)
-        node.register_hook(as_told)
+        node.register_hook(restore)
     return mixed
 
 

@@ -1,7 +1,7 @@
-"""Iterable data sets, read in order through torchdata's StatefulDataLoader: the one form without a stream of its own.
+"""Iterable data sets, read in order through torchdata's StatefulDataLoader: the only data without a sample stream.
 
-Contract C1 does not hold here: samples have no numbers, so the order is the data set's, their place in it is state,
-and that state belongs to one rank of one world. A run can be continued with the same world size and batch split only.
+Contract C1 does not hold here: samples have no numbers, so the data set decides the order, the position in it is
+state, and that state belongs to one rank. A run can be resumed with the same world size and batch split only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distkit.config import BatchSplit
 from distkit.config.check import require
 from distkit.data.batch import Batch, to_device
 from distkit.data.reading.endless import Build, EndlessSamples
-from distkit.data.reading.worker_process import iterator_of, worker_errors
+from distkit.data.reading.worker_process import end_workers, iterator_of, worker_errors
 from distkit.data.stream.draws import Draws
 from distkit.data.stream.stream import microbatch_start
 from distkit.errors import ConfigError, DataError
@@ -126,7 +126,7 @@ class IterableSource:
         return to_device(batch, self.device, self.channels_last)
 
     def state_dict(self) -> dict[str, object]:
-        """This rank's place, as JSON holds it; batches that workers made ready ahead do not count as read.
+        """This rank's position, ready for JSON; batches that workers prefetched do not count as read.
 
         Raises:
             DataError: the data set's own state is more than JSON holds.
@@ -134,12 +134,12 @@ class IterableSource:
         loader = self._restored if self._loader is None else self._loader.state_dict()
         state = {**self._layout(), "next": self._next, "loader": loader}
         try:
-            kept: dict[str, object] = json.loads(json.dumps(state))
+            saved: dict[str, object] = json.loads(json.dumps(state))
         except (TypeError, ValueError) as error:
             raise _not_json(error) from error
-        if kept != state:
+        if saved != state:
             raise _not_json("keys that are not strings, or tuples")
-        return kept
+        return saved
 
     def check_state_dict(self, state: Mapping[str, object]) -> None:
         """Refuse a state that does not fit, and change nothing.
@@ -157,7 +157,7 @@ class IterableSource:
                 )
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Go on where the same rank's `state_dict` was taken.
+        """Continue where the same rank's `state_dict` was taken.
 
         Raises:
             ConfigError: as `check_state_dict`.
@@ -168,17 +168,14 @@ class IterableSource:
         self._next = cast(int, state["next"])
 
     def close(self) -> None:
-        """End the worker processes; the place is kept."""
+        """End the worker processes; the position is kept."""
         loader, batches = self._loader, self._batches
         self._loader = self._batches = None
         try:
             if loader is not None:
                 self._restored = loader.state_dict()
         finally:
-            # What the iterator does when its last reference goes; a traceback may hold one for long.
-            end = getattr(batches, "_shutdown_workers", None)
-            if end is not None:
-                end()
+            end_workers(batches)
 
     def _layout(self) -> dict[str, int]:
         return {

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from distkit.data.batch import Batch, map_leaves, map_tensors
 from distkit.data.dataset import Indexable
 from distkit.data.reading.fetchers import Batches, BatchMaker
-from distkit.data.reading.worker_process import iterator_of, start_worker, worker_errors
+from distkit.data.reading.worker_process import end_workers, iterator_of, start_worker, worker_errors
 from distkit.data.stream.requests import Request
 from distkit.errors import DataError, TrainingError
 
@@ -301,7 +301,4 @@ class _WorkerBatches:
     def close(self) -> None:
         """End the worker processes and wait for them."""
         reads, self._reads = self._reads, None
-        shutdown = getattr(reads, "_shutdown_workers", None)
-        if shutdown is not None:
-            # dropping the iterator does the same, but only when no traceback holds it any more
-            shutdown()
+        end_workers(reads)

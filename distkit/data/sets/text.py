@@ -6,8 +6,7 @@ import codecs
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from distkit.config.check import require
 from distkit.data.sets.tokens import TokenDtype, TokenFile, vocabulary_file
 from distkit.errors import DataError
+from distkit.files import atomic_file, write_bytes
 
 Level = Literal["byte", "char"]
 #: Bytes of text encoded at a time.
@@ -55,15 +55,15 @@ class Vocabulary:
         if self.level == "byte":
             return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
         known, points = _points(self.characters), _points(text)
-        places = np.searchsorted(known, points)
-        wrong = known[np.minimum(places, len(known) - 1)] != points if len(known) else np.ones(len(points), bool)
+        tokens = np.searchsorted(known, points)
+        wrong = known[np.minimum(tokens, len(known) - 1)] != points if len(known) else np.ones(len(points), bool)
         if wrong.any():
             raise DataError(
                 "a character is not in the vocabulary",
                 expected=f"one of its {self.size} characters",
                 got=repr(text[int(wrong.argmax())]),
             )
-        return places
+        return tokens
 
     def decode(self, tokens: NDArray[np.integer]) -> str:
         """Tokens [N] -> text; bytes that are no UTF-8 become U+FFFD."""
@@ -126,10 +126,10 @@ def read_vocabulary(token_file: Path | str) -> Vocabulary:
 
 
 def _characters(path: Path) -> str:
-    found: set[str] = set()
+    characters: set[str] = set()
     for piece in _pieces(path):
-        found.update(piece)
-    return "".join(sorted(found))
+        characters.update(piece)
+    return "".join(sorted(characters))
 
 
 def _pieces(path: Path) -> Iterator[str]:
@@ -154,15 +154,10 @@ def _tokens(path: Path, vocabulary: Vocabulary) -> Iterator[bytes]:
 
 def _write_both(path: Path, out: Path, vocabulary: Vocabulary) -> None:
     digest, size = hashlib.sha256(), 0
-
-    def tokens() -> Iterator[bytes]:
-        nonlocal size
+    with atomic_file(out) as file:
         for piece in _tokens(path, vocabulary):
             digest.update(piece)
-            size += len(piece)
-            yield piece
-
-    def commit() -> None:
+            size += file.write(piece)
         if not size:
             raise DataError(f"{path} is empty", expected="a text")
         stored = {
@@ -173,22 +168,7 @@ def _write_both(path: Path, out: Path, vocabulary: Vocabulary) -> None:
             "sha256": digest.hexdigest(),
             "characters": vocabulary.characters,
         }
-        _write(vocabulary_file(out), iter([json.dumps(stored, indent=1).encode()]))
-
-    _write(out, tokens(), before_rename=commit)
-
-
-def _write(path: Path, pieces: Iterator[bytes], before_rename: Callable[[], None] | None = None) -> None:
-    """Write and sync under another name, then rename; nothing is left of a failure."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("xb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        if before_rename:
-            before_rename()
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        # between the tokens' sync and their rename: a full disk changes neither file
+        file.flush()
+        os.fsync(file.fileno())
+        write_bytes(vocabulary_file(out), json.dumps(stored, indent=1).encode())
