@@ -80,7 +80,7 @@ class Saver:
         self._files: dict[str, ShardFile] = {}
         self._staging = Staging()
         self._in_flight: Future[Outcome] | None = None
-        self._jobs: SimpleQueue[tuple[Future[Outcome], Job]] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Future[Outcome], Job] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._failures = 0
         self._last_error: str | None = None
@@ -128,8 +128,8 @@ class Saver:
         return ended
 
     def _work(self) -> None:
-        while True:
-            future, job = self._jobs.get()
+        while (item := self._jobs.get()) is not None:
+            future, job = item
             try:
                 future.set_result(commit(self.folder, job, self._side))
             except BaseException as error:
@@ -167,9 +167,10 @@ class Saver:
         return outcome
 
     def close(self, timeout_seconds: float = 10.0) -> None:
-        """The run failed: give a save in flight a moment to become a checkpoint, and leave it then."""
+        """End the thread; a save in flight, whose run has failed, gets `timeout_seconds` to become a checkpoint."""
         if self._in_flight is not None:
             wait_for([self._in_flight], timeout=timeout_seconds)
+        self._jobs.put(None)
 
     def check(self, *, last: bool = False) -> None:
         """End the run when too many saves in a row have failed, or, with `last`, when the newest one did.

@@ -192,6 +192,7 @@ def finish(run: Run) -> Summary:
     save_final_weights(run)
     run.directory.write_summary(summary)
     if run.saver is not None:
+        run.saver.close()
         run.saver.check(last=True)
     return summary
 
