@@ -141,6 +141,17 @@ def test_make_targets_exist(command: str) -> None:
     call([*command.split(), "--dry-run"], ROOT)
 
 
+def test_the_recipe_in_the_readme_trains(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.py").write_text(example)
+    call(
+        ["python", str(tmp_path / "mine.py"), "--run-dir", "run", "--device", "cpu", "--data.num-workers", "1"],
+        tmp_path,
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["last"]["correct"] > 0.6
+
+
 def results(name: str) -> dict[str, dict[str, float]]:
     """A result file; a target that it missed is named in the README as it stands there."""
     record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
