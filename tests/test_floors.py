@@ -57,7 +57,12 @@ FLOORS = (
         "yes",
     ),
     Floor(3, ("engine",), "the loop, the run's state, resume, endings, evaluation", "yes"),
-    Floor(4, ("assemble", "debug"), "from a recipe and a config to a run, in stages; debug mode", "yes"),
+    Floor(
+        4,
+        ("assemble", "load", "debug"),
+        "from a recipe and a config to a run, in stages; from a run directory to its model; debug mode",
+        "yes",
+    ),
     Floor(
         5,
         ("entry", "commands", "__init__"),
