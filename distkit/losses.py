@@ -8,13 +8,15 @@ never waits for the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from distkit.data.batch import Batch
 from distkit.errors import ConfigError
 
 #: Logits that chunked_cross_entropy makes at a time: 512 MiB in float32.
@@ -33,6 +35,10 @@ class LossOutput:
     weight: Tensor | None = None
     """0-dim, without gradient: what `loss` is the mean over where that is not samples, such as the number of tokens.
     The engine divides by the sum of the weights of the whole global batch (C2). None: the number of samples."""
+
+
+#: A recipe's `compute_loss` with its config given: (model, batch) -> the loss of this microbatch.
+ComputeLoss = Callable[[nn.Module, Batch], LossOutput]
 
 
 def mixup_cross_entropy(

@@ -14,8 +14,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distkit import LossOutput, Recipe, main
-from distkit.config import OptimConfig, ScheduleConfig, Split, TrainConfig
+from distkit import LossOutput, Recipe, TrainConfig, main
+from distkit.config import OptimConfig, ScheduleConfig, Split
 from distkit.config.check import require, require_number
 from distkit.data import Augmentation, Dataset, ImageDataset, load_images
 from distkit.metrics import expected_initial_loss, topk_correct

@@ -8,7 +8,6 @@ tiny: 0.60 M parameters, 1.54 M characters, 1.67 nats. 124m: GPT-2 small, 524,28
 The loss is in nats per token, over windows of --context-length from the end of the file (--test-share of it).
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distkit import LossOutput, Recipe, main
-from distkit.config import CheckpointConfig, DataConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
+from distkit import LossOutput, Recipe, TrainConfig, main
+from distkit.config import CheckpointConfig, DataConfig, OptimConfig, ScheduleConfig, Split
 from distkit.config.check import require, require_number
-from distkit.data import TokenDataset, encode_text_file, read_vocabulary
-from distkit.data.sets.text import Level, Vocabulary
+from distkit.data import TokenDataset, read_vocabulary
+from distkit.data.sets.text import Level, Vocabulary, encoded_text
 from distkit.errors import DataError
 from distkit.losses import chunked_cross_entropy
 from distkit.metrics import expected_initial_loss
@@ -87,21 +86,10 @@ class Config(TrainConfig):
 
 
 def token_file(config: Config) -> Path:
-    """The tokens of the run; a text is encoded where that was not done before, under a name that changes with it."""
+    """The tokens of the run: --tokens, or those of --text, which is encoded once into --data.root."""
     if config.tokens is not None:
         return config.tokens
-    try:
-        found = config.text.stat()
-        config.data.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"the text {config.text} cannot be read, or not be encoded into {config.data.root}",
-                        expected="a text file, and a folder that can be written", got=error,
-                        fix="--text FILE --data.root DIR") from error  # fmt: skip
-    key = hashlib.sha256(f"{config.text.resolve()} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:12]
-    out = config.data.root / f"{config.text.stem}-{config.level}-{key}.bin"
-    if not out.exists():
-        encode_text_file(config.text, out, level=config.level)
-    return out
+    return encoded_text(config.text, config.data.root, config.level)
 
 
 def vocabulary_of(config: Config) -> Vocabulary | None:

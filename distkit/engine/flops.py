@@ -19,11 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distkit.config import TrainConfig
 from distkit.data import Batch
 from distkit.data.batch import Microbatches, batch_size, map_tensors
-from distkit.losses import LossOutput
+from distkit.losses import ComputeLoss
 from distkit.runtime.process import Runtime
 from distkit.runtime.seeding import seeded
 
-ComputeLoss = Callable[[nn.Module, Batch], LossOutput]
 CPU = torch.device("cpu")
 #: Name in torch.cuda.get_device_name (all of the words) -> TFLOP/s of a precision, dense: half of what a data sheet
 #: says "with sparsity". 16-bit products are added up in fp32. The first line that fits counts.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from distkit.checkpoint.restore import VerifiedCheckpoint
 from distkit.checkpoint.saver import Saver
 from distkit.config import BatchSplit, TrainConfig
-from distkit.data import Batch, Dataset
+from distkit.data import Dataset
 from distkit.data.batch import Microbatches
 from distkit.data.reading.iterable import IterableData
 from distkit.data.reading.loader import EvaluationLoader
@@ -22,14 +22,12 @@ from distkit.engine.flops import Utilization
 from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
 from distkit.errors import TrainingError
-from distkit.losses import LossOutput
+from distkit.losses import ComputeLoss
 from distkit.observers import Event, Observer
 from distkit.runtime.process import Runtime
 from distkit.schedules import Plateau, Schedule
 from distkit.strategies import Strategy
 from distkit.tensors.spec import TensorSpec
-
-ComputeLoss = Callable[[nn.Module, Batch], LossOutput]
 
 
 class DataState(Protocol):

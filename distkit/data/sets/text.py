@@ -101,6 +101,28 @@ def encode_text_file(path: Path | str, out: Path | str, *, level: Level = "char"
     return vocabulary
 
 
+def encoded_text(path: Path, folder: Path, level: Level) -> Path:
+    """The token file of the text `path` in `folder`, encoded unless that was done before.
+
+    Its name changes with the text's path, size and time of change, and with the level.
+
+    Raises:
+        DataError: the text cannot be read, or `folder` cannot be written.
+    """
+    try:
+        status = path.stat()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the text {path} cannot be read, or not be encoded into {folder}",
+                        expected="a text file, and a folder that can be written", got=error,
+                        fix="--text FILE --data.root DIR") from error  # fmt: skip
+    key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
+    out = folder / f"{path.stem}-{level}-{key}.bin"
+    if not out.exists():
+        encode_text_file(path, out, level=level)
+    return out
+
+
 def read_vocabulary(token_file: Path | str) -> Vocabulary:
     """The vocabulary that `encode_text_file` wrote beside a token file.
 
