@@ -291,7 +291,7 @@ def worker(what: str, name: str, folder: Path, world_size: int) -> None:
     """One rank: measure and leave the result in FOLDER."""
     warnings.filterwarnings("ignore")
     if what == "held":
-        found: object = measure_held(folder, name, world_size)  # type: ignore[arg-type]  # one of STRATEGIES
+        found: object = measure_held(folder, name, world_size)
     else:
         found = {"peak": measure_peak, "resident": measure_resident}[what](ARMS[name], folder, world_size)
     (folder / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))

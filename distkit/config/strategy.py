@@ -1,22 +1,48 @@
-"""How a model is laid over ranks, and what is recomputed instead of kept."""
+"""How a model is laid over ranks, and which activations are recomputed instead of stored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from distkit.config.check import flag, require, require_number, require_unused
 from distkit.errors import ConfigError, nearest
 
-StrategyName = Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
-STRATEGIES: tuple[str, ...] = get_args(StrategyName)
-#: Section -> the strategies that read it. auto means single or ddp: what is said for ddp holds where there are ranks.
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyRow:
+    """What the rest of distkit knows of one strategy."""
+
+    implementation: str = ""
+    """Its class, with the module; empty for auto, which means one of the others."""
+    section: str | None = None
+    """The section of TrainConfig that it reads."""
+    ranks: Literal["one", "several", "any"] = "any"
+    """On how many ranks it runs."""
+
+
+_DATA_PARALLEL = "distkit.strategies.data_parallel.DataParallel"
+_DEEPSPEED = "distkit.strategies.deepspeed.strategy.DeepSpeed"
+#: --strategy -> its row: a new strategy is a file and a row here. auto is single or ddp, so options of ddp are allowed.
+STRATEGIES: dict[str, StrategyRow] = {
+    "auto": StrategyRow(section="ddp"),
+    "single": StrategyRow(implementation=_DATA_PARALLEL, ranks="one"),
+    "ddp": StrategyRow(implementation=_DATA_PARALLEL, section="ddp", ranks="several"),
+    "fsdp": StrategyRow(implementation="distkit.strategies.fsdp.FullySharded", section="fsdp", ranks="several"),
+    "zero1": StrategyRow(implementation=_DEEPSPEED, section="zero", ranks="several"),
+    "zero2": StrategyRow(implementation=_DEEPSPEED, section="zero", ranks="several"),
+    "zero3": StrategyRow(implementation=_DEEPSPEED, section="zero", ranks="several"),
+}
+if TYPE_CHECKING:
+    StrategyName = str
+else:  # the command line shows the choices
+    StrategyName = Literal[tuple(STRATEGIES)]
+#: Section -> the strategies that read it.
 TAKEN_BY: dict[str, frozenset[str]] = {
-    "ddp": frozenset({"auto", "ddp"}),
-    "fsdp": frozenset({"fsdp"}),
-    "zero": frozenset({"zero1", "zero2", "zero3"}),
+    section: frozenset(name for name, row in STRATEGIES.items() if row.section == section)
+    for section in dict.fromkeys(row.section for row in STRATEGIES.values() if row.section)
 }
 Low = Literal["fp32", "bf16"]
 Offload = Literal["none", "optimizer", "parameters"]
@@ -90,7 +116,7 @@ class ActivationCheckpointingConfig:
     mode: Recomputed = "none"
     """none; full: those of each of the model's repeated blocks; every: of each n-th one; blocks: of module classes."""
     every: int | None = None
-    """With mode every: each how-manieth block, >= 2."""
+    """With mode every: recompute every n-th block, n >= 2."""
     blocks: tuple[str, ...] | None = None
     """With mode blocks: the classes."""
 
