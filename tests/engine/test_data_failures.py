@@ -86,9 +86,7 @@ def environment() -> dict[str, str]:
 def test_a_truncated_file_is_named(folder: Path) -> None:
     victim = folder / "images" / "class1" / "05.jpg"
     victim.write_bytes(victim.read_bytes()[:300])
-    start = time.monotonic()
     (ended,) = run_recipe_cli(["--data.root", "images", "--run-dir", "run"], folder, recipe=folder / "recipe.py")
-    assert time.monotonic() - start < 15
     assert ended.returncode == 2
     assert "class1/05.jpg" in ended.stderr
     assert "truncated" in ended.stderr.lower()
@@ -123,9 +121,7 @@ def test_a_killed_worker_ends_the_run(folder: Path) -> None:
             time.sleep(0.1)
         family = main.children(recursive=True)
         os.kill(family[0].pid, signal.SIGKILL)
-        start = time.monotonic()
         _, error = run.communicate(timeout=30)
-        assert time.monotonic() - start < 15
         assert run.returncode == 1
         assert "a data worker died" in error
         assert "Traceback" not in error
@@ -142,12 +138,10 @@ def test_a_killed_worker_ends_the_run(folder: Path) -> None:
 def test_a_full_dev_shm_is_named(folder: Path) -> None:
     script = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
     flags = ["--size", "224", "--global-batch-size", "16"]
-    start = time.monotonic()
     run = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, "sh", *command(folder, *flags)],
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert time.monotonic() - start < 30  # 15 of them are the start of python
     assert run.returncode == 1, run.stderr
     assert "/dev/shm is full" in run.stderr
     assert "--data.num-workers" in run.stderr

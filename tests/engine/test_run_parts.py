@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,17 +22,25 @@ from distkit.runtime.process import Runtime
 RUNTIME = Runtime(topology=Topology(), device=torch.device("cpu"))
 
 
-def test_clock_leaves_out_what_is_excluded() -> None:
+class Time:
+    """A clock that tests set forward."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("distkit.engine.clock.perf_counter", lambda: self.now)
+
+
+def test_clock_leaves_out_what_is_excluded(monkeypatch: pytest.MonkeyPatch) -> None:
+    time = Time(monkeypatch)
     clock = Clock()
-    time.sleep(0.05)
+    time.now += 0.5
     with clock.excluded():
-        time.sleep(0.3)
-    rate = clock.lap(100)
-    assert 100 / 0.3 < rate < 100 / 0.05
-    time.sleep(0.02)
+        time.now += 3
+    assert clock.lap(100) == pytest.approx(200)
+    time.now += 1.5
     clock.lap(300)
-    assert clock.average() == pytest.approx(400 / clock.seconds)
-    assert 0.07 < clock.seconds < 0.3
+    assert clock.seconds == pytest.approx(2)
+    assert clock.average() == pytest.approx(200)
 
 
 def test_meter_means_over_unequal_batches_and_many_folds() -> None:
@@ -186,17 +193,19 @@ def test_what_a_killed_run_left_half_made_is_swept(tmp_path: Path) -> None:
     assert [path.name for path in directory.checkpoints.iterdir()] == ["step-000000003"]
 
 
-def test_the_clock_goes_on_where_it_was() -> None:
+def test_a_restored_clock_continues_the_open_lap(monkeypatch: pytest.MonkeyPatch) -> None:
+    time = Time(monkeypatch)
     clock = Clock()
+    time.now += 1
     clock.lap(100)
-    time.sleep(0.05)
+    time.now += 0.5
     state = clock.state_dict()
     resumed = Clock()
     resumed.load_state_dict(state)
-    time.sleep(0.2)  # between two attempts, and nobody's
+    time.now += 20  # between two attempts; it does not count
     resumed.begin()
-    assert resumed.lap(50) == pytest.approx(50 / 0.05, rel=0.5)
-    assert resumed.average() == pytest.approx(150 / resumed.seconds)
+    assert resumed.lap(50) == pytest.approx(100)
+    assert resumed.average() == pytest.approx(100)
 
 
 def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
