@@ -11,7 +11,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,20 +29,44 @@ def atomic_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     Raises:
         OSError: the folder is not writable, the disk is full, or `path` is a folder; nothing is left behind.
     """
-    temporary = _temporary(path)
     try:
-        with os.fdopen(_create(temporary, mode), "w+b") as file:
+        with atomic_files([path], mode) as (file,):
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a failed write names no file by itself
         raise
+
+
+@contextlib.contextmanager
+def atomic_files(
+    paths: Sequence[Path], mode: int = 0o666, before_rename: Callable[[], object] | None = None
+) -> Iterator[Sequence[BinaryIO]]:
+    """Several files of one folder, all on the disk before the first one gets its name; in the order of `paths`.
+
+    Args:
+        paths, mode: as `atomic_file`.
+        before_rename: called in between.
+
+    Raises:
+        OSError: as `atomic_file`.
+    """
+    temporaries = [_temporary(path) for path in paths]
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(os.fdopen(_create(name, mode), "w+b")) for name in temporaries]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        if before_rename is not None:
+            before_rename()
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        for temporary in temporaries:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    sync_folder(paths[0].parent)
 
 
 @contextlib.contextmanager

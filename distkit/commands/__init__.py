@@ -1,13 +1,12 @@
-"""The `distkit` command: answers on a login node, without torch, in a moment."""
+"""The `distkit` command. It answers at once on a login node: torch is imported only where tensors are read."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from distkit.commands import checkpoint, data, generate, show, verify_resume
-from distkit.commands.parser import Answer
+from distkit.commands.parser import Answer, write_out
 from distkit.errors import ConfigError, DistkitError, nearest
 from distkit.version import __version__
 
@@ -15,23 +14,24 @@ USAGE = f"""distkit {__version__}: a training run that is the same run everywher
 
 usage: distkit COMMAND [ARGUMENTS]
 
-  show RUN_DIR            how a run stands: state, step, last and best evaluation
+  show RUN_DIR            status of a run: state, step, last and best evaluation
   version                 print the version
-  data pack FOLDER OUT    images into one memory-mapped file a split; --help
-  data show FILE          what a packed file holds
-  data verify FILE        compare it with its checksums
-  checkpoint list RUN     what a run has saved
-  checkpoint show PATH    what a checkpoint holds
-  checkpoint verify PATH  compare it, bit by bit, with what was written
-  checkpoint diff A B     the first tensors that differ, and by how much
-  checkpoint digest PATH  one number for its weights and its optimizer
-  checkpoint prune RUN    remove old ones; --help
+  data pack FOLDER OUT    pack images for fast reading
+  data show FILE          describe a packed file
+  data verify FILE        compare a packed file with its checksums
+  checkpoint list RUN     list the checkpoints of a run
+  checkpoint show PATH    describe a checkpoint
+  checkpoint verify PATH  compare every byte of a checkpoint with its checksums
+  checkpoint diff A B     compare two checkpoints, tensor by tensor
+  checkpoint digest PATH  print the state_digest of the weights and the optimizer
+  checkpoint prune RUN    remove old checkpoints
   checkpoint export PATH OUT.safetensors
-                          its weights for other programs; --help
-  generate RUN            text from a run of a language model; --help
-  verify-resume RECIPE    kill a run of it, resume it, compare it with one never killed
+                          export the weights for other programs
+  generate RUN            generate text with a trained language model
+  verify-resume RECIPE    kill and resume a run, and compare it with one never killed
 
-PATH is a checkpoint, or a run: then its newest one. A recipe is run by itself:
+PATH is a checkpoint or a run directory, which means its newest checkpoint.
+Each command has a --help of its own. To train, run a recipe:
   accelerate launch recipes/cifar10.py --help
 """
 
@@ -42,9 +42,9 @@ def main() -> None:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Do what `argv` says; the exit code."""
+    """Run the command that `argv` names; returns the exit code."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        write_out(USAGE)
         return 0 if argv else 2
     try:
         name, *args = argv
@@ -59,10 +59,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"distkit: error: {error.filename} cannot be read: {error.strerror}", file=sys.stderr)
         return ConfigError.exit_code
     text, code = answer if isinstance(answer, Answer) else (answer, 0)
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    write_out(f"{text}\n")
     return code
 
 
@@ -73,7 +70,7 @@ def version(args: Sequence[str]) -> str:
     return __version__
 
 
-#: By its first word. Each gives the text to print, with an exit code where that is not 0.
+#: Each returns the text to print, with an exit code where that may be other than 0.
 COMMANDS: Mapping[str, Callable[[Sequence[str]], str | Answer]] = {
     "show": show.command,
     "version": version,

@@ -1,4 +1,4 @@
-"""`distkit checkpoint`: what a run has saved. No GPU and no process group; any world size and strategy."""
+"""`distkit checkpoint`: inspect, compare, remove and export checkpoints. Needs neither a GPU nor a process group."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from distkit.commands.parser import Answer, Parser, positive
 from distkit.errors import ConfigError
 
-PATH = "a checkpoint, or a run: its newest one"
+PATH = "a checkpoint, or a run directory: its newest checkpoint"
 
 
 def command(args: Sequence[str]) -> Answer:
-    """Look at checkpoints, compare, remove and export them."""
+    """Inspect, compare, remove and export checkpoints."""
     typed = _parser().parse_args(args)
     return VERBS[typed.verb](typed)
 
@@ -21,52 +21,55 @@ def command(args: Sequence[str]) -> Answer:
 def _parser() -> Parser:
     parser = Parser(
         "distkit checkpoint",
-        description="What a run has saved. PATH is a checkpoint, or a run directory or RUN/checkpoints: then its "
-        "newest one. Exit codes: 0 done, verified or equal; 1 damaged or different; 2 wrong arguments.",
+        description="Inspect, compare, remove and export checkpoints. PATH is a checkpoint, or a run directory or "
+        "RUN/checkpoints: then its newest checkpoint. Exit codes: 0 done, verified or equal; 1 damaged or different; 2 "
+        "wrong arguments.",
         allow_abbrev=False,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
-    _add(verbs, "list", "the checkpoints of a run, by their manifests", ["run"]).add_argument(
-        "--json", action="store_true", help="for programs"
+    _add(verbs, "list", "list the checkpoints of a run", ["run"]).add_argument(
+        "--json", action="store_true", help="print JSON"
     )
-    _add(verbs, "show", "what a checkpoint holds, by its manifest", ["path"]).add_argument(
-        "--tensors", action="store_true", help="every tensor with dtype, shape and shards"
+    _add(verbs, "show", "describe a checkpoint, from its manifest", ["path"]).add_argument(
+        "--tensors", action="store_true", help="also each tensor with its dtype, shape and shards"
     )
-    _add(verbs, "verify", "compare it, bit by bit, with what was written", ["path"]).add_argument(
+    _add(verbs, "verify", "compare every byte with the checksums in the manifest", ["path"]).add_argument(
         "--all", action="store_true", help="every checkpoint of the run"
     )
-    diff = _add(verbs, "diff", "the first tensors that differ, and by how much", ["first", "second"])
-    diff.add_argument("--limit", type=positive, default=10, metavar="N", help="lines of each kind (10)")
-    _add(verbs, "digest", "the state_digest of its model and optimizer tensors", ["path"])
+    diff = _add(verbs, "diff", "compare two checkpoints, tensor by tensor", ["first", "second"])
+    diff.add_argument("--limit", type=positive, default=10, metavar="N", help="differences to list of each kind (10)")
+    _add(verbs, "digest", "print the state_digest of the model and optimizer tensors", ["path"])
     _add_prune(_add(verbs, "prune", "remove old checkpoints of a run that has ended", ["run"]))
-    _add_export(_add(verbs, "export", "its weights as safetensors, for other programs", ["path"]))
+    _add_export(_add(verbs, "export", "export the weights as safetensors, for other programs", ["path"]))
     return parser
 
 
-def _add(verbs: argparse._SubParsersAction[Parser], verb: str, text: str, places: Sequence[str]) -> Parser:
+def _add(verbs: argparse._SubParsersAction[Parser], verb: str, text: str, operands: Sequence[str]) -> Parser:
     parser = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
-    for place in places:
-        metavar = {"first": "A", "second": "B"}.get(place, place.upper())
-        parser.add_argument(place, metavar=metavar, type=Path, help="the run directory" if place == "run" else PATH)
+    for operand in operands:
+        metavar = {"first": "A", "second": "B"}.get(operand, operand.upper())
+        parser.add_argument(operand, metavar=metavar, type=Path, help="a run directory" if operand == "run" else PATH)
     return parser
 
 
 def _add_prune(parser: Parser) -> None:
-    parser.add_argument("--keep-last", type=positive, required=True, metavar="K", help="keep the newest K")
-    parser.add_argument("--keep-best", type=positive, metavar="N", help="also the N best, by --metric and --mode")
-    parser.add_argument("--metric", metavar="NAME", help="of the evaluation, such as loss")
-    parser.add_argument("--mode", choices=["min", "max"], help="what is best")
-    parser.add_argument("--keep-every", type=positive, metavar="STEPS", help="also those of multiples of STEPS")
-    parser.add_argument("--yes", action="store_true", help="do it; without, say what would go")
+    parser.add_argument("--keep-last", type=positive, required=True, metavar="K", help="keep the K newest")
+    parser.add_argument("--keep-best", type=positive, metavar="N", help="also keep the N best, by --metric and --mode")
+    parser.add_argument("--metric", metavar="NAME", help="name in the evaluation, such as loss")
+    parser.add_argument("--mode", choices=["min", "max"], help="whether lower or higher is better")
+    parser.add_argument(
+        "--keep-every", type=positive, metavar="STEPS", help="also keep multiples of STEPS"
+    )
+    parser.add_argument("--yes", action="store_true", help="remove them; without it, only list what would be removed")
 
 
 def _add_export(parser: Parser) -> None:
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the file to write")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="several files of at most this size, such as 5GB, and "
-                        "OUT.safetensors.index.json")  # fmt: skip
+    parser.add_argument("--ema", action="store_true", help="export the averaged weights")
+    size_help = "split into files of at most this size, such as 5GB, and write OUT.safetensors.index.json"
+    parser.add_argument("--max-shard-size", metavar="SIZE", help=size_help)
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of floating-point tensors (as saved)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an export that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
 
 def _list(typed: argparse.Namespace) -> Answer:
@@ -91,10 +94,10 @@ def _verify(typed: argparse.Namespace) -> Answer:
 def _diff(typed: argparse.Namespace) -> Answer:
     from distkit.commands.tools.diff import diff
 
-    found = diff(typed.first, typed.second, limit=typed.limit)
-    verdict = "equal, bit for bit" if found.equal else "different"
-    notes = [f"does not count: {note}" for note in found.notes]
-    return Answer("\n".join([*found.tensors, *found.values, *notes, verdict]), 0 if found.equal else 1)
+    result = diff(typed.first, typed.second, limit=typed.limit)
+    verdict = "equal, bit for bit" if result.equal else "different"
+    notes = [f"does not count: {note}" for note in result.notes]
+    return Answer("\n".join([*result.tensors, *result.values, *notes, verdict]), 0 if result.equal else 1)
 
 
 def _digest(typed: argparse.Namespace) -> Answer:

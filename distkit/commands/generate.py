@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Literal, cast
 
 from distkit.cli import parse
-from distkit.commands.parser import Parser
+from distkit.commands.parser import Parser, split_flags
 from distkit.config import TrainConfig
 from distkit.errors import CheckpointError, ConfigError
 
@@ -26,11 +26,8 @@ FILES: dict[Weights, str] = {"last": "weights.safetensors", "ema": "ema.safetens
 
 def command(args: Sequence[str]) -> str:
     """The prompt, and what the model gives after it."""
-    mine, flags = list(args), []
-    if "--" in mine:
-        at = mine.index("--")
-        mine, flags = mine[:at], mine[at + 1 :]
-    typed = _parser().parse_args(mine)
+    own_args, flags = split_flags(args)
+    typed = _parser().parse_args(own_args)
     _check(typed)
 
     from distkit.commands.tools.locate import is_checkpoint, run_of

@@ -1,15 +1,18 @@
-"""What the commands share: a parser with this package's errors, and what an answer is."""
+"""What the commands share: a parser with this package's errors, the form of a result, and how text is printed."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from distkit.errors import ConfigError
 
 
 class Answer(NamedTuple):
-    """Text for stdout, and the exit code of a command that did its work and found what it looked for, or did not."""
+    """Text for stdout, and the exit code: not 0 where the command ran and what it looked at is damaged or differs."""
 
     text: str
     exit_code: int
@@ -22,6 +25,27 @@ class Parser(argparse.ArgumentParser):
         """Raise ConfigError."""
         raise ConfigError(f"{self.prog}: {message}", expected=" ".join(self.format_usage().split()[1:]),
                           fix=f"{self.prog} --help")  # fmt: skip
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        """Where argparse prints its help: it ignores a closed pipe, but Python complains when it flushes at the end."""
+        write_out(message)
+
+
+def write_out(text: str) -> None:
+    """Write `text` to stdout; a reader that has seen enough (`| head`) is no error, now or at the end."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def split_flags(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before `--`, for the command, and what stands after it, for the recipe."""
+    if "--" not in args:
+        return list(args), []
+    index = args.index("--")
+    return list(args[:index]), list(args[index + 1 :])
 
 
 def positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""`distkit show`: a run directory in a few lines."""
+"""`distkit show`: the status of a run, from its directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distkit.errors import ConfigError
 
 
 def command(args: Sequence[str]) -> str:
-    """A run directory in a few lines."""
+    """The status of a run, from its directory."""
     if len(args) != 1:
         raise ConfigError("distkit show takes one run directory", fix="distkit show runs/RECIPE/RUN")
     folder = Path(args[0])
@@ -23,27 +23,27 @@ def command(args: Sequence[str]) -> str:
                           got=", ".join(status) or "an empty object")  # fmt: skip
     lines = [f"{folder}: {status['state']} at step {status['step']}"]
     if status["state"] == "running":
-        lines += _of_a_running_one(folder)
+        lines += _holder_and_progress(folder)
     if status.get("reason"):
         lines.append(f"  reason: {status['reason']}")
     for name, value in (read_json(folder / "summary.json") or {}).items():
         if isinstance(value, dict):
-            value = "  ".join(f"{key} {_short(number)}" for key, number in value.items())
+            value = "  ".join(f"{key} {_format(number)}" for key, number in value.items())
         lines.append(f"  {name}: {value}")
     return "\n".join(lines)
 
 
-def _of_a_running_one(folder: Path) -> list[str]:
-    """Its status was written when it began: who runs it, and how far the checkpoints go."""
+def _holder_and_progress(folder: Path) -> list[str]:
+    """Who runs it and the last checkpoint: the status of a running run is as old as its start."""
     from distkit.checkpoint.retention import list_checkpoints
     from distkit.engine.lease import holder
 
-    lines = [f"  runs as {who}" if (who := holder(folder)) else "  but no process has it: it was killed"]
+    lines = [f"  runs as {who}" if (who := holder(folder)) else "  but no process is running it: it was killed"]
     steps = list_checkpoints(folder / "checkpoints")
     return [*lines, f"  saved at step {steps[-1]}" if steps else "  nothing saved yet"]
 
 
-def _short(value: object) -> object:
+def _format(value: object) -> object:
     return f"{value:g}" if isinstance(value, int | float) else value
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distkit.commands.parser import Parser, positive
+from distkit.commands.parser import Parser, positive, split_flags
 from distkit.errors import ConfigError, TrainingError
 from distkit.runtime.local_ranks import free_port, rank_environment
 
@@ -218,10 +218,7 @@ def report(trial: Trial, keep: bool) -> str:
 
 def command(args: Sequence[str]) -> str:
     """Do the trial; its text, or a TrainingError (exit 1) that names the first step and tensor that differ."""
-    mine, flags = list(args), []
-    if "--" in mine:
-        at = mine.index("--")
-        mine, flags = mine[:at], mine[at + 1 :]
+    own_args, flags = split_flags(args)
     parser = Parser(
         "distkit verify-resume",
         description="Run RECIPE straight, then again with SIGKILL to every rank and a resume, and compare weights, "
@@ -233,7 +230,7 @@ def command(args: Sequence[str]) -> str:
     parser.add_argument("--steps", type=positive, default=40, metavar="N", help="length of both runs (40)")
     parser.add_argument("--kill-at", type=positive, metavar="N", help="the step of the kill (two thirds of the run)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="keep both runs there (a temporary folder)")
-    typed = parser.parse_args(mine)
+    typed = parser.parse_args(own_args)
     trial = Trial(
         recipe=typed.recipe,
         flags=flags,

@@ -1,7 +1,7 @@
-"""One run directory, one run: whoever trains in it holds its lease. No torch: commands ask for the holder, too.
+"""One run per run directory: the one that trains in it holds the lease. No torch: commands ask for the holder, too.
 
-The lease is a POSIX record lock (fcntl(2), F_SETLK) on `lease.json`. The kernel drops it when the holder dies, in
-whatever way; forked data workers do not inherit it; NFS has it. What the file says only gives the holder a name.
+The lease is a POSIX record lock (fcntl(2), F_SETLK) on `lease.json`. The kernel drops it however the
+holder dies; forked data workers do not inherit it; NFS supports it. The content of the file only names the holder.
 
 A POSIX lock is also dropped when its process closes *any* descriptor of the file. So the holder must never open
 `lease.json` again, not even to read or copy it; this module does not, and other processes may.
@@ -27,18 +27,19 @@ from pathlib import Path
 import psutil
 
 from distkit.errors import ConfigError
+from distkit.files import write_bytes
 
 LEASE = "lease.json"
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 LOCKED = frozenset({errno.EAGAIN, errno.EACCES})
 RECORD_BYTES = 4096
-#: A holder that has just started has not written its name yet, and `holder` has the lock for an instant.
+#: How long to wait for the name of a holder that has just started, and for `holder`, which locks for an instant.
 PATIENCE_SECONDS = 1.0
-#: Without locks: how long after its record a process looks whether another one wrote at the same time.
-SETTLE_SECONDS = 0.5
-NAP_SECONDS = 0.01
-#: A process' start time is reckoned from the boot time, which follows corrections of the clock.
-CLOCK_SECONDS = 2.0
+#: Without locks: how long a process waits before it checks whether another one has overwritten its record.
+RECHECK_SECONDS = 0.5
+POLL_SECONDS = 0.01
+#: The start time of a process is derived from the boot time, which follows corrections of the clock.
+CLOCK_TOLERANCE_SECONDS = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -62,19 +63,19 @@ class Holder:
         """True when it is, or was, a process of this host."""
         return self.host == socket.gethostname()
 
-    def may_live(self) -> bool:
+    def may_be_alive(self) -> bool:
         """True when this process runs on this host, and for every other host, which cannot be asked."""
         if not self.is_here:
             return True
         try:
             process = psutil.Process(self.pid)
             zombie: bool = process.status() == psutil.STATUS_ZOMBIE
-            return not zombie and abs(process.create_time() - self.started) <= CLOCK_SECONDS
+            return not zombie and abs(process.create_time() - self.started) <= CLOCK_TOLERANCE_SECONDS
         except psutil.NoSuchProcess:
             return False
 
     def how_to_stop(self) -> str:
-        """What to type to end it."""
+        """The command that ends it."""
         if self.job is not None:
             return f"scancel {self.job}"
         return f"kill {self.pid}" if self.is_here else f"kill {self.pid} on {self.host}"
@@ -85,13 +86,13 @@ class Lease:
 
     Attributes:
         path: the lease file.
-        mine: this process, as the file names it.
-        taken_over_from: who had it before and died without releasing it; None when nobody did.
+        holder: this process, as the file names it.
+        taken_over_from: the holder before, if it died without releasing the lease; else None.
     """
 
-    def __init__(self, path: Path, descriptor: int | None, mine: Holder, before: bytes) -> None:
+    def __init__(self, path: Path, descriptor: int | None, holder: Holder, before: bytes) -> None:
         self.path = path
-        self.mine = mine
+        self.holder = holder
         #: An empty file was left by a process that had not become its holder yet.
         self.taken_over_from = None if not before.strip() else str(_parse(before) or "an unknown process")
         self._descriptor = descriptor
@@ -107,21 +108,21 @@ class Lease:
         with _guard:
             other = _held_here(path)
             if other is not None:
-                raise ConfigError(f"this process has a run in {run_dir} already", expected="one run in a directory",
-                                  got=other.mine, fix=f"--run-dir {run_dir}-2, or end that run first")  # fmt: skip
+                raise ConfigError(f"this process has a run in {run_dir} already", expected="one run per directory",
+                                  got=other.holder, fix=f"--run-dir {run_dir}-2, or end that run first")  # fmt: skip
             try:
                 lease = _take(run_dir, path)
             except OSError as error:
-                raise ConfigError(f"cannot take the lease of {run_dir}", expected="a directory where you may write",
+                raise ConfigError(f"cannot take the lease of {run_dir}", expected="a directory that you can write to",
                                   got=error, fix="--run-dir DIR") from error  # fmt: skip
             _held[path] = lease
         if lease.taken_over_from is not None:
-            gone = f"took {run_dir} over from {lease.taken_over_from}, which is gone"
-            print(f"distkit: warning: {gone}", file=sys.stderr, flush=True)
+            message = f"took {run_dir} over from {lease.taken_over_from}, which is gone"
+            print(f"distkit: warning: {message}", file=sys.stderr, flush=True)
         return lease
 
     def release(self) -> None:
-        """Give the directory free. Without effect the second time, and in a forked child: the parent still holds it."""
+        """Release the directory. Does nothing the second time, or in a forked child: the parent still holds it."""
         with _guard:
             if _held_here(self.path) is not self:
                 return
@@ -136,10 +137,10 @@ class Lease:
 
     def _remove(self) -> None:
         if self._descriptor is None:
-            if _parse(_read(self.path)) == self.mine:
+            if _parse(_read(self.path)) == self.holder:
                 self.path.unlink(missing_ok=True)
             return
-        # still locked: who waits for the lock finds an empty file, or that its name is another file's
+        # still locked: whoever gets the lock next finds an empty file, or that its name is another file's
         os.ftruncate(self._descriptor, 0)
         if _is_named(self.path, self._descriptor):
             self.path.unlink(missing_ok=True)
@@ -150,16 +151,16 @@ _guard = threading.Lock()
 
 
 def holder(run_dir: Path) -> str | None:
-    """Who holds the lease of `run_dir` now, in words; None when nobody does.
+    """Describe the process that holds the lease of `run_dir` now; None when there is none.
 
-    It asks for a shared lock, which a holder's lock refuses without the holder noticing, and gives it back at once.
-    Nothing is written. What cannot be known counts as held: an unreadable file, another host where no locks are.
+    It asks for a shared lock, which a holder's lock refuses without the holder noticing, and releases it at once.
+    Nothing is written. If in doubt the lease counts as held: an unreadable file, or another host without locks.
     """
     path = run_dir.resolve() / LEASE
     with _guard:
         held = _held_here(path)
         if held is not None:
-            return str(held.mine)
+            return str(held.holder)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
@@ -172,7 +173,7 @@ def holder(run_dir: Path) -> str | None:
             record = _parse(_read(descriptor))
             if error.errno in LOCKED:
                 return str(record or "a process that has just started")
-            return str(record) if record is not None and record.may_live() else None
+            return str(record) if record is not None and record.may_be_alive() else None
         finally:
             os.close(descriptor)
     return None
@@ -181,7 +182,7 @@ def holder(run_dir: Path) -> str | None:
 def _held_here(path: Path) -> Lease | None:
     """The lease of `path` that this process holds; a forked child inherits the table and not the locks."""
     lease = _held.get(path)
-    return lease if lease is not None and lease.mine.pid == os.getpid() else None
+    return lease if lease is not None and lease.holder.pid == os.getpid() else None
 
 
 def _take(run_dir: Path, path: Path) -> Lease:
@@ -193,11 +194,11 @@ def _take(run_dir: Path, path: Path) -> Lease:
             refused = _lock(descriptor)
             # the one before may have removed the file between open and lock: then its name is another file's
             if refused is None and _is_named(path, descriptor):
-                before, mine = _read(descriptor), _myself()
+                before, me = _read(descriptor), _this_process()
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, _to_json(mine), 0)
+                os.pwrite(descriptor, _to_json(me), 0)
                 os.fsync(descriptor)
-                lease = Lease(path, descriptor, mine, before)
+                lease = Lease(path, descriptor, me, before)
                 return lease
         finally:
             if lease is None:
@@ -206,9 +207,9 @@ def _take(run_dir: Path, path: Path) -> Lease:
             return _claim_by_record(run_dir, path)
         if refused in LOCKED:
             record = _parse(_read(path))
-            if (record is not None and record.may_live()) or time.monotonic() >= deadline:
+            if (record is not None and record.may_be_alive()) or time.monotonic() >= deadline:
                 raise _refusal(run_dir, record)
-            time.sleep(NAP_SECONDS)
+            time.sleep(POLL_SECONDS)
 
 
 def _lock(descriptor: int) -> int | None:
@@ -223,37 +224,32 @@ def _lock(descriptor: int) -> int | None:
 
 
 def _claim_by_record(run_dir: Path, path: Path) -> Lease:
-    """Without locks: write a record where no living process has one, and look again after SETTLE_SECONDS.
+    """Without locks: write a record unless a living process has one, and check it again after RECHECK_SECONDS.
 
-    Of several that write at once the last one wins, and the others find its record. A process that stands still for
-    longer than that between looking and writing could become a second holder; only locks exclude it.
+    Of several that write at once the last one wins, and the others find its record. A process that is suspended for
+    longer than that between reading and writing could become a second holder; only locks exclude this.
     """
     before = _read(path)
     record = _parse(before)
-    if record is not None and record.may_live():
+    if record is not None and record.may_be_alive():
         raise _refusal(run_dir, record, None if record.is_here else f"rm {path} if that run is dead")
-    mine = _myself()
-    partial = path.with_name(f".tmp-{LEASE}-{mine.host}-{mine.pid}")
-    try:
-        partial.write_bytes(_to_json(mine))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    time.sleep(SETTLE_SECONDS)
+    me = _this_process()
+    write_bytes(path, _to_json(me))
+    time.sleep(RECHECK_SECONDS)
     now = _parse(_read(path))
-    if now != mine:
+    if now != me:
         raise _refusal(run_dir, now)
-    return Lease(path, None, mine, before)
+    return Lease(path, None, me, before)
 
 
 def _refusal(run_dir: Path, record: Holder | None, remedy: str | None = None) -> ConfigError:
-    ways = [f"--run-dir {run_dir}-2", record.how_to_stop() if record else None, remedy, "wait for its end"]
-    return ConfigError(f"--run-dir {run_dir} is in use by another run", expected="one run in a directory",
+    options = [f"--run-dir {run_dir}-2", record.how_to_stop() if record else None, remedy, "wait until it ends"]
+    return ConfigError(f"--run-dir {run_dir} is in use by another run", expected="one run per directory",
                        got=record or "a process that has just started",
-                       fix=", or ".join(way for way in ways if way is not None))  # fmt: skip
+                       fix=", or ".join(option for option in options if option is not None))  # fmt: skip
 
 
-def _myself() -> Holder:
+def _this_process() -> Holder:
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     started = psutil.Process().create_time()
     return Holder(socket.gethostname(), os.getpid(), started, os.environ.get("SLURM_JOB_ID") or None, since)
@@ -283,7 +279,7 @@ def _is_named(path: Path, descriptor: int) -> bool:
 
 
 def _read(file: Path | int) -> bytes:
-    """What stands in a lease: by its descriptor, or by its path where this process does not hold it."""
+    """The content of a lease: by its descriptor, or by its path where this process does not hold it."""
     try:
         if isinstance(file, int):
             return os.pread(file, RECORD_BYTES, 0)

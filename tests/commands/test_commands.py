@@ -28,6 +28,15 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.endswith(f"{distkit.__version__}\n")
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["checkpoint", "--help"], ["generate", "--help"], ["version"]])
+def test_a_reader_that_has_seen_enough_is_no_error(argv: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run([sys.executable, "-m", "distkit.commands", *argv], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = {"state": "failed", "step": 30, "reason": "ValueError: x", "attempt": 1}
     (tmp_path / "status.json").write_text(json.dumps(status))
@@ -44,7 +53,7 @@ def test_show_a_run_that_is_running_and_one_that_was_killed(tmp_path: Path, caps
     (tmp_path / "status.json").write_text(json.dumps({"state": "running", "step": 0, "reason": None, "attempt": 1}))
     assert run(["show", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "no process has it: it was killed" in out
+    assert "no process is running it: it was killed" in out
     assert "nothing saved yet" in out
     (tmp_path / "checkpoints" / step_name(500)).mkdir(parents=True)
     lease = Lease.acquire(tmp_path)

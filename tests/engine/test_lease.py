@@ -28,7 +28,7 @@ from distkit.engine import lease
 if sys.argv[2:] == ["no-locks"]:
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
-    fcntl.lockf, lease.SETTLE_SECONDS = lockf, 0.1
+    fcntl.lockf, lease.RECHECK_SECONDS = lockf, 0.1
 held, run_dir = None, Path(sys.argv[1])
 for line in sys.stdin:
     command, *args = line.split()
@@ -282,7 +282,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(module, "RECHECK_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("no_locks")

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal
 
 import torch
 from torch import Tensor
 
-from distkit.checkpoint.format import DTYPES, STATE, Manifest
-from distkit.checkpoint.read import load_tensors
+from distkit.checkpoint.format import MANIFEST, Manifest, spec_bytes
+from distkit.checkpoint.read import load_tensors, read_state
+from distkit.checkpoint.shard_file import Header, write_tensors
 from distkit.checkpoint.verify import verify
 from distkit.commands.tools.list import size_of
 from distkit.commands.tools.locate import find_checkpoint
-from distkit.commands.tools.publish import check_place, index_of, published, shard_names
-from distkit.errors import ConfigError
+from distkit.errors import CheckpointError, ConfigError
+from distkit.files import atomic_files
+from distkit.tensors.spec import TensorSpec, torch_dtype
 
-#: Components of a name that wrappers have put there (DDP, torch.compile).
+SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+#: Parts of a name that wrappers have put there (DDP, torch.compile).
 WRAPPERS = ("module", "_orig_mod")
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: Mapping[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -35,17 +38,16 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?([a-z]*)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor of the export: `name` in the file, `source` in the checkpoint, and its form in the file."""
+    """One tensor of the export: `name` and `spec` in the file, `source` in the checkpoint."""
 
     name: str
     source: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
+    spec: TensorSpec
 
-    def header(self, start: int) -> dict[str, object]:
-        """Its entry in a safetensors header, when its bytes begin at `start`."""
-        return {"dtype": DTYPES[self.dtype][0], "shape": self.shape, "data_offsets": [start, start + self.nbytes]}
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return spec_bytes(self.spec)
 
 
 def parse_size(text: str) -> int:
@@ -54,11 +56,11 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigError: it is no size, or 0.
     """
-    found = _SIZE.fullmatch(text.strip())
-    unit = _UNITS.get(found[2].upper()) if found else None
-    size = int(float(found[1]) * unit) if found and unit else 0
+    match = _SIZE.fullmatch(text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
     if size < 1:
-        raise ConfigError("--max-shard-size is the most bytes of a file", expected="a number and B, KB, MB, GB or TB",
+        raise ConfigError("--max-shard-size is the largest size of a file", expected="a number and B, KB, MB, GB or TB",
                           got=text, fix="--max-shard-size 5GB")  # fmt: skip
     return size
 
@@ -74,28 +76,28 @@ def export(
 ) -> str:
     """Write the model's parameters and buffers to `out`, under names without `module.` and `_orig_mod.`.
 
-    The checkpoint is verified first. A reader sees whole files: each is written beside its place, fsynced and renamed,
-    the index last. At most one tensor, or BATCH_BYTES of smaller ones, is in memory.
+    The checkpoint is verified first. A reader sees whole files only, and the index last. At most one tensor, or
+    BATCH_BYTES of smaller ones, is in memory.
 
     Args:
         path: a checkpoint, or a run: its newest one.
         out: NAME.safetensors.
         ema: the averaged tensors where there are any, the model's own elsewhere.
-        max_shard_bytes: split into NAME-00001-of-0000N.safetensors of at most this size, and
-            NAME.safetensors.index.json in the form of Hugging Face; a single larger tensor has a file of its own. What
-            fits into one file becomes NAME.safetensors without an index. None: one file.
-        precision: of floating-point tensors; None: as they were saved. Others stay as they are.
-        overwrite: replace an export that is there; its other files are removed.
+        max_shard_bytes: split into NAME-00001-of-0000N.safetensors of at most this size, with
+            NAME.safetensors.index.json as Hugging Face writes it; a larger single tensor gets a file to itself. If one
+            file is enough, it is NAME.safetensors without an index. None: one file.
+        precision: of floating-point tensors; None: as saved. Others stay as they are.
+        overwrite: replace an earlier export, and remove those of its files that are not replaced.
 
     Returns:
         A line that says what was written.
 
     Raises:
-        ConfigError: no checkpoint, no average in it, a place that cannot be written, a value beyond `precision`.
-        CheckpointError: the checkpoint is damaged, or a write failed: what was there before is unchanged then.
+        ConfigError: no checkpoint, no average in it, an `out` that cannot be written, a value beyond `precision`.
+        CheckpointError: the checkpoint is damaged, or a write failed: an earlier export is unchanged then.
     """
     directory = find_checkpoint(path)
-    check_place(out, overwrite=overwrite)
+    check_out(out, overwrite=overwrite)
     manifest = verify(directory)
     items = choose(manifest, read_aliases(directory), ema=ema, precision=precision)
     shards = split(items, max_shard_bytes)
@@ -104,15 +106,12 @@ def export(
     total = sum(item.nbytes for item in items)
     with published(out, [*names, *([index_of(out).name] if len(shards) > 1 else [])]) as files:
         for name, shard in zip(names, shards, strict=True):
-            with files[name].open("xb") as file:
-                write_shard(file, directory, manifest, shard, metadata)
+            write_shard(files[name], directory, manifest, shard, metadata)
         if len(shards) > 1:
             weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            with files[index_of(out).name].open("xb") as file:
-                file.write(json.dumps(index, indent=2).encode() + b"\n")
-                _sync(file)
-        check_place(out, overwrite=overwrite)  # verifying and writing may have taken long
+            files[index_of(out).name].write(json.dumps(index, indent=2).encode() + b"\n")
+        check_out(out, overwrite=overwrite)  # verifying and writing may have taken long
     what = f"{'averaged ' if ema else ''}weights of step {manifest.step}"
     where = out if len(shards) == 1 else f"{out.parent / names[0]} to {names[-1]}"
     return f"{where}: {what}, {len(items)} tensors, {size_of(total)}"
@@ -126,8 +125,9 @@ def canonical_name(name: str) -> str:
 
 def read_aliases(directory: Path) -> dict[str, str]:
     """Further names of tied tensors -> the ones that the checkpoint has; {} in older ones."""
-    found = json.loads((directory / STATE).read_bytes()).get("aliases", {})
-    return {canonical_name(alias): canonical_name(name) for alias, name in found.items()}
+    aliases = read_state(directory).get("aliases", {})
+    assert isinstance(aliases, dict)  # the checkpoint was verified
+    return {canonical_name(alias): canonical_name(name) for alias, name in aliases.items()}
 
 
 def choose(manifest: Manifest, aliases: Mapping[str, str], *, ema: bool, precision: Precision | None) -> list[Item]:
@@ -146,36 +146,35 @@ def choose(manifest: Manifest, aliases: Mapping[str, str], *, ema: bool, precisi
     chosen = {**sources, **(averaged if ema else {})}
     chosen |= {alias: chosen[name] for alias, name in aliases.items() if name in chosen and alias not in chosen}
     for name, source in sorted(chosen.items()):
-        entry = manifest.tensors[source]
-        dtype = entry.dtype
-        if precision is not None and cast(torch.dtype, getattr(torch, dtype)).is_floating_point:
+        dtype, shape = manifest.tensors[source].spec
+        if precision is not None and torch_dtype(dtype).is_floating_point:
             dtype = PRECISIONS[precision]
-        items.append(Item(name, source, dtype, entry.shape, math.prod(entry.shape) * DTYPES[dtype][1]))
+        items.append(Item(name, source, (dtype, shape)))
     return items
 
 
 def _sources(manifest: Manifest, prefix: str) -> dict[str, str]:
     """Canonical name -> name in the checkpoint, of the tensors under `prefix`."""
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for source in sorted(name for name in manifest.tensors if name.startswith(prefix)):
         name = canonical_name(source.removeprefix(prefix))
-        if name in found:
-            raise ConfigError(f"two tensors would be called {name}", got=f"{found[name]} and {source}",
+        if name in sources:
+            raise ConfigError(f"two tensors would be called {name}", got=f"{sources[name]} and {source}",
                               expected="names that differ in more than module. and _orig_mod.")  # fmt: skip
-        found[name] = source
-    return found
+        sources[name] = source
+    return sources
 
 
 def split(items: Sequence[Item], max_shard_bytes: int | None) -> list[list[Item]]:
     """Items in their order, in as few files of at most `max_shard_bytes` as that order allows, headers included."""
-    base = 1024  # length, metadata, padding
+    reserved = 1024  # length, metadata, padding
     shards: list[list[Item]] = [[]]
-    room = 0 if max_shard_bytes is None else max_shard_bytes - base
+    room = 0 if max_shard_bytes is None else max_shard_bytes - reserved
     for item in items:
-        needed = item.nbytes + len(json.dumps({item.name: item.header(10**15)}))
+        needed = item.nbytes + len(Header({item.name: item.spec}).data) + 32  # longer offsets
         if max_shard_bytes is not None and shards[-1] and needed > room:
             shards.append([])
-            room = max_shard_bytes - base
+            room = max_shard_bytes - reserved
         shards[-1].append(item)
         room -= needed
     return shards
@@ -184,22 +183,17 @@ def split(items: Sequence[Item], max_shard_bytes: int | None) -> list[list[Item]
 def write_shard(
     file: BinaryIO, directory: Path, manifest: Manifest, items: Sequence[Item], metadata: Mapping[str, str]
 ) -> None:
-    """Write one safetensors file: 8 bytes of length, the header, then tensor after tensor; and fsync it.
-
-    Larger elements come first, so that each tensor is aligned.
+    """Write one safetensors file.
 
     Raises:
         ConfigError: a value that is finite in the checkpoint is not in its new dtype.
     """
-    items = sorted(items, key=lambda item: (-DTYPES[item.dtype][1], item.name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    start = 0
-    for item in items:
-        header[item.name] = item.header(start)
-        start += item.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    by_name = {item.name: item for item in items}
+    header = Header({item.name: item.spec for item in items}, metadata)
+    write_tensors(file, header, _values(directory, manifest, [by_name[name] for name in header.spans]))
+
+
+def _values(directory: Path, manifest: Manifest, items: Sequence[Item]) -> Iterator[Tensor]:
     for batch in _batches(items, manifest):
         tensors = {item.source: _empty(item, manifest) for item in batch}
         load_tensors(directory, manifest, tensors)
@@ -207,9 +201,8 @@ def write_shard(
         for item in batch:
             # popped, and never held: a converted tensor takes its place in memory
             take = tensors.pop if last[item.source] is item else tensors.__getitem__
-            file.write(_as_bytes(_converted(item, take(item.source))))
+            yield _converted(item, take(item.source))
         del tensors
-    _sync(file)
 
 
 def _batches(items: Sequence[Item], manifest: Manifest) -> Iterator[list[Item]]:
@@ -227,30 +220,82 @@ def _batches(items: Sequence[Item], manifest: Manifest) -> Iterator[list[Item]]:
 
 
 def _empty(item: Item, manifest: Manifest) -> Tensor:
-    return torch.empty(item.shape, dtype=getattr(torch, manifest.tensors[item.source].dtype))
+    dtype, shape = manifest.tensors[item.source].spec
+    return torch.empty(shape, dtype=torch_dtype(dtype))
 
 
 def _converted(item: Item, tensor: Tensor) -> Tensor:
-    dtype = cast(torch.dtype, getattr(torch, item.dtype))
+    dtype = torch_dtype(item.spec[0])
     if tensor.dtype == dtype:
         return tensor
     converted = tensor.to(dtype)
     infinite = ~converted.isfinite()
     if infinite.any():
         lost = tensor[infinite].double()
-        lost = lost[lost.isfinite()]  # those that were not finite before stay so
+        lost = lost[lost.isfinite()]  # infinities of the checkpoint itself stay
         if lost.numel():
-            raise ConfigError(f"{item.name} has values that {item.dtype} cannot hold",
+            raise ConfigError(f"{item.name} has values that {item.spec[0]} cannot hold",
                               expected=f"at most {torch.finfo(dtype).max:g}", got=f"{lost.abs().max().item():g}",
                               fix="the same without --dtype")  # fmt: skip
     return converted
 
 
-def _as_bytes(tensor: Tensor) -> memoryview:
-    # numpy has no bfloat16: the same bytes as uint8
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def shard_names(out: Path, count: int) -> list[str]:
+    """NAME-00001-of-0000N.safetensors and so on."""
+    stem = out.name.removesuffix(SUFFIX)
+    return [f"{stem}-{number:05d}-of-{count:05d}{SUFFIX}" for number in range(1, count + 1)]
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def index_of(out: Path) -> Path:
+    """NAME.safetensors.index.json."""
+    return out.with_name(out.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
+
+
+def _exported(out: Path) -> list[Path]:
+    """The files of an earlier export to `out`: one, or shards and index."""
+    stem = re.escape(out.name.removesuffix(SUFFIX))
+    shard = re.compile(rf"{stem}-\d{{5,}}-of-\d{{5,}}{re.escape(SUFFIX)}")
+    return sorted(p for p in out.parent.iterdir() if p in (out, index_of(out)) or shard.fullmatch(p.name))
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Refuse an `out` that cannot be exported to, before any work is done.
+
+    Raises:
+        ConfigError: no .safetensors, no writable directory, a checkpoint, or an export that exists already.
+    """
+    if not out.name.endswith(SUFFIX) or out.name == SUFFIX or out.is_dir():
+        raise ConfigError(f"cannot export to {out}", expected="the name of a file that ends with .safetensors",
+                          fix=f"{out / 'model' if out.is_dir() else out}{SUFFIX}")  # fmt: skip
+    if not out.parent.is_dir():
+        raise ConfigError(f"there is no directory {out.parent}", expected="a directory that exists",
+                          fix=f"mkdir -p {out.parent}")  # fmt: skip
+    if os.path.lexists(out.parent / MANIFEST):
+        raise ConfigError(f"{out.parent} is a checkpoint: another file in it would be damage",
+                          expected="another directory", fix=out.name)  # fmt: skip
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"cannot export to {out}", expected="a directory that you can write to", got=out.parent)
+    existing = _exported(out)
+    if existing and not overwrite:
+        raise ConfigError(f"{existing[0]} exists", expected="a new name", fix="another name, or --overwrite")
+
+
+@contextlib.contextmanager
+def published(out: Path, names: Sequence[str]) -> Iterator[Mapping[str, BinaryIO]]:
+    """Yield an open file for each of `names`; all get their names, in that order, when the block ends well.
+
+    The files of an earlier export go when the new ones are on the disk, its index first: no index ever points to
+    shards of another export.
+
+    Raises:
+        CheckpointError: an OSError in the block or afterwards; what was written so far is removed.
+    """
+    try:
+        paths = [out.with_name(name) for name in names]
+        with atomic_files(paths, before_rename=lambda: index_of(out).unlink(missing_ok=True)) as files:
+            yield dict(zip(names, files, strict=True))
+        for path in _exported(out):
+            if path not in paths:
+                path.unlink()
+    except OSError as error:
+        raise CheckpointError(f"cannot export to {out}: {error.strerror or error}") from error

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from distkit.checkpoint.format import MANIFEST, STATE
 from distkit.commands.tools import export as export_module
-from distkit.commands.tools.export import Item, canonical_name, export, parse_size, split
-from distkit.commands.tools.publish import index_of
+from distkit.commands.tools.export import Item, canonical_name, export, index_of, parse_size, split
 from distkit.errors import CheckpointError, ConfigError
 
 MODEL = {
@@ -176,7 +175,7 @@ def test_another_library_reads_the_index(tmp_path: Path) -> None:
     sizes=st.lists(st.integers(0, 5_000), min_size=1, max_size=30), limit=st.none() | st.integers(1, 20_000)
 )  # fmt: skip
 def test_split_keeps_order_and_size(sizes: list[int], limit: int | None) -> None:
-    items = [Item(f"t{place}", f"model/t{place}", "uint8", (size,), size) for place, size in enumerate(sizes)]
+    items = [Item(f"t{place}", f"model/t{place}", ("uint8", (size,))) for place, size in enumerate(sizes)]
     shards = split(items, limit)
     assert [item for shard in shards for item in shard] == items
     if limit is None:
@@ -348,7 +347,7 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.
     save(tmp_path)
     access: Callable[..., bool] = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
-    with pytest.raises(ConfigError, match="where you may write"):
+    with pytest.raises(ConfigError, match="directory that you can write to"):
         export(tmp_path / "run", tmp_path / "m.safetensors")
 
 
