@@ -1,6 +1,6 @@
-"""Checkpoints: format, plan, write, commit, verify, read, restore, retention; and what the commands do with them.
+"""The path of a save and of a restore.
 
-On the way of a save: `saver` (at the step) -> `plan` (who writes what) -> `image` (a file in memory) -> `write` (a file
-on the disk) -> `commit` (votes, manifest, rename) -> `retention`. On the way back: `restore` (which one) -> `verify`
-(every byte) -> `read` (into tensors).
+Save: `saver` (at the step) -> `plan` (who writes what) -> `shard_file` (a file in `staging` memory) -> `write` (a file on
+the disk) -> `commit` (votes, manifest, rename) -> `retention`. Restore: `restore` (which one) -> `verify` (every byte) ->
+`read` (into tensors).
 """

@@ -24,8 +24,7 @@ from distkit.errors import CheckpointError
 FORMAT = "distkit-checkpoint"
 VERSION = 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
-#: Larger manifests are refused unread: 64 MiB hold some 300,000 tensors.
-#: No larger ones are read, and therefore none written.
+#: Larger files are refused unread, and therefore never written; 256 MiB hold some 1,200,000 tensors.
 MAX_MANIFEST_BYTES = 256 * 2**20
 MAX_STATE_BYTES = 2**30
 

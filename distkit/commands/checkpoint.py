@@ -57,9 +57,7 @@ def _add_prune(parser: Parser) -> None:
     parser.add_argument("--keep-best", type=positive, metavar="N", help="also keep the N best, by --metric and --mode")
     parser.add_argument("--metric", metavar="NAME", help="name in the evaluation, such as loss")
     parser.add_argument("--mode", choices=["min", "max"], help="whether lower or higher is better")
-    parser.add_argument(
-        "--keep-every", type=positive, metavar="STEPS", help="also keep multiples of STEPS"
-    )
+    parser.add_argument("--keep-every", type=positive, metavar="STEPS", help="also keep multiples of STEPS")
     parser.add_argument("--yes", action="store_true", help="remove them; without it, only list what would be removed")
 
 

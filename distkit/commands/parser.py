@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}", expected=" ".join(self.format_usage().split()[1:]),
                           fix=f"{self.prog} --help")  # fmt: skip
 
-    def _print_message(self, message: str, file: object = None) -> None:
+    def _print_message(self, message: str, _file: object = None) -> None:
         """Where argparse prints its help: it ignores a closed pipe, but Python complains when it flushes at the end."""
         write_out(message)
 
