@@ -70,7 +70,7 @@ def distkit_arm(images: ImageDataset, placement: Placement) -> Arm:
 
 def pil_arm(images: ImageDataset) -> Arm:
     """What torchvision's CIFAR10 does for a sample: array -> PIL -> transform -> tensor; then collate."""
-    arrays = images.images.permute(0, 2, 3, 1).contiguous().numpy()
+    arrays = cast(Tensor, images.images).permute(0, 2, 3, 1).contiguous().numpy()
     change = [v2.RandomCrop(32, padding=PADDING), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     transform = v2.Compose([*change, v2.ToDtype(torch.float32, scale=True), v2.Normalize(CIFAR10_MEAN, CIFAR10_STD)])
     return per_sample_arm(lambda i: cast(Tensor, transform(Image.fromarray(arrays[i]))), len(images), 4)
@@ -78,9 +78,10 @@ def pil_arm(images: ImageDataset) -> Arm:
 
 def tensor_arm(images: ImageDataset) -> Arm:
     """torchvision v2 on a uint8 tensor, a sample at a time: one call on a batch would draw once for all of it."""
+    pixels = cast(Tensor, images.images)
     change = [v2.RandomCrop(32, padding=PADDING), v2.RandomHorizontalFlip()]
     transform = v2.Compose([*change, v2.ToDtype(torch.float32, scale=True), v2.Normalize(CIFAR10_MEAN, CIFAR10_STD)])
-    return per_sample_arm(lambda i: cast(Tensor, transform(images.images[i])), len(images), 4)
+    return per_sample_arm(lambda i: cast(Tensor, transform(pixels[i])), len(images), 4)
 
 
 def per_sample_arm(sample: Callable[[int], Tensor], count: int, steps: int) -> Arm:
@@ -103,7 +104,7 @@ def check_pixels(images: ImageDataset) -> None:
     mean, std = torch.tensor(CIFAR10_MEAN)[:, None, None], torch.tensor(CIFAR10_STD)[:, None, None]
     for row, index in enumerate(stream.global_batch(3).tolist()):
         padded = Image.new("RGB", (32 + 2 * PADDING, 32 + 2 * PADDING))
-        padded.paste(Image.fromarray(images.images[index].permute(1, 2, 0).numpy()), (PADDING, PADDING))
+        padded.paste(Image.fromarray(cast(Tensor, images.images)[index].permute(1, 2, 0).numpy()), (PADDING, PADDING))
         y, x = corner[row].tolist()
         window = padded.crop((x, y, x + 32, y + 32))
         if mirrored[row]:

@@ -7,13 +7,17 @@ failure removes the temporary file. Only a killed process leaves one: its name b
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import logging
 import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp-"
 
@@ -137,6 +141,45 @@ def remove_temporaries(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Hold the lock file `path` against all other processes; it is removed at the end. The lock ends with its process.
+
+    Yields False where the file system has no locks: the work goes on without.
+
+    Args:
+        path: a file that is used for nothing else; its folder exists.
+        on_wait: called before waiting for a process that has the lock.
+
+    Raises:
+        OSError: the file cannot be made, or is a link.
+    """
+    with contextlib.ExitStack() as stack:
+        exclusive = current = False
+        while not current:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            stack.callback(os.close, descriptor)
+            exclusive = _lock(descriptor, path, on_wait)
+            # Whoever had the lock has removed the file: a new one of that name may be locked by somebody else.
+            current = not exclusive or _is_open(descriptor, path)
+        if exclusive:
+            stack.callback(path.unlink, missing_ok=True)
+        yield exclusive
+
+
+def _lock(descriptor: int, path: Path, on_wait: Callable[[], None]) -> bool:
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s); processes that start together may do the same work", path, error)
+        return False
+    return True
+
+
 def _temporary(path: Path) -> Path:
     """A name of its own: two processes that write the same file must not rename each other's half."""
     return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
@@ -153,3 +196,10 @@ def _without_nan(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_open(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False

@@ -17,8 +17,8 @@ usage: distkit COMMAND [ARGUMENTS]
   show RUN_DIR            status of a run: state, step, last and best evaluation
   version                 print the version
   data pack FOLDER OUT    pack images for fast reading
-  data show FILE          describe a packed file
-  data verify FILE        compare a packed file with its checksums
+  data show OUT/SPLIT     describe a packed split
+  data verify OUT/SPLIT   compare every byte of it with its checksums
   checkpoint list RUN     list the checkpoints of a run
   checkpoint show PATH    describe a checkpoint
   checkpoint verify PATH  compare every byte of a checkpoint with its checksums

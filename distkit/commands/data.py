@@ -1,4 +1,4 @@
-"""`distkit data`: pack images, and look at packed files."""
+"""`distkit data`: pack images, and inspect packed ones."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from distkit.commands.parser import Parser
 
 
 def command(args: Sequence[str]) -> str:
-    """Pack images, and look at packed files."""
-    parser = Parser("distkit data", description="Packed images: one memory-mapped file a split.", allow_abbrev=False)
+    """Pack images, and inspect packed ones."""
+    parser = Parser(
+        "distkit data", description="Packed images: memory-mapped safetensors files with checksums.", allow_abbrev=False
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="pack|show|verify")
-    pack = verbs.add_parser("pack", help="images into OUT/SPLIT.pack; stopped, it goes on where it was",
+    pack = verbs.add_parser("pack", help="images into OUT/SPLIT/; the same command again continues",
                             allow_abbrev=False)  # fmt: skip
     pack.add_argument("source", metavar="FOLDER", help="FOLDER/train/CLASS/* and FOLDER/test/CLASS/*, or FOLDER/CLASS/*"
                       " as one split; or cifar10, cifar100, mnist, fashion_mnist")  # fmt: skip
-    pack.add_argument("out", metavar="OUT", type=Path, help="folder of the packed files")
+    pack.add_argument("out", metavar="OUT", type=Path, help="folder of the packed splits")
     pack.add_argument("--split", nargs="+", choices=["train", "test"], help="which splits (all)")
     pack.add_argument("--root", type=Path, default=Path("data"), metavar="DIR",
                       help="where a set by name is or is downloaded to (data)")  # fmt: skip
@@ -24,9 +26,9 @@ def command(args: Sequence[str]) -> str:
                       help="pixels, or the files as they are (auto: pixels if all have one size up to 64)")  # fmt: skip
     pack.add_argument("--workers", type=int, metavar="N", help="threads that read images (one a core)")
     pack.add_argument("--check", action="store_true", help="decode every image that is stored as a file")
-    pack.add_argument("--overwrite", action="store_true", help="write again, also over something else")
-    for verb, text in (("show", "what a packed file holds"), ("verify", "compare a packed file with its checksums")):
-        verbs.add_parser(verb, help=text).add_argument("file", metavar="FILE", type=Path)
+    pack.add_argument("--overwrite", action="store_true", help="replace something else, and damaged files")
+    for verb, text in (("show", "what a packed split holds"), ("verify", "compare a packed split with its checksums")):
+        verbs.add_parser(verb, help=text).add_argument("folder", metavar="OUT/SPLIT", type=Path)
     typed = parser.parse_args(args)
 
     from distkit.data.packed import pack as packing
@@ -34,4 +36,4 @@ def command(args: Sequence[str]) -> str:
     if typed.verb == "pack":
         return packing.pack(typed.source, typed.out, splits=typed.split, root=typed.root, form=typed.form,
                             num_workers=typed.workers, check=typed.check, overwrite=typed.overwrite)  # fmt: skip
-    return packing.show(typed.file) if typed.verb == "show" else packing.verify(typed.file)
+    return packing.show(typed.folder) if typed.verb == "show" else packing.verify(typed.folder)

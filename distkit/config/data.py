@@ -17,7 +17,7 @@ class DataConfig:
     """Where the samples come from and where they lie while training."""
 
     source: Source = "cifar10"
-    """A set downloaded by name; folder: ROOT/SPLIT/CLASS/*; packed: files of `distkit data pack`; synthetic."""
+    """A set downloaded by name; folder: ROOT/SPLIT/CLASS/*; packed: OUT of `distkit data pack`; synthetic."""
     root: Path = Path("data")
     """Folder of the data: where sets are downloaded to, the ImageFolder tree, or the packed files."""
     cache_dir: Path | None = None

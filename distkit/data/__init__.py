@@ -4,8 +4,8 @@ from distkit.data.batch import Batch, ImageBatch, batch_size, map_tensors, to_de
 from distkit.data.dataset import Augments, Dataset, MapDataset, as_dataset
 from distkit.data.packed.read import PackedImages, open_packed
 from distkit.data.reading.iterable import IterableData
-from distkit.data.sets.images import CIFAR10_MEAN, CIFAR10_STD, Augmentation, ImageDataset
-from distkit.data.sets.masks import MaskAugmentation, MaskDataset, mask_folder
+from distkit.data.sets.images import CIFAR10_MEAN, CIFAR10_STD, Augmentation, ImageDataset, MaskDataset
+from distkit.data.sets.mask_folder import mask_folder
 from distkit.data.sets.text import encode_text_file, read_vocabulary
 from distkit.data.sets.tokens import TokenDataset
 from distkit.data.sets.torchvision_sets import TensorSamples, resident_images, torchvision_set
@@ -25,7 +25,6 @@ __all__ = [
     "ImageDataset",
     "IterableData",
     "MapDataset",
-    "MaskAugmentation",
     "MaskDataset",
     "PackedImages",
     "SampleStream",

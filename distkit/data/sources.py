@@ -1,19 +1,25 @@
-"""Where images come from: a torchvision set, a folder of images, or a generator. Nothing is ever silently replaced."""
+"""Images by source: a torchvision set, a folder, packed files or a generator. No source ever stands in for another."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 import torch
 
 from distkit.config import DataConfig, Split
 from distkit.config.check import require_number
-from distkit.data.packed.read import open_packed
-from distkit.data.sets.image_folder import load_folder
+from distkit.data.packed.plan import common_shape, plan_folder
+from distkit.data.packed.read import PackedImages, open_packed
+from distkit.data.packed.write import write_packed
+from distkit.data.sets.decode import shape_words
+from distkit.data.sets.image_folder import list_images
 from distkit.data.sets.images import CIFAR10_MEAN, CIFAR10_STD, Augmentation, ImageDataset
 from distkit.data.sets.synthetic import generate
 from distkit.data.sets.torchvision_sets import torchvision_set
 from distkit.errors import DataError
+from distkit.runtime.process import available_cores
 
 
 def load_images(
@@ -48,7 +54,7 @@ def load_images(
 
 
 def packed_images(root: Path, split: Split) -> ImageDataset:
-    """ROOT/SPLIT.pack with raw images; see `distkit.data.packed.read`.
+    """ROOT/SPLIT/ with raw images; see `distkit.data.packed.read`.
 
     Raises:
         DataError: there is none, or it holds encoded images, which are read one by one.
@@ -57,7 +63,7 @@ def packed_images(root: Path, split: Split) -> ImageDataset:
     if isinstance(images, ImageDataset):
         return images
     raise DataError(
-        f"{root / split}.pack holds encoded images, and this recipe takes whole batches of raw ones",
+        f"{root / split} holds encoded images, and this recipe takes whole batches of raw ones",
         expected="images of one size, packed raw",
         got="encoded images",
         fix=f"distkit data pack FOLDER {root} --form raw --overwrite",
@@ -65,16 +71,49 @@ def packed_images(root: Path, split: Split) -> ImageDataset:
 
 
 def folder(root: Path, split: Split, cache_dir: Path | None = None, image_size: int | None = 32) -> ImageDataset:
-    """ROOT/train/CLASS/* and ROOT/test/CLASS/*, decoded once; see `distkit.data.sets.image_folder.load_folder`."""
-    tensors, class_names = load_folder(root, split, cache_dir, image_size)
-    return ImageDataset(
-        tensors["images"],
-        tensors["labels"],
-        class_names=class_names,
-        source=f"folder {root}",
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
-    )
+    """ROOT/train/CLASS/* and ROOT/test/CLASS/* as images 3xHxW, decoded at the first call only.
+
+    The decoded copy is a packed split. It is made again when a file of the folder or a byte of the copy has changed.
+
+    Args:
+        root: the folder that has train/ and test/.
+        split: which of them.
+        cache_dir: where the decoded copy is kept; None: in `root`.
+        image_size: height and width of every image; None: those of the first.
+
+    Raises:
+        DataError: the tree is not as it should be, an image is damaged or of another size, or the copy cannot be
+            written; the message names the file.
+    """
+    listing = list_images(root, split)
+    shape = (3, image_size, image_size) if image_size else common_shape(listing, "raw", 1)
+    expected = shape_words(shape[1:]) if image_size and shape else None
+    plan = plan_folder(listing, split, shape, expected=expected, fix=None)
+    cache = _cache_folder(root, split, cache_dir)
+    try:
+        write_packed(cache, plan, num_workers=available_cores(), overwrite=True)
+    except OSError as error:
+        raise DataError(
+            f"the decoded copy of the images cannot be written to {cache.parent}",
+            expected="a folder that can be written, with enough space",
+            got=error,
+            fix="--data.cache-dir DIR",
+        ) from error
+    images = PackedImages(cache).resident()
+    images.source, images.memory_mapped = f"folder {root}", False  # all of it has just been read
+    return images
+
+
+def _cache_folder(root: Path, split: Split, cache_dir: Path | None) -> Path:
+    if cache_dir is None:
+        return root / f".distkit-cache-{split}"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"the folder {cache_dir} of --data.cache-dir cannot be made"
+        raise DataError(what, expected="a folder", got=error, fix="--data.cache-dir DIR") from error
+    tag = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:12]
+    return cache_dir / f"distkit-cache-{tag}-{split}"
 
 
 def synthetic(

@@ -148,19 +148,20 @@ def test_pack_show_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
     out = tmp_path / "out"
     assert run(["data", "pack", str(tmp_path / "flowers"), str(out), "--split", "test", "--workers", "1"]) == 0
-    assert "test.pack: 6 raw images 3x8x8, 2 classes" in capsys.readouterr().out
-    file = str(out / "test.pack")
+    assert "test: 6 raw images 3x8x8, 2 classes" in capsys.readouterr().out
+    file = str(out / "test")
     assert run(["data", "show", file]) == 0
     shown = capsys.readouterr().out
     assert "flowers, test" in shown
     assert "class 0, class 1" in shown
     assert run(["data", "verify", file]) == 0
-    data = bytearray((out / "test.pack").read_bytes())
-    data[-1] ^= 1
-    (out / "test.pack").write_bytes(data)
+    shard = out / "test" / "images-00000-of-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-25] ^= 1  # the last pixel: 6 checksums of 4 bytes follow
+    shard.write_bytes(data)
     assert run(["data", "verify", file]) == 1
     error = capsys.readouterr().err
-    assert "chunk 0 of 1 is damaged" in error
+    assert f"{shard.name} is damaged" in error
     assert "class 1/5.png" in error
     assert run(["data", "show", str(out)]) == 2
     assert f"distkit data show {file}" in capsys.readouterr().err

@@ -14,9 +14,9 @@ from support.standin import CUDA, NotAlike, OnDevice, forget_tables, stand_in, t
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distkit.data import Augmentation, ImageDataset
-from distkit.data.augment import random_crop
+from distkit.data.augment import PairGeometry, random_crop
 from distkit.data.reading.fetchers import BatchMaker
-from distkit.data.sets.masks import MaskAugmentation, MaskDataset
+from distkit.data.sets.images import MaskDataset
 from distkit.data.stream.requests import Request
 
 
@@ -81,8 +81,8 @@ DATASETS = {
     "images": (image_set, Augmentation()),
     "images, zero": (image_set, Augmentation(crop_padding=4, flip=True, cutout=6)),
     "images, reflect": (image_set, Augmentation(crop_padding=4, padding_mode="reflect", flip=True, cutout=6)),
-    "masks": (mask_set, MaskAugmentation()),
-    "masks, moved": (mask_set, MaskAugmentation(crop_size=13, flip=True, flip_vertical=True, rotate=True)),
+    "masks": (mask_set, PairGeometry()),
+    "masks, moved": (mask_set, PairGeometry(crop_size=13, flip=True, flip_vertical=True, rotate=True)),
 }
 REQUESTS = [Request(start, torch.arange(start % 90, start % 90 + 30).numpy()) for start in (0, 30, 10**12)]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-CHUNK = 4096
+#: Bytes of images in a file, so that a small tree becomes several.
+SHARD = 4096
 
 
 def save(path, seed=0, size=(16, 16), **options):

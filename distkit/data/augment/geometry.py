@@ -46,6 +46,23 @@ def random_crop(
     return _windows_by_row(_pad(images, padding, mode, fill), y, x, height, width)
 
 
+def random_window(images: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
+    """Cut a window out of every image.
+
+    Args:
+        images: [B, C, H, W], any dtype.
+        y: int64 [B], top row of each window, 0 to H - height.
+        x: int64 [B], its leftmost column, 0 to W - width.
+        height: rows of a window, 1 to H.
+        width: its columns, 1 to W.
+
+    Returns:
+        [B, C, height, width], of the same dtype.
+    """
+    cut = _windows_by_row if images.device.type == "cpu" else _windows_by_pixel
+    return cut(images, y, x, height, width)
+
+
 def flip(images: Tensor, mask: Tensor) -> Tensor:
     """Mirror left and right where `mask` (bool [B]) is set: [B, C, H, W] -> the same shape and dtype."""
     if images.device.type != "cpu":

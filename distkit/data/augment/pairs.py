@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distkit.config.check import require
-from distkit.data.augment.geometry import PaddingMode, flip, random_crop, rotate90
+from distkit.data.augment.geometry import PaddingMode, flip, random_crop, random_window, rotate90
 from distkit.data.augment.resample import RandomResizedCrop, resized_crop, resized_crop_nearest
 from distkit.data.stream.draws import Draws
 from distkit.errors import DataError
@@ -16,7 +16,7 @@ from distkit.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class PairGeometry:
-    """Random geometry of images and masks, in this order: resized crop, crop, flip, rotation. The default has none."""
+    """Random geometry of images and masks, in the order of the fields. The default changes nothing."""
 
     resized_crop: RandomResizedCrop | None = None
     """A box resampled to one size: bilinear for images, nearest for masks."""
@@ -26,17 +26,23 @@ class PairGeometry:
     """What is added: black and `ignore_label`, or the mirrored image and mask."""
     ignore_label: int = 255
     """Label of pixels that padding added."""
+    crop_size: int | None = None
+    """Side in pixels of a square window cut out at a random position, >= 1; None: the whole image."""
     flip: bool = False
     """Mirror left and right with probability 1/2."""
+    flip_vertical: bool = False
+    """Mirror top and bottom with probability 1/2."""
     rotate: bool = False
-    """Turn by 0, 90, 180 or 270 degrees, each as likely; for square images."""
+    """Turn by 0, 90, 180 or 270 degrees, each with probability 1/4; images or windows must be square."""
 
     def __post_init__(self) -> None:
+        size = self.crop_size
+        require(size is None or size >= 1, "crop_size", "pixels, >= 1, or None", size, "256")
         require(self.crop_padding >= 0, "crop_padding", "pixels, >= 0", self.crop_padding, "4")
         require(self.padding_mode in ("zero", "reflect"), "padding_mode", "zero or reflect", self.padding_mode, "zero")
 
     def apply(self, images: Tensor, masks: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Both by the same draws: `resized crop …`, `crop`, `flip`, `rotate`.
+        """Both by the same draws: `resized crop …`, `crop`, `crop y`, `crop x`, `flip`, `flip vertical`, `rotate`.
 
         Args:
             images: [B, C, H, W], uint8 where there is a resized crop.
@@ -59,9 +65,18 @@ class PairGeometry:
             y, x = draws.integers("crop", 0, 2 * self.crop_padding + 1, count=2).unbind(1)
             images = random_crop(images, y, x, self.crop_padding, self.padding_mode)
             planes = random_crop(planes, y, x, self.crop_padding, self.padding_mode, self.ignore_label)
+        if self.crop_size is not None:
+            height, width = images.shape[2:]
+            y = draws.integers("crop y", 0, height - self.crop_size + 1)
+            x = draws.integers("crop x", 0, width - self.crop_size + 1)
+            images = random_window(images, y, x, self.crop_size, self.crop_size)
+            planes = random_window(planes, y, x, self.crop_size, self.crop_size)
         if self.flip:
             mirrored = draws.bernoulli("flip", 0.5)
             images, planes = flip(images, mirrored), flip(planes, mirrored)
+        if self.flip_vertical:
+            mirrored = draws.bernoulli("flip vertical", 0.5)
+            images, planes = (flip(each.transpose(2, 3), mirrored).transpose(2, 3) for each in (images, planes))
         if self.rotate:
             turns = draws.integers("rotate", 0, 4)
             images, planes = rotate90(images, turns), rotate90(planes, turns)

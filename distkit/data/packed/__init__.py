@@ -1,1 +1,1 @@
-"""Images packed into a few large files, written once and memory-mapped."""
+"""Images packed into a few large safetensors files, written once and memory-mapped."""

@@ -1,29 +1,19 @@
-"""The packed file: one split in one file that is read by mapping it. Nothing in it is pickled.
+"""A packed split: a folder of safetensors files and an index. Nothing in it is pickled.
 
-Version 1; all numbers are little-endian:
+    OUT/train/images-00000-of-00003.safetensors    a shard: some of the samples, about 1 GB
+    OUT/train/index.json                           the fields of `Index`; written last: with it the split is complete
 
-    offset  bytes
-         0      8  "distpack"; "distpart" while the file is being written
-         8      4  uint32 version
-        12      4  uint32 bytes of the header
-        16      8  uint64 bytes of the file
-        24     32  sha256 of bytes 0 to 23 and the header
-        56     32  sha256 of the plan: the header with every digest blank. Equal plans give equal files
-        88     40  zeros; in an unfinished file UTF-8 that says who writes it
-       128         the header, a JSON object in ASCII: the fields of `Header`
-       ...         the sections, each at a multiple of 4,096 bytes, zeros between them
+Tensors of a shard of n samples, in this order, after the header of the safetensors format:
 
-Sections, with N samples:
+    labels        int64 [n]       class numbers
+    path_offsets  int64 [n + 1]   where each path begins in `paths`; only in shards made from a folder
+    offsets       int64 [n + 1]   where each sample begins in `images`; only in encoded shards
+    paths         uint8           original paths below the split's folder, end to end; as `path_offsets`
+    images        raw: uint8 [n, C, H, W]; encoded: uint8, the original image files end to end
+    crc           uint8 [n, 4]    CRC-32 of each sample, little-endian
 
-    labels        int64 [N]       class numbers
-    path_offsets  int64 [N + 1]   where each path begins in `paths`; only in files made of a folder
-    paths         uint8           original paths below the split's folder, end to end
-    offsets       int64 [N + 1]   where each sample begins in `images`; only in encoded files
-    crc           uint32 [N]      CRC-32 of each sample; only in encoded files
-    digests       uint8 [K, 32]   sha256 of each chunk of `images`: `chunk_bytes` bytes, the last one fewer
-    images                        raw: uint8 [N, C, H, W]; encoded: the original image files end to end
-
-The header holds the sha256 of every section but `images`, whose chunks have theirs in `digests`.
+Samples are ordered by class, then by path. The metadata of a shard has the sha256 of its plan: the index with the
+checksums of the shards blank, so that equal plans give equal files.
 """
 
 from __future__ import annotations
@@ -31,47 +21,47 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from distkit.config import Split
+from distkit.errors import DataError
 
-MAGIC = b"distpack"
-PARTIAL_MAGIC = b"distpart"
+INDEX = "index.json"
 VERSION = 1
-ALIGNMENT = 4096
-CHUNK_BYTES = 4 << 20
+#: An index has about 150 bytes a shard; a larger file is something else.
+MAX_INDEX_BYTES = 64 << 20
 BLANK = "0" * 64
-START = struct.Struct("<8sIIQ")
-DIGESTS = struct.Struct("<32s32s40s")
-PREFIX_BYTES = START.size + DIGESTS.size
+PACK = "distkit data pack FOLDER OUT"
 
 Form = Literal["raw", "encoded"]
 
 
 @dataclass(frozen=True)
-class Section:
-    """Where an array lies in the file, in bytes from its start, and what it is."""
+class ShardEntry:
+    """What the index says about a shard."""
 
-    offset: int
+    file: str
+    num_samples: int
     num_bytes: int
-    dtype: str
-    shape: tuple[int, ...]
+    """Size of the file."""
     sha256: str = BLANK
+    """Of the whole file."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Header:
-    """What a packed file says about itself."""
+class Index:
+    """What a packed split says about itself."""
 
+    version: int = VERSION
     name: str
     """The data set, for people: the name of its folder, or of a torchvision set."""
     split: Split
     form: Form
     sample_shape: tuple[int, ...] | None
-    """[C, H, W] of every sample of a raw file."""
+    """[C, H, W] of every sample of a raw split."""
     num_samples: int
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
@@ -79,75 +69,87 @@ class Header:
     std: tuple[float, ...]
     source_sha256: str
     """Over the paths, sizes and times of the files that were packed, or over the pixels and labels of a named set."""
-    chunk_bytes: int
-    sections: Mapping[str, Section]
+    labels_sha256: str
+    """Over the labels of all shards."""
+    shards: tuple[ShardEntry, ...]
 
     @property
-    def num_chunks(self) -> int:
-        """Chunks of the images, the last one maybe smaller."""
-        return -(-self.sections["images"].num_bytes // self.chunk_bytes)
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
 
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of the whole file; the images are last."""
-        images = self.sections["images"]
-        return images.offset + images.num_bytes
+    def plan_digest(self) -> str:
+        """sha256 of the index with blank checksums: known before the first image is read."""
+        blank = tuple(dataclasses.replace(shard, sha256=BLANK) for shard in self.shards)
+        return _digest(dataclasses.asdict(dataclasses.replace(self, shards=blank)))
 
-    def to_json(self) -> bytes:
-        """The header as it stands in the file."""
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode("ascii")
-
-    def plan_digest(self) -> bytes:
-        """sha256 of the header with blank digests: known before the first image is read."""
-        blank = {name: dataclasses.replace(section, sha256=BLANK) for name, section in self.sections.items()}
-        return hashlib.sha256(dataclasses.replace(self, sections=blank).to_json()).digest()
+    def to_json(self) -> dict[str, object]:
+        """The fields, and under `sha256` a checksum of them."""
+        values = dataclasses.asdict(self)
+        return {**values, "sha256": _digest(values)}
 
 
-def header_from_json(text: bytes) -> Header:
-    """The inverse of `Header.to_json`.
+def shard_name(number: int, num_shards: int) -> str:
+    """File name of a shard: `images-00000-of-00003.safetensors`."""
+    return f"images-{number:05}-of-{num_shards:05}.safetensors"
+
+
+def read_index(folder: Path) -> tuple[Index, str]:
+    """The index of a packed split, and its checksum.
 
     Raises:
-        ValueError, KeyError, TypeError: it is no header.
+        DataError: there is none, it is damaged or of a newer version, or it contradicts itself.
     """
-    values = json.loads(text)
-    lists = {name: tuple(values[name]) for name in ("class_names", "mean", "std")}
-    shape = values["sample_shape"]
-    sections = {
-        name: Section(**{**fields, "shape": tuple(fields["shape"])}) for name, fields in values["sections"].items()
-    }
-    return Header(**{**values, **lists, "sample_shape": shape and tuple(shape), "sections": sections})
+    path = folder / INDEX
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_INDEX_BYTES + 1)
+    except OSError as error:
+        raise DataError(
+            f"{folder} is no packed split", expected=f"a folder made by {PACK}", got=error, fix=PACK
+        ) from error
+    try:
+        if len(text) > MAX_INDEX_BYTES:
+            raise ValueError(f"more than {MAX_INDEX_BYTES:,} bytes")
+        values = json.loads(text)
+        if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] > VERSION:
+            raise DataError(
+                f"{folder} was packed by a newer distkit",
+                expected=f"version {VERSION} or older",
+                got=f"version {values['version']}",
+                fix=f"pip install --upgrade distkit, or {PACK}",
+            )
+        sha256 = values.pop("sha256")
+        if sha256 != _digest(values):
+            raise ValueError("another checksum")
+        lists = {name: tuple(values[name]) for name in ("class_names", "mean", "std")}
+        shape = values["sample_shape"] and tuple(values["sample_shape"])
+        shards = tuple(ShardEntry(**shard) for shard in values["shards"])
+        index = Index(**{**values, **lists, "sample_shape": shape, "shards": shards})
+        _check(index)
+        return index, sha256
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path} is damaged",
+            expected="the index that was written",
+            got=error,
+            fix=f"{PACK} --overwrite",
+        ) from error
 
 
-def prefix(header: Header, *, holder: str | None = None) -> bytes:
-    """The first 128 bytes: of a finished file, or of one that `holder` is writing."""
-    text = header.to_json()
-    start = START.pack(MAGIC if holder is None else PARTIAL_MAGIC, VERSION, len(text), header.file_bytes)
-    digest = hashlib.sha256(start + text).digest()
-    return start + DIGESTS.pack(digest, header.plan_digest(), (holder or "").encode()[:40])
+def _check(index: Index) -> None:
+    """Raise ValueError where the index contradicts itself: its sizes and names are used to open files."""
+    counts = [*(index.sample_shape or ()), *(shard.num_samples for shard in index.shards)]
+    if not index.shards or any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError("a size that is no number above 0")
+    if sum(shard.num_samples for shard in index.shards) != index.num_samples:
+        raise ValueError(f"shards that do not add up to {index.num_samples} samples")
+    if index.form not in ("raw", "encoded") or (index.form == "raw") != (index.sample_shape is not None):
+        raise ValueError(f"the form {index.form} with samples of shape {index.sample_shape}")
+    for number, shard in enumerate(index.shards):
+        if shard.file != shard_name(number, len(index.shards)):
+            raise ValueError(f"a shard named {shard.file}")
 
 
-def align(offset: int) -> int:
-    """The next offset at which a section may begin."""
-    return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def lay_out(header: Header, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> Header:
-    """`header` with a section for each dtype and shape in `shapes`, in their order; all digests blank."""
-
-    def placed(start: int) -> dict[str, Section]:
-        sections: dict[str, Section] = {}
-        for name, (dtype, shape) in shapes.items():
-            num_bytes = int(dtype[2:])
-            for size in shape:
-                num_bytes *= size
-            sections[name] = Section(align(start), num_bytes, dtype, shape)
-            start = align(start) + num_bytes
-        return sections
-
-    # The header's length depends on the digits of the offsets, and these on its length: grow until it fits.
-    start = PREFIX_BYTES
-    while True:
-        found = dataclasses.replace(header, sections=placed(start))
-        if PREFIX_BYTES + len(found.to_json()) <= align(start):
-            return found
-        start = PREFIX_BYTES + len(found.to_json())
+def _digest(values: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()

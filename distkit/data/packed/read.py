@@ -1,205 +1,319 @@
-"""Packed images, as `distkit data pack` writes them: opened without reading them, checked on request.
+"""Packed images, as `distkit data pack` writes them: opened without reading the images, checked on request.
 
 The format is described in `distkit.data.packed.format`.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import io
+import json
 import os
-import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distkit.config import Split
-from distkit.data.packed.format import DIGESTS, MAGIC, PREFIX_BYTES, START, VERSION, Header, header_from_json
-from distkit.data.sets.fingerprint import DIGITS
-from distkit.data.sets.image_folder import decode_image
+from distkit.data.packed.format import INDEX, PACK, Index, ShardEntry, read_index
+from distkit.data.sets.decode import decode
+from distkit.data.sets.fingerprint import fingerprint
 from distkit.data.sets.images import ImageDataset
 from distkit.errors import DataError
 
-PACK = "distkit data pack FOLDER OUT"
+#: Bytes that are hashed at a time.
+READ_BYTES = 4 << 20
+#: Damaged samples of a file that are named.
+MAX_NAMED = 10
 
 
 def open_packed(root: Path, split: Split) -> ImageDataset | PackedImages:
-    """ROOT/SPLIT.pack: raw images as an `ImageDataset` over the mapped file, encoded ones as a map-style data set.
+    """ROOT/SPLIT/: raw images as an `ImageDataset` over the mapped files, encoded ones as a map-style data set.
 
     Raises:
-        DataError: there is no such file, or it cannot be used; see `PackedFile`.
+        DataError: there is no such folder, or it cannot be used; see `PackedSplit`.
     """
-    path = root / f"{split}.pack"
-    if not path.exists():
-        found = ", ".join(sorted(file.name for file in root.glob("*.pack"))) if root.is_dir() else "no such folder"
+    folder = root / split
+    if not (folder / INDEX).exists():
+        unfinished = folder.is_dir() and any(folder.iterdir())
+        present = ", ".join(packed_splits(root)) if root.is_dir() else "no such folder"
         raise DataError(
-            f"there is no packed file {path}",
-            expected="a file made by distkit data pack",
-            got=found or "a folder without packed files",
+            f"there is no packed split {folder}",
+            expected="a folder made by distkit data pack",
+            got="files that were not packed to their end"
+            if unfinished
+            else present or "a folder without packed splits",
             fix=f"distkit data pack FOLDER {root}",
         )
-    images = PackedImages(path)
-    return images if images.file.header.form == "encoded" else images.resident()
+    images = PackedImages(folder)
+    return images if images.split.index.form == "encoded" else images.resident()
 
 
-class PackedFile:
-    """An open packed file. Opening reads the header and the labels; everything else is mapped.
+def packed_splits(root: Path) -> list[str]:
+    """The packed splits in a folder."""
+    return sorted(str(path.parent) for path in root.glob(f"*/{INDEX}"))
+
+
+class PixelShards:
+    """Raw images in several files, read as one uint8 tensor [N, C, H, W] on the CPU.
 
     Args:
-        path: a file made by `distkit data pack`.
-
-    Raises:
-        DataError: it is missing, no packed file, of a newer version, truncated, or its header or labels are damaged.
+        shards: the images of each file, [n, C, H, W] with the same C, H and W.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, handle)
-            self._handle = handle
-            self.header, self.digest = self._read_header(os.fstat(handle).st_size)
-            self._map = np.memmap(path, np.uint8, "r")
-        except OSError as error:
-            raise DataError(f"the packed file {path} cannot be opened", expected="a file made by distkit data pack",
-                            got=error, fix=PACK) from error  # fmt: skip
-        self.labels = self._checked_labels()
+    dtype = torch.uint8
+    device = torch.device("cpu")
+
+    def __init__(self, shards: Sequence[Tensor]) -> None:
+        self._shards = shards
+        self._ends = np.cumsum([len(shard) for shard in shards])
+        self.shape = torch.Size((int(self._ends[-1]), *shards[0].shape[1:]))
 
     def __len__(self) -> int:
-        return self.header.num_samples
+        return self.shape[0]
 
-    def section(self, name: str) -> NDArray[np.generic]:
-        """A section as a mapped, read-only array."""
-        place = self.header.sections[name]
-        raw = self._map[place.offset : place.offset + place.num_bytes]
-        return np.asarray(raw).view(place.dtype).reshape(place.shape)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels."""
+        return sum(shard.nbytes for shard in self._shards)
 
-    def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of the images.
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """The images numbered `index`, int64 [B] -> uint8 [B, C, H, W]; `dim` is 0.
+
+        Raises:
+            IndexError: there are not so many.
+        """
+        numbers = index.numpy()
+        shard_of = np.searchsorted(self._ends, numbers, "right")
+        images = torch.empty((len(index), *self.shape[1:]), dtype=torch.uint8)
+        for number in np.unique(shard_of).tolist():
+            shard, rows = self._shards[number], np.flatnonzero(shard_of == number)
+            local = numbers[rows] - (self._ends[number] - len(shard))
+            images.index_copy_(dim, torch.from_numpy(rows), shard.index_select(dim, torch.from_numpy(local)))
+        return images
+
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        """Images `start` to `start + length`, uint8 [length, C, H, W]; `dim` is 0."""
+        return self.index_select(dim, torch.arange(start, start + length))
+
+    def to(self, device: torch.device | str) -> PixelShards | Tensor:
+        """The same images on `device`; the copy is one tensor there, filled a file at a time."""
+        if torch.device(device).type == "cpu":
+            return self
+        images = torch.empty(self.shape, dtype=torch.uint8, device=device)
+        for shard, end in zip(self._shards, self._ends.tolist(), strict=True):
+            images[end - len(shard) : end].copy_(shard)
+        return images
+
+
+class PackedSplit:
+    """An open packed split. Opening reads the index and the labels; everything else is mapped.
+
+    Args:
+        folder: made by `distkit data pack`.
+
+    Raises:
+        DataError: it is missing, no packed split, of a newer version, or a file is missing, truncated, of another
+            split, or its labels are damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index, self.sha256 = read_index(folder)
+        self._shards = [_Shard(folder, entry, self.index) for entry in self.index.shards]
+        self._ends = np.cumsum([entry.num_samples for entry in self.index.shards]).tolist()
+        labels = [shard.tensors["labels"] for shard in self._shards]
+        self.labels = labels[0] if len(labels) == 1 else torch.cat(labels)
+        if hashlib.sha256(self.labels.numpy().data).hexdigest() != self.index.labels_sha256:
+            raise DataError(
+                f"the labels of {folder} are damaged",
+                expected="the labels that were written",
+                got="another checksum",
+                fix=f"{PACK} --overwrite",
+            )
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    @property
+    def images(self) -> Tensor | PixelShards:
+        """The images of a raw split, uint8 [N, C, H, W]; nothing is read."""
+        images = [shard.tensors["images"] for shard in self._shards]
+        return images[0] if len(images) == 1 else PixelShards(images)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the labels and images of this split by the checksums of the images: 16 digits."""
+        return fingerprint(self.labels, torch.cat([shard.tensors["crc"] for shard in self._shards]))
+
+    def read(self, index: int) -> bytes:
+        """The bytes of a sample, compared with their checksum.
 
         They are read, not mapped: a failing disk is an exception that names the file, not the death of the process.
-        """
-        offset, parts = self.header.sections["images"].offset, []
-        try:
-            while start < stop and (part := os.pread(self._handle, stop - start, offset + start)):
-                parts.append(part)
-                start += len(part)
-        except OSError as error:
-            raise DataError(f"the packed file {self.path} cannot be read", got=error,
-                            fix=f"distkit data verify {self.path}") from error  # fmt: skip
-        return b"".join(parts)
 
-    def bounds(self, index: int) -> tuple[int, int]:
-        """First byte of a sample in the images, and the one after its last."""
-        if self.header.form == "encoded":
-            start, stop = self.section("offsets")[index : index + 2].tolist()
-            # A damaged table must not ask for a terabyte; the CRC of no bytes is not that of an image.
-            ok = 0 <= start < stop <= self.header.sections["images"].num_bytes
-            return (start, stop) if ok else (0, 0)
-        size = self.header.sections["images"].num_bytes // len(self)
-        return index * size, (index + 1) * size
+        Raises:
+            DataError: it is damaged or cannot be read; the message has its original path.
+        """
+        shard, row = self._locate(index)
+        try:
+            data = shard.read(row)
+        except OSError as error:
+            fix = f"distkit data verify {self.folder}"
+            raise DataError(f"the packed file {shard.path} cannot be read", got=error, fix=fix) from error
+        if data is None:
+            raise DataError(
+                f"the image {self.sample_name(index)} in {shard.path} is damaged",
+                expected="the bytes that were packed",
+                got="another checksum",
+                fix=f"distkit data verify {self.folder}",
+            )
+        return data
 
     def sample_name(self, index: int) -> str:
         """The original path of a sample below its split's folder; its number in a set that had no files."""
-        if "paths" not in self.header.sections:
-            return f"{self.header.name} {self.header.split} {index}"
-        start, stop = self.section("path_offsets")[index : index + 2].tolist()
-        return os.fsdecode(self.section("paths")[start:stop].tobytes())
+        shard, row = self._locate(index)
+        if "paths" not in shard.tensors:
+            return f"{self.index.name} {self.index.split} {index}"
+        start, stop = shard.tensors["path_offsets"][row : row + 2].tolist()
+        return os.fsdecode(shard.tensors["paths"][max(start, 0) : max(stop, 0)].numpy().tobytes())
 
     def describe(self) -> str:
-        """One line: "data/train.pack: 50,000 raw images 3x32x32, 10 classes, 146.5 MiB"."""
-        header = self.header
-        shape = " " + "x".join(map(str, header.sample_shape)) if header.sample_shape else ""
-        size = f"{header.file_bytes / 2**20:,.1f} MiB"
-        return f"{self.path}: {len(self):,} {header.form} images{shape}, {len(header.class_names)} classes, {size}"
+        """One line: "data/train: 50,000 raw images 3x32x32, 10 classes, 146.5 MiB"."""
+        index = self.index
+        shape = " " + "x".join(map(str, index.sample_shape)) if index.sample_shape else ""
+        size = f"{index.num_bytes / 2**20:,.1f} MiB"
+        return f"{self.folder}: {len(self):,} {index.form} images{shape}, {len(index.class_names)} classes, {size}"
 
     def damage(self, advance: Callable[[int], None] = lambda _: None) -> Iterator[str]:
-        """Compare every byte with its checksum; yields a line for each damaged section or chunk.
+        """Compare every byte with its checksum; yields a line for each damaged file, with the images that are damaged.
 
         Args:
-            advance: told how many bytes of images are done.
+            advance: told of bytes that are done.
         """
-        for name, place in self.header.sections.items():
-            if name != "images" and _sha256(self.section(name)) != place.sha256:
-                yield f"the section {name} is damaged"
-        digests, size, end = self.section("digests"), self.header.chunk_bytes, self.header.sections["images"].num_bytes
-        for chunk in range(self.header.num_chunks):
-            start, stop = chunk * size, min((chunk + 1) * size, end)
-            if hashlib.sha256(self.read(start, stop)).digest() != digests[chunk].tobytes():
-                first, last = self.sample_at(start), self.sample_at(stop - 1)
-                yield (
-                    f"chunk {chunk} of {self.header.num_chunks} is damaged: images {first} to {last}, "
-                    f"{self.sample_name(first)} to {self.sample_name(last)}"
+        for shard, end in zip(self._shards, self._ends, strict=True):
+            if shard.file_sha256(advance) != shard.entry.sha256:
+                first = end - shard.entry.num_samples
+                rows = [row for row in range(shard.entry.num_samples) if shard.read(row) is None]
+                names = [self.sample_name(first + row) for row in rows[:MAX_NAMED]]
+                more = f" and {len(rows) - MAX_NAMED} more" if len(rows) > MAX_NAMED else ""
+                what = f"images {', '.join(names)}{more}" if rows else "its header or its tables"
+                yield f"{shard.entry.file} is damaged: {what}"
+
+    def _locate(self, index: int) -> tuple[_Shard, int]:
+        """The shard that has a sample, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.folder} has {len(self)} images, none with the number {index}")
+        shard = self._shards[bisect.bisect_right(self._ends, index)]
+        return shard, index - self._ends[bisect.bisect_right(self._ends, index)] + shard.entry.num_samples
+
+
+class _Shard:
+    """One mapped file of a packed split."""
+
+    def __init__(self, folder: Path, entry: ShardEntry, index: Index) -> None:
+        self.path = folder / entry.file
+        self.entry = entry
+        self._handle: int | None = None
+        try:
+            size = self.path.stat().st_size
+            if size != entry.num_bytes:
+                raise DataError(
+                    f"{self.path} is truncated or has grown",
+                    expected=f"{entry.num_bytes:,} bytes",
+                    got=f"{size:,} bytes",
+                    fix=f"{PACK} --overwrite",
                 )
-            advance(stop)
+            with safe_open(self.path, "pt") as file:
+                self.tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in sorted(file.keys())}
+                plan = (file.metadata() or {}).get("plan")
+            with self.path.open("rb") as opened:
+                header = opened.read(int.from_bytes(opened.read(8), "little"))
+            self._images = 8 + len(header) + int(json.loads(header)["images"]["data_offsets"][0])
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DataError(
+                f"the packed file {self.path} cannot be opened", expected=f"a file made by {PACK}", got=error, fix=PACK
+            ) from error
+        if plan != index.plan_digest() or not self._fits(index):
+            raise DataError(
+                f"{self.path} does not belong to the index beside it",
+                expected="a file that was packed with it",
+                got="another plan" if plan != index.plan_digest() else "tensors of other shapes",
+                fix=f"{PACK} --overwrite",
+            )
 
-    def sample_at(self, byte: int) -> int:
-        """The sample that a byte of the images belongs to."""
-        if self.header.form == "encoded":
-            found = int(np.searchsorted(self.section("offsets"), byte, "right")) - 1
-            return min(max(found, 0), len(self) - 1)
-        return byte * len(self) // self.header.sections["images"].num_bytes
-
-    def _read_header(self, size: int) -> tuple[Header, str]:
-        start = os.pread(self._handle, PREFIX_BYTES, 0)
-        if len(start) < PREFIX_BYTES or not start.startswith(MAGIC):
-            raise DataError(f"{self.path} is no packed file", expected="a file made by distkit data pack", fix=PACK)
-        _, version, length, file_bytes = START.unpack_from(start)
-        if version > VERSION:
-            raise DataError(f"{self.path} was packed by a newer distkit", expected=f"version {VERSION} or older",
-                            got=f"version {version}", fix=f"pip install --upgrade distkit, or {PACK}")  # fmt: skip
-        text = os.pread(self._handle, min(length, size), PREFIX_BYTES)
-        digest = DIGESTS.unpack_from(start, START.size)[0]
-        if len(text) == length and hashlib.sha256(start[: START.size] + text).digest() == digest:
-            if size != file_bytes:
-                raise DataError(f"{self.path} is truncated or has grown", expected=f"{file_bytes:,} bytes",
-                                got=f"{size:,} bytes", fix=f"{PACK} --overwrite")  # fmt: skip
-            try:
-                return header_from_json(text), digest.hex()
-            except (ValueError, KeyError, TypeError) as error:
-                got: object = error
+    def read(self, row: int) -> bytes | None:
+        """The bytes of a sample; None where they do not fit their checksum."""
+        images = self.tensors["images"]
+        if "offsets" in self.tensors:
+            start, stop = self.tensors["offsets"][row : row + 2].tolist()
+            if not 0 <= start < stop <= len(images):  # a damaged table must not ask for a terabyte
+                return None
         else:
-            got = "another checksum" if len(text) == length else "fewer bytes"
-        raise DataError(f"the header of {self.path} is damaged", expected="the header that was written", got=got,
-                        fix=f"{PACK} --overwrite")  # fmt: skip
+            size = images[0].numel()
+            start, stop = row * size, (row + 1) * size
+        if self._handle is None:
+            self._handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._handle)
+        parts = []
+        while start < stop and (part := os.pread(self._handle, stop - start, self._images + start)):
+            parts.append(part)
+            start += len(part)
+        data = b"".join(parts)
+        return data if zlib.crc32(data) == int(self._crc[row]) else None
 
-    def _checked_labels(self) -> Tensor:
-        labels = self.section("labels")
-        if _sha256(labels) != self.header.sections["labels"].sha256:
-            raise DataError(f"the labels of {self.path} are damaged", expected="the labels that were written",
-                            got="another checksum", fix=f"{PACK} --overwrite")  # fmt: skip
-        return mapped_tensor(labels)
+    def file_sha256(self, advance: Callable[[int], None]) -> str:
+        """sha256 of the whole file."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+                advance(len(block))
+        return digest.hexdigest()
+
+    def _fits(self, index: Index) -> bool:
+        """Whether the tensors are those that the index promises."""
+        count, tensors = self.entry.num_samples, self.tensors
+        shapes = {"labels": ("int64", (count,)), "crc": ("uint8", (count, 4))}
+        if index.sample_shape is None:
+            shapes |= {"images": ("uint8", (tensors["images"].numel(),)), "offsets": ("int64", (count + 1,))}
+        else:
+            shapes["images"] = ("uint8", (count, *index.sample_shape))
+        if "paths" in tensors:
+            shapes |= {"paths": ("uint8", (tensors["paths"].numel(),)), "path_offsets": ("int64", (count + 1,))}
+        actual = {name: (str(tensor.dtype)[6:], tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self._crc = tensors["crc"].numpy().view("<u4").reshape(-1) if actual == shapes else np.empty(0, "<u4")
+        return actual == shapes
 
 
 class PackedImages:
-    """A packed file as a map-style torch data set: `it[i]` is (uint8 [C, H, W], class number).
+    """A packed split as a map-style torch data set: `it[i]` is (uint8 [C, H, W], class number).
 
     Encoded images are checked against their CRC and decoded to RGB. It may be given to worker processes by fork or
-    pickle; a copy opens the file anew.
+    pickle; a copy opens the files again.
 
     Args:
-        path: a file made by `distkit data pack`.
+        folder: made by `distkit data pack`.
         transform: what to do with each image tensor.
 
     Raises:
-        DataError: see `PackedFile`.
+        DataError: see `PackedSplit`.
     """
 
-    def __init__(self, path: Path, transform: Callable[[Tensor], object] | None = None) -> None:
-        self.file = PackedFile(path)
+    def __init__(self, folder: Path, transform: Callable[[Tensor], object] | None = None) -> None:
+        self.split = PackedSplit(folder)
         self.transform = transform
-        self.labels = self.file.labels
-        self.class_names = self.file.header.class_names
-        self._images = mapped_tensor(self.file.section("images")) if self.file.header.form == "raw" else None
+        self.labels = self.split.labels
+        self.class_names = self.split.index.class_names
+        self._pixels = self.split.images if self.split.index.form == "raw" else None
 
     def __len__(self) -> int:
-        return len(self.file)
+        return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[object, int]:
         """One image and its class number.
@@ -209,69 +323,49 @@ class PackedImages:
             IndexError: there are not so many.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.file.path} has {len(self)} images, not one with the number {index}")
-        image = self._decoded(index) if self._images is None else self._images[index].clone()
+            raise IndexError(f"{self.split.folder} has {len(self)} images, none with the number {index}")
+        image = self._decoded(index) if self._pixels is None else self._pixels.narrow(0, index, 1)[0].clone()
         return (self.transform(image) if self.transform else image), int(self.labels[index])
 
     @property
     def fingerprint(self) -> str:
-        """Tells the images and labels of this file from others, by the digests of its sections: 16 digits."""
-        sections = self.file.header.sections
-        content = " ".join(sections[name].sha256 for name in ("labels", "digests"))
-        return hashlib.sha256(content.encode()).hexdigest()[:DIGITS]
+        """Identifies the images and labels; see `PackedSplit.fingerprint`."""
+        return self.split.fingerprint
 
     def __getstate__(self) -> tuple[Path, str, Callable[[Tensor], object] | None]:
-        return self.file.path, self.file.digest, self.transform
+        return self.split.folder, self.split.sha256, self.transform
 
     def __setstate__(self, state: tuple[Path, str, Callable[[Tensor], object] | None]) -> None:
-        path, digest, transform = state
-        PackedImages.__init__(self, path, transform)
-        if self.file.digest != digest:
-            raise DataError(f"{path} was replaced while it was in use", expected="the same file in every process",
-                            fix="start the run again")  # fmt: skip
+        folder, sha256, transform = state
+        PackedImages.__init__(self, folder, transform)
+        if self.split.sha256 != sha256:
+            raise DataError(
+                f"{folder} was replaced while it was in use",
+                expected="the same files in every process",
+                fix="start the run again",
+            )
 
     def resident(self) -> ImageDataset:
-        """The images of a raw file, not copied: they lie in the mapped file until something reads them.
+        """The images of a raw split, not copied: they lie in the mapped files until something reads them.
 
         Raises:
-            DataError: the file holds encoded images.
+            DataError: the split holds encoded images.
         """
-        header = self.file.header
-        if self._images is None:
-            raise DataError(f"{self.file.path} holds encoded images", expected="raw images",
-                            fix=f"{PACK} --form raw")  # fmt: skip
+        index = self.split.index
+        if self._pixels is None:
+            what = f"{self.split.folder} holds encoded images"
+            raise DataError(what, expected="raw images", fix=f"{PACK} --form raw")
         return ImageDataset(
-            self._images,
+            self._pixels,
             self.labels,
-            class_names=header.class_names,
-            source=f"packed {self.file.path}",
-            mean=header.mean,
-            std=header.std,
+            class_names=index.class_names,
+            source=f"packed {self.split.folder}",
+            mean=index.mean,
+            std=index.std,
             memory_mapped=True,
         )
 
     def _decoded(self, index: int) -> Tensor:
-        start, stop = self.file.bounds(index)
-        data = self.file.read(start, stop)
-        if len(data) != stop - start or zlib.crc32(data) != int(self.file.section("crc")[index]):
-            raise DataError(
-                f"the image {self.file.sample_name(index)} in {self.file.path} is damaged",
-                expected="the bytes that were packed",
-                got=f"other bytes in chunk {start // self.file.header.chunk_bytes} or its tables",
-                fix=f"distkit data verify {self.file.path}",
-            )
-        name = f"{self.file.sample_name(index)} in {self.file.path}"
-        pixels = decode_image(io.BytesIO(data), name, fix=f"remove it from the folder, then {PACK} --overwrite")
+        data, name = self.split.read(index), f"{self.split.sample_name(index)} in {self.split.folder}"
+        pixels = decode(io.BytesIO(data), name=name, fix=f"remove it from the folder, then {PACK} --overwrite")
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-
-
-def mapped_tensor(array: NDArray[np.generic]) -> Tensor:
-    """A tensor over a mapped, read-only array; nothing is copied. Nobody may write into it."""
-    with warnings.catch_warnings():
-        # A private writable map would avoid the warning, but the kernel refuses one larger than memory.
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return torch.from_numpy(array)
-
-
-def _sha256(array: NDArray[np.generic]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

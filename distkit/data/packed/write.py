@@ -1,266 +1,195 @@
-"""Writes a packed file so that a kill at any instant costs at most the chunk in hand, and two writers never mix.
+"""Writes a packed split so that a kill costs at most the shard in hand, and two writers never mix.
 
-The file grows under a hidden name, locked by its writer. It begins with the digest of its plan; each chunk of images
-is followed by its checksum in the table. Who finds such a file with the same plan keeps the chunks whose checksum is
-right and goes on behind them. The name of the data set appears by a rename, when everything is on the disk.
+A shard appears under its name when it is complete, the index when all shards are. A shard that is there and has the
+bytes of the plan is kept, so that an interrupted run continues with the first one that is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
-import os
+import logging
 import shutil
-import socket
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from distkit.data.packed.format import DIGESTS, PARTIAL_MAGIC, PREFIX_BYTES, START, prefix
-from distkit.data.packed.read import PackedFile
-from distkit.data.packed.sources import Plan, blocks, in_order
+from distkit.data.packed.format import INDEX, read_index
+from distkit.data.packed.plan import Plan
+from distkit.data.packed.read import PackedSplit
+from distkit.data.sets.decode import in_order
 from distkit.errors import DataError
+from distkit.files import atomic_file, locked, remove_temporaries, write_json
+
+logger = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
-#: Tries to lock a file that another process has, before it is said and waited for.
-NAPS, NAP_SECONDS = 6, 0.05
+#: Shows a title and a number of bytes; its context is told of bytes that are done.
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
 
 
-def write_pack(path: Path, plan: Plan, *, num_workers: int, overwrite: bool, report: Callable[[str], None],
-               progress: Callable[[str, int], contextlib.AbstractContextManager[Advance]]) -> bool:  # fmt: skip
-    """Write `plan` to `path`; False where that has been done already.
+@contextlib.contextmanager
+def no_progress(_title: str, _total: int) -> Iterator[Advance]:
+    """Shows nothing."""
+    yield lambda _: None
+
+
+def write_packed(
+    folder: Path,
+    plan: Plan,
+    *,
+    num_workers: int,
+    overwrite: bool = False,
+    report: Callable[[str], None] = logger.info,
+    progress: Progress = no_progress,
+) -> bool:
+    """Write `plan` to `folder`; False where that has been done already.
 
     Args:
-        path: the packed file; its folder exists.
+        folder: the packed split, made when missing; the folder around it exists.
         plan: what to write.
         num_workers: threads that read images.
-        overwrite: write also where `path` holds the same or something else.
+        overwrite: replace whatever else is there, damaged shards too.
         report: told what is unusual, a line at a time.
-        progress: shows a title and a number of bytes; its context is told how many are done.
+        progress: shows the bytes that are written.
 
     Raises:
-        DataError: `path` holds something else, the folder cannot be written, or an image cannot be read.
+        DataError: `folder` holds something else, or an image cannot be read.
+        OSError: the folder cannot be written, or the disk is full.
     """
-    before = _identity(path)
-    if not overwrite and _is_done(path, plan):
+    if _is_done(folder, plan, overwrite):
         return False
-    partial = path.with_name(f".{path.name}.partial")
-    with _explained(path, partial, plan):
-        handle = _claim(partial, report)
-    try:
-        if _identity(path) != before and _is_done(path, plan):
+    lock = folder.with_name(f".{folder.name.lstrip('.')}.lock")
+    with locked(lock, lambda: report(f"waiting for another process, which writes {folder}")) as exclusive:
+        if _is_done(folder, plan, overwrite):
             return False
-        writer = PackWriter(handle, plan)
-        with _explained(path, partial, plan):
-            _check_space(path, handle, plan)
-            done = writer.resume()
-        if done:
-            report(f"{path}: going on at {done / plan.offsets[-1]:.1%} of an interrupted run")
-        with progress(str(path), int(plan.offsets[-1])) as advance, _explained(path, partial, plan):
-            writer.write_images(done, num_workers, advance)
-            writer.finish()
-            partial.replace(path)
-            _sync_folder(path.parent)
-        return True
-    finally:
-        if not os.fstat(handle).st_size:
-            partial.unlink(missing_ok=True)
-        os.close(handle)
-
-
-class PackWriter:
-    """The unfinished file behind a locked, open `handle`."""
-
-    def __init__(self, handle: int, plan: Plan) -> None:
-        self._handle = handle
-        self._plan = plan
-        header = plan.header
-        self._images = header.sections["images"].offset
-        self._digests = np.zeros(header.sections["digests"].shape, np.uint8)
-        self._crc = np.zeros(header.num_samples, np.uint32)
-
-    def resume(self) -> int:
-        """Make the file one of this plan; bytes of images that are there already, whole chunks, all of them checked."""
-        header, start = self._plan.header, os.pread(self._handle, PREFIX_BYTES, 0)
-        fresh = len(start) < PREFIX_BYTES or DIGESTS.unpack_from(start, START.size)[1] != header.plan_digest()
-        if fresh:
-            os.ftruncate(self._handle, 0)
-        self._write(0, prefix(header, holder=_myself()))
-        for name, table in self._plan.tables.items():
-            self._write(header.sections[name].offset, table.tobytes())
-        return 0 if fresh else self._checked_bytes()
-
-    def write_images(self, done: int, num_workers: int, advance: Advance) -> None:
-        """Write the images from byte `done` on, a multiple of the chunk size, or all of them."""
-        plan, size = self._plan, self._plan.header.chunk_bytes
-        first = int(np.searchsorted(plan.offsets, done, "right")) - 1
-        self._read_crc(first)
-        skip, chunk, buffer = done - int(plan.offsets[first]), done // size, bytearray()
-        advance(done)
-
-        def work(samples: range) -> list[bytes]:
-            return [plan.read(index) for index in samples]
-
-        with contextlib.closing(in_order(work, blocks(plan.offsets, first), num_workers)) as found:
-            for block in found:
-                for sample in block:
-                    self._crc[first] = zlib.crc32(sample) if plan.header.form == "encoded" else 0
-                    first += 1
-                    buffer += sample[skip:] if skip else sample
-                    skip = 0
-                    while len(buffer) >= size:
-                        self._write_chunk(chunk, buffer[:size])
-                        del buffer[:size]
-                        chunk += 1
-                        advance(chunk * size)
-        if buffer:
-            self._write_chunk(chunk, buffer)
-        advance(int(plan.offsets[-1]))
-
-    def finish(self) -> None:
-        """Write the checksums and the header, and wait until all is on the disk."""
-        tables = {**self._plan.tables, "digests": self._digests}
-        if self._plan.header.form == "encoded":
-            tables["crc"] = self._crc.astype("<u4", copy=False)
-            self._write(self._plan.header.sections["crc"].offset, tables["crc"].tobytes())
-        sections = dict(self._plan.header.sections)
-        for name, table in tables.items():
-            sections[name] = dataclasses.replace(sections[name], sha256=hashlib.sha256(table.tobytes()).hexdigest())
-        header = dataclasses.replace(self._plan.header, sections=sections)
-        os.ftruncate(self._handle, header.file_bytes)
-        self._write(0, prefix(header) + header.to_json())
-        os.fsync(self._handle)
-
-    def _checked_bytes(self) -> int:
-        header = self._plan.header
-        size, end = header.chunk_bytes, header.sections["images"].num_bytes
-        known = os.pread(self._handle, self._digests.size, header.sections["digests"].offset)
-        for chunk in range(header.num_chunks):
-            start, stop = chunk * size, min((chunk + 1) * size, end)
-            digest = hashlib.sha256(self._read(start, stop)).digest()
-            if digest != known[32 * chunk : 32 * chunk + 32]:
-                return start
-            self._digests[chunk] = np.frombuffer(digest, np.uint8)
-        return end
-
-    def _read_crc(self, stop: int) -> None:
-        """The CRC of the samples before `stop`, from the bytes that are there."""
-        if self._plan.header.form == "encoded":
-            for index in range(stop):
-                start, end = self._plan.offsets[index : index + 2].tolist()
-                self._crc[index] = zlib.crc32(self._read(start, end))
-
-    def _write_chunk(self, chunk: int, data: bytearray) -> None:
-        self._write(self._images + chunk * self._plan.header.chunk_bytes, data)
-        digest = hashlib.sha256(data).digest()
-        self._digests[chunk] = np.frombuffer(digest, np.uint8)
-        self._write(self._plan.header.sections["digests"].offset + 32 * chunk, digest)
-
-    def _read(self, start: int, stop: int) -> bytes:
-        return os.pread(self._handle, stop - start, self._images + start)
-
-    def _write(self, offset: int, data: bytes | bytearray) -> None:
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._handle, view, offset)
-            view, offset = view[written:], offset + written
-
-
-def _claim(partial: Path, report: Callable[[str], None]) -> int:
-    """Open and lock the unfinished file; wait while another process has it. The lock ends with its process."""
-    naps = 0
-    while True:
-        # a link here would let the pack overwrite what it points to
-        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        folder.mkdir(exist_ok=True)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                naps += 1
-                if naps < NAPS:
-                    # A process that has just started to write has not yet put its name into the file.
-                    time.sleep(NAP_SECONDS)
-                    os.close(handle)
-                    continue
-                if naps == NAPS:
-                    report(f"waiting for {_holder(handle)}, which writes {partial}")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            # Whoever had the lock may have renamed or removed the file in the meantime.
-            if _identity(partial) == (os.fstat(handle).st_dev, os.fstat(handle).st_ino):
-                return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
+            if exclusive:
+                remove_temporaries(folder)
+            _write(folder, plan, num_workers, overwrite, report, progress)
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing was written
+    return True
 
 
-def _holder(handle: int) -> str:
-    start = os.pread(handle, PREFIX_BYTES, 0)
-    if len(start) < PREFIX_BYTES or not start.startswith(PARTIAL_MAGIC):
-        return "another process"
-    name: bytes = DIGESTS.unpack_from(start, START.size)[2]
-    return name.rstrip(b"\0").decode(errors="replace")
+def _is_done(folder: Path, plan: Plan, overwrite: bool) -> bool:
+    """Whether `folder` holds what `plan` would write; DataError where it holds something else and may not be replaced.
 
-
-def _myself() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _is_done(path: Path, plan: Plan) -> bool:
-    """Whether `path` holds what `plan` would write; DataError where it holds something else."""
-    if not path.exists():
+    What is to be overwritten is done only if every byte is right.
+    """
+    if not (folder / INDEX).exists():
         return False
     try:
-        got = PackedFile(path).header
+        index = read_index(folder)[0]
+        same = index.plan_digest() == plan.index.plan_digest()
+        if overwrite:
+            damage = list(PackedSplit(folder).damage()) if same else ["it holds something else"]
+            if damage:
+                logger.warning("%s is written again: %s", folder, damage[0])
+            return not damage
+        PackedSplit(folder)
     except DataError as error:
-        raise DataError(f"{path} exists and is no whole packed file", expected="no file, or the same data set",
-                        got=error, fix="--overwrite") from error  # fmt: skip
-    if got.plan_digest() != plan.header.plan_digest():
+        if overwrite:
+            logger.warning("%s is written again: %s", folder, error)
+            return False
         raise DataError(
-            f"{path} exists and holds something else",
-            expected=f"no file, or the same {plan.header.num_samples:,} images of {plan.header.name}, unchanged",
-            got=f"{got.num_samples:,} images of {got.name}, {got.form}",
+            f"{folder} exists and is damaged", expected="no folder, or the same data set", got=error, fix="--overwrite"
+        ) from error
+    if not same:
+        raise DataError(
+            f"{folder} exists and holds something else",
+            expected=f"no folder, or the same {plan.index.num_samples:,} images of {plan.index.name}, unchanged",
+            got=f"{index.num_samples:,} images of {index.name}, {index.form}",
             fix="--overwrite",
         )
     return True
 
 
-def _check_space(path: Path, handle: int, plan: Plan) -> None:
-    status, free = os.fstat(handle), shutil.disk_usage(path.parent).free
-    missing = plan.header.file_bytes - 512 * status.st_blocks
+def _write(
+    folder: Path, plan: Plan, num_workers: int, overwrite: bool, report: Callable[[str], None], progress: Progress
+) -> None:
+    shards, digest = plan.index.shards, plan.index.plan_digest()
+    (folder / INDEX).unlink(missing_ok=True)
+    sha256 = _finished(folder, plan, digest, overwrite)
+    done = sum(shards[number].num_bytes for number in sha256)
+    missing, free = plan.index.num_bytes - done, shutil.disk_usage(folder).free
     if missing > free:
         raise OSError(f"the disk has {free:,} bytes free, {missing:,} are to be written")
+    if sha256:
+        report(f"{folder}: {len(sha256)} of {len(shards)} files are complete already; continuing with the others")
+    with progress(str(folder), plan.index.num_bytes) as advance:
+        for number in sorted(set(range(len(shards))) - set(sha256)):
+            sha256[number] = _write_shard(folder, plan, number, digest, num_workers, advance)
+    entries = tuple(dataclasses.replace(shard, sha256=sha256[number]) for number, shard in enumerate(shards))
+    write_json(folder / INDEX, dataclasses.replace(plan.index, shards=entries).to_json())
 
 
-@contextlib.contextmanager
-def _explained(path: Path, partial: Path, plan: Plan) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be written",
-            expected=f"a folder that can be written, with {plan.header.file_bytes:,} bytes of space and file locks",
-            got=error,
-            fix=f"the same command when there is space: it goes on where it stopped. To give up: rm {partial}",
-        ) from error
+def _finished(folder: Path, plan: Plan, digest: str, overwrite: bool) -> dict[int, str]:
+    """Number and sha256 of the shards that are complete. Damaged ones are removed, those of another plan refused."""
+    numbers = {shard.file: number for number, shard in enumerate(plan.index.shards)}
+    sha256 = {}
+    for path in sorted(folder.glob("images-*.safetensors")):
+        try:
+            with safe_open(path, "np") as file:
+                other = (file.metadata() or {}).get("plan") != digest
+        except (OSError, SafetensorError):
+            other = False
+            logger.warning("%s is damaged and is written again", path)
+        if other and not overwrite:
+            raise DataError(
+                f"{folder} holds files of something else that was not packed to its end",
+                expected="no folder, or files of the same images, unchanged, packed with the same options",
+                got=path.name,
+                fix="--overwrite",
+            )
+        whole = None if other or path.name not in numbers else _sha256_if_whole(path, plan, numbers[path.name], digest)
+        if whole is None:
+            path.unlink()
+        else:
+            sha256[numbers[path.name]] = whole
+    return sha256
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _sha256_if_whole(path: Path, plan: Plan, number: int, digest: str) -> str | None:
+    """sha256 of a shard, or None unless every byte is what the plan says, or fits its checksum."""
+    head, samples = plan.head(number, digest), plan.samples(number)
+    total, crc = hashlib.sha256(head), []
+    with path.open("rb") as file:
+        if path.stat().st_size != plan.index.shards[number].num_bytes or file.read(len(head)) != head:
+            return None
+        for index in samples:
+            sample = file.read(int(plan.offsets[index + 1] - plan.offsets[index]))
+            total.update(sample)
+            crc.append(zlib.crc32(sample))
+        rest = file.read()
+    total.update(rest)
+    return total.hexdigest() if rest == np.array(crc, "<u4").tobytes() else None
+
+
+def _write_shard(folder: Path, plan: Plan, number: int, digest: str, num_workers: int, advance: Advance) -> str:
+    """Write one shard and return its sha256."""
+    total, crc = hashlib.sha256(), []
+
+    def work(samples: range) -> list[bytes]:
+        return [plan.read(index) for index in samples]
+
+    with atomic_file(folder / plan.index.shards[number].file) as file:
+
+        def write(data: bytes) -> None:
+            total.update(data)
+            file.write(data)
+
+        write(plan.head(number, digest))
+        with contextlib.closing(in_order(work, plan.blocks(number), num_workers)) as blocks:
+            for block in blocks:
+                crc += [zlib.crc32(sample) for sample in block]
+                write(b"".join(block))
+                advance(sum(map(len, block)))
+        write(np.array(crc, "<u4").tobytes())
+    return total.hexdigest()

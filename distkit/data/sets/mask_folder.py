@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from distkit.config import Split
 from distkit.config.check import require
-from distkit.data.sets.image_folder import SUFFIXES
+from distkit.data.sets.decode import SUFFIXES, decode, head, in_order, opened, shape_words
+from distkit.data.sets.images import MaskDataset
 from distkit.errors import DataError
 from distkit.runtime.process import available_cores
 
 LAYOUT = "ROOT/SPLIT/images/NAME.png and ROOT/SPLIT/masks/NAME.png (or .tif, …)"
-#: The class id of pixels that count for nothing; give it to the loss as `ignore_index`.
-IGNORE = 255
-#: Pairs that a thread decodes at a time.
-CHUNK = 16
 GREY_MODES, COLOUR_MODES = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 Colour: TypeAlias = tuple[int, int, int]
-Values: TypeAlias = Mapping[int, int] | Mapping[Colour, int]
+ClassIds: TypeAlias = Mapping[int, int] | Mapping[Colour, int]
 """Value of a pixel in the mask files -> class id: {0: 0, 255: 1}, or by colour {(128, 0, 0): 1}."""
 Pair: TypeAlias = tuple[Path, Path]
 
 
-def load_masks(root: Path, split: Split, values: Values) -> tuple[Tensor, Tensor]:
+def mask_folder(root: Path, split: Split, values: ClassIds, class_names: tuple[str, ...]) -> MaskDataset:
+    """ROOT/SPLIT/images/NAME.* and ROOT/SPLIT/masks/NAME.* in memory; arguments and errors as `load_masks`."""
+    images, masks = load_masks(root, split, values)
+    return MaskDataset(images, masks, class_names=class_names, source=f"folder {root}")
+
+
+def load_masks(root: Path, split: Split, values: ClassIds) -> tuple[Tensor, Tensor]:
     """Decode a split: images uint8 [N, C, H, W] and masks of class ids uint8 [N, H, W], in the order of the names.
 
     C is 1 where every image is grey, else 3. The masks' values are their grey levels or palette indices, or their
@@ -41,7 +42,7 @@ def load_masks(root: Path, split: Split, values: Values) -> tuple[Tensor, Tensor
     Args:
         root: the folder that has train/ and test/.
         split: which of them.
-        values: class id of every value that a mask may have, ids 0 to 254, or `IGNORE`.
+        values: class id of every value that a mask may have, ids 0 to 254, or 255 for pixels that do not count.
 
     Raises:
         ConfigError: `values` is empty or has other ids.
@@ -51,21 +52,18 @@ def load_masks(root: Path, split: Split, values: Values) -> tuple[Tensor, Tensor
     require(bool(values), "values", "a class id for every value of a mask", dict(values), "{0: 0, 255: 1}")
     require(all(0 <= i <= 255 for i in values.values()), "values", "class ids 0 to 255", dict(values), "{0: 0, 255: 1}")
     pairs = list_pairs(root, split)
-    channels, height, width = _common_form(pairs)
+    channels, height, width = _common_shape(pairs)
     images = np.empty((len(pairs), channels, height, width), np.uint8)
     masks = np.empty((len(pairs), height, width), np.uint8)
     table = _Table(values)
 
-    def work(start: int) -> None:
-        for i, (image, mask) in enumerate(pairs[start : start + CHUNK], start):
-            images[i] = _decode_image(image, channels)
-            masks[i] = table.ids(mask)
+    def work(i: int) -> None:
+        pixels = decode(pairs[i][0], "L" if channels == 1 else "RGB")
+        images[i] = pixels if channels == 1 else pixels.transpose(2, 0, 1)
+        masks[i] = table.class_ids(pairs[i][1])
 
-    pool = ThreadPoolExecutor(available_cores())
-    try:
-        list(pool.map(work, range(0, len(pairs), CHUNK)))  # raises what a thread raised
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for _ in in_order(work, range(len(pairs)), available_cores()):
+        pass  # raises what a thread raised
     return torch.from_numpy(images), torch.from_numpy(masks)
 
 
@@ -78,13 +76,13 @@ def list_pairs(root: Path, split: Split) -> list[Pair]:
     images, masks = (_by_name(root / split / kind) for kind in ("images", "masks"))
     lone = sorted(images.keys() ^ masks.keys())
     if lone:
-        found, missing = (images, "masks") if lone[0] in images else (masks, "images")
-        others = f", and {len(lone) - 1} more like it" if len(lone) > 1 else ""
+        files, other = (images, "masks") if lone[0] in images else (masks, "images")
+        more = f", and {len(lone) - 1} more like it" if len(lone) > 1 else ""
         raise DataError(
-            f"{found[lone[0]]} has no partner",
-            expected=f"{root / split / missing / lone[0]}.* beside it",
-            got=f"no such file{others}",
-            fix=f"rm {found[lone[0]]}",
+            f"{files[lone[0]]} has no partner",
+            expected=f"{root / split / other / lone[0]}.* beside it",
+            got=f"no such file{more}",
+            fix=f"rm {files[lone[0]]}",
         )
     if not images:
         raise DataError(f"{root / split / 'images'} has no image", expected=LAYOUT)
@@ -94,90 +92,54 @@ def list_pairs(root: Path, split: Split) -> list[Pair]:
 def _by_name(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}", expected=LAYOUT, fix="--data.root DIR")
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
             continue
-        if path.stem in found:
+        if path.stem in paths:
             raise DataError(
                 f"two files in {folder} have the name {path.stem}",
                 expected="one of them",
-                got=f"{found[path.stem].name}, {path.name}",
+                got=f"{paths[path.stem].name}, {path.name}",
                 fix=f"rm {path}",
             )
-        found[path.stem] = path
-    return found
+        paths[path.stem] = path
+    return paths
 
 
-def _common_form(pairs: list[Pair]) -> tuple[int, int, int]:
-    """Channels, height and width of all images, from the heads of the files."""
-    size, channels = _head(pairs[0][0])[1], 1
+def _common_shape(pairs: list[Pair]) -> tuple[int, int, int]:
+    """Channels, height and width of all images, from the headers of the files."""
+    size, channels = head(pairs[0][0])[1], 1
     for image, mask in pairs:
-        mode, image_size = _head(image)
+        mode, image_size = head(image)
         if mode not in GREY_MODES + COLOUR_MODES:
             known = ", ".join(GREY_MODES + COLOUR_MODES)
             raise DataError(f"the image {image} has pixels of another kind", expected=f"8 bits: {known}", got=mode)
-        mask_size = _head(mask)[1]
+        mask_size = head(mask)[1]
         if mask_size != image_size:
             raise DataError(
                 f"the mask {mask} has another size than its image {image}",
-                expected=_words(image_size),
-                got=_words(mask_size),
+                expected=shape_words(image_size),
+                got=shape_words(mask_size),
             )
         if image_size != size:
             raise DataError(
                 f"the image {image} has another size",
-                expected=f"{_words(size)}, as {pairs[0][0]}",
-                got=_words(image_size),
+                expected=f"{shape_words(size)}, as {pairs[0][0]}",
+                got=shape_words(image_size),
             )
         channels = max(channels, 1 if mode in GREY_MODES else 3)
-    return channels, size[1], size[0]
-
-
-def _words(size: tuple[int, int]) -> str:
-    return f"{size[1]}x{size[0]} pixels"
-
-
-def _head(path: Path) -> tuple[str, tuple[int, int]]:
-    """Mode, and (width, height)."""
-    with _opened(path) as image:
-        return image.mode, image.size
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"the image {path} cannot be decoded", expected="a whole image file", got=error, fix=f"rm {path}")
-
-
-def _decode_image(path: Path, channels: int) -> NDArray[np.uint8]:
-    """uint8 [channels, H, W]."""
-    pixels = _pixels(path, "L" if channels == 1 else "RGB").astype(np.uint8, copy=False)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-
-
-def _pixels(path: Path, mode: str | None) -> NDArray[np.integer]:
-    """[H, W] or [H, W, channels], in the file's own mode where none is asked for."""
-    with _opened(path) as image:
-        try:
-            return np.asarray(image if mode is None else image.convert(mode))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise _damaged(path, error) from error
+    return channels, *size
 
 
 class _Table:
     """Class ids by the values of pixels; colours are looked up as one number, red first."""
 
-    def __init__(self, values: Values) -> None:
+    def __init__(self, values: ClassIds) -> None:
         self.by_colour = any(isinstance(key, tuple) for key in values)
         codes = {self._code(key): number for key, number in values.items()}
         self.codes = np.array(sorted(codes), np.int64)
-        self.numbers = np.array([codes[code] for code in sorted(codes)], np.uint8)
+        self.ids = np.array([codes[code] for code in sorted(codes)], np.uint8)
         self.declared = ", ".join(f"{key}: {number}" for key, number in values.items())
 
     def _code(self, key: int | Colour) -> int:
@@ -185,11 +147,11 @@ class _Table:
             return key[0] << 16 | key[1] << 8 | key[2]
         return key * 0x10101 if self.by_colour else key
 
-    def ids(self, path: Path) -> NDArray[np.uint8]:
+    def class_ids(self, path: Path) -> NDArray[np.uint8]:
         """The mask's class ids, uint8 [H, W]."""
         codes = self._read(path)
-        places = np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)
-        wrong = self.codes[places] != codes
+        positions = np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)
+        wrong = self.codes[positions] != codes
         if wrong.any():
             code, count = int(codes[wrong][0]), int(wrong.sum())
             value: int | Colour = (code >> 16, code >> 8 & 255, code & 255) if self.by_colour else code
@@ -199,15 +161,16 @@ class _Table:
                 got=f"{value}; {count} such pixels",
                 fix=f"values={{{self.declared}, {value}: CLASS}}",
             )
-        return self.numbers[places]
+        return self.ids[positions]
 
     def _read(self, path: Path) -> NDArray[np.int64]:
-        mode = _head(path)[0]
+        with opened(path) as image:
+            mode = image.mode
+            # Black and white of one bit become 0 and 255, as in a grey image.
+            read_as = "RGB" if self.by_colour else "L" if mode in ("1", "LA") else mode
+            pixels: NDArray[np.int64] = np.asarray(image.convert(read_as)).astype(np.int64)
         if self.by_colour:
-            red, green, blue = _pixels(path, "RGB").astype(np.int64).transpose(2, 0, 1)
-            return cast(NDArray[np.int64], red << 16 | green << 8 | blue)
-        # Black and white of one bit are 0 and 255, as in a grey image.
-        pixels = _pixels(path, "L" if mode in ("1", "LA") else None).astype(np.int64)
+            return pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
         if pixels.ndim == 3 and (pixels[..., :3] == pixels[..., :1]).all():
             pixels = pixels[..., 0]
         if pixels.ndim == 3:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from distkit.config import Split
 from distkit.data.dataset import Indexable
-from distkit.data.sets.cache import locked
 from distkit.data.sets.images import CIFAR10_MEAN, CIFAR10_STD, ImageDataset
 from distkit.errors import DataError, nearest
+from distkit.files import locked
 
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
@@ -140,7 +140,7 @@ def _open(row: TorchvisionSet, root: Path, split: Split) -> _Opened:
         return opened()
     except RuntimeError:
         root.mkdir(parents=True, exist_ok=True)
-    with locked(root):
+    with locked(root / ".distkit-lock"):
         try:
             return opened()
         except RuntimeError:

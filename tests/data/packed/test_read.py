@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import os
 import pickle
 import shutil
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.packing import CHUNK, save, small_tree, varied_tree
+from safetensors.numpy import load_file
+from support.packing import SHARD, save, small_tree, varied_tree
 from torch.utils.data import DataLoader
 
 from distkit.data import ImageDataset
-from distkit.data.packed import sources as pack_sources
-from distkit.data.packed.format import DIGESTS, MAGIC, PREFIX_BYTES, START, VERSION, header_from_json
+from distkit.data.packed import pack as packing
+from distkit.data.packed.format import VERSION
 from distkit.data.packed.pack import pack, show, verify
-from distkit.data.packed.read import PackedFile, PackedImages, open_packed
-from distkit.data.sets.image_folder import load_folder
+from distkit.data.packed.read import PackedImages, PackedSplit, open_packed
+from distkit.data.sources import folder
 from distkit.errors import ConfigError, DataError, DistkitError
 
 
@@ -40,21 +45,21 @@ def decoded(path):
 
 def test_raw_images_are_those_of_the_folder(small, tmp_path):
     said = pack(str(small), tmp_path / "out")
-    assert "train.pack: 60 raw images 3x16x16, 2 classes" in said
+    assert "train: 60 raw images 3x16x16, 2 classes" in said
     for split in ("train", "test"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             images = open_packed(tmp_path / "out", split)
         assert isinstance(images, ImageDataset)
-        expected, class_names = load_folder(small, split, tmp_path, None)
-        assert images.images.equal(expected["images"])
-        assert images.labels.equal(expected["labels"])
-        assert images.class_names == class_names == ("ant", "bée")
+        expected = folder(small, split, tmp_path, None)
+        assert images.images.equal(expected.images)
+        assert images.labels.equal(expected.labels)
+        assert images.class_names == expected.class_names == ("ant", "bée")
         batch, labels = images.fetch(torch.tensor([3, 0, 3]))
-        assert batch.equal(expected["images"][[3, 0, 3]])
+        assert batch.equal(expected.images[[3, 0, 3]])
         assert labels.tolist() == [0, 0, 0]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test.pack", "train.pack"]
-    sample, label = PackedImages(tmp_path / "out" / "train.pack")[31]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test", "train"]
+    sample, label = PackedImages(tmp_path / "out" / "train")[31]
     assert sample.equal(images_of(small / "train")[31])
     assert label == 1
 
@@ -66,37 +71,37 @@ def images_of(folder):
 def test_nothing_is_read_when_a_raw_file_is_opened(small, tmp_path):
     pack(str(small), tmp_path)
     before = open_packed(tmp_path, "train").images
-    assert before.data_ptr() % 4096 == 0
+    assert before.shape == (60, 3, 16, 16)
     mapped = Path("/proc/self/maps").read_text()
-    assert str(tmp_path / "train.pack") in mapped
+    assert str(tmp_path / "train") in mapped
 
 
 def test_encoded_images_keep_their_bytes(varied, tmp_path):
-    assert "train.pack: 40 encoded images, 2 classes" in pack(str(varied), tmp_path / "out", chunk_bytes=CHUNK)
+    assert "train: 40 encoded images, 2 classes" in pack(str(varied), tmp_path / "out", shard_bytes=SHARD)
     images = open_packed(tmp_path / "out", "train")
     assert isinstance(images, PackedImages)
     files = sorted((path for path in varied.rglob("*.*")), key=str)
     assert len(images) == len(files) == 40
     for i, path in enumerate(files):
-        assert images.file.sample_name(i) == str(path.relative_to(varied))
-        assert images.file.read(*images.file.bounds(i)) == path.read_bytes()
+        assert images.split.sample_name(i) == str(path.relative_to(varied))
+        assert images.split.read(i) == path.read_bytes()
         pixels, label = images[i]
         assert pixels.equal(decoded(path))
         assert label == (0 if i < 20 else 1)
     with pytest.raises(IndexError):
         images[40]
-    assert verify(tmp_path / "out" / "train.pack").endswith("every byte as it was written")
-    assert "classes: ant, sub" in show(tmp_path / "out" / "train.pack")
+    assert verify(tmp_path / "out" / "train").endswith("every byte as it was written")
+    assert "classes: ant, sub" in show(tmp_path / "out" / "train")
 
 
 @pytest.mark.parametrize("form", ["raw", "encoded"])
 def test_the_form_can_be_chosen(small, tmp_path, form):
     pack(str(small), tmp_path, form=form, splits=["test"])
-    images = PackedImages(tmp_path / "test.pack")
-    assert images.file.header.form == form
+    images = PackedImages(tmp_path / "test")
+    assert images.split.index.form == form
     for i, expected in enumerate(images_of(small / "test")):
         assert images[i][0].equal(expected)
-    assert [path.name for path in tmp_path.glob("*.pack")] == ["test.pack"]
+    assert [path.parent.name for path in tmp_path.glob("*/index.json")] == ["test"]
 
 
 def test_images_of_one_large_size_stay_encoded(tmp_path):
@@ -108,7 +113,7 @@ def test_images_of_one_large_size_stay_encoded(tmp_path):
 
 def test_worker_processes_get_the_same_images(varied, tmp_path):
     pack(str(varied), tmp_path)
-    images = PackedImages(tmp_path / "train.pack", transform=torch.sum)
+    images = PackedImages(tmp_path / "train", transform=torch.sum)
     expected = [int(images[i][0]) for i in range(len(images))]
     copy = pickle.loads(pickle.dumps(images))
     assert [int(value) for value, _ in copy] == expected
@@ -129,22 +134,22 @@ def test_a_set_by_name(tmp_path, monkeypatch):
     given = ImageDataset(pixels, torch.arange(50) % 10, class_names=tuple("0123456789"), source="x", mean=(0.1307,),
                          std=(0.3081,))  # fmt: skip
     asked = []
-    monkeypatch.setattr(pack_sources, "torchvision_set", lambda *args: asked.append(args) or given)
+    monkeypatch.setattr(packing, "torchvision_set", lambda *args: asked.append(args) or given)
     pack("mnist", tmp_path / "out", root=tmp_path / "root")
     assert asked == [("mnist", tmp_path / "root", "train"), ("mnist", tmp_path / "root", "test")]
     images = open_packed(tmp_path / "out", "test")
     assert images.images.equal(pixels)
     assert images.labels.equal(given.labels)
     assert (images.mean, images.std, images.class_names) == (given.mean, given.std, given.class_names)
-    assert PackedFile(tmp_path / "out" / "test.pack").sample_name(7) == "mnist test 7"
+    assert PackedSplit(tmp_path / "out" / "test").sample_name(7) == "mnist test 7"
     with pytest.raises(ConfigError, match="no image files"):
         pack("mnist", tmp_path / "out", form="encoded")
 
 
 @pytest.fixture
-def encoded_file(varied, tmp_path):
-    pack(str(varied), tmp_path / "out", chunk_bytes=CHUNK)
-    return tmp_path / "out" / "train.pack"
+def encoded(varied, tmp_path):
+    pack(str(varied), tmp_path / "out", shard_bytes=SHARD)
+    return tmp_path / "out" / "train"
 
 
 def flip(path, offset):
@@ -155,83 +160,151 @@ def flip(path, offset):
         file.write(bytes([byte ^ 0x10]))
 
 
-def test_a_flipped_bit_in_any_section_is_found(encoded_file):
-    header = PackedFile(encoded_file).header
+def test_a_flipped_bit_anywhere_is_found(encoded):
     rng = np.random.default_rng(0)
-    for name, place in header.sections.items():
-        for byte in {0, place.num_bytes - 1, *rng.integers(place.num_bytes, size=3).tolist()}:
-            flip(encoded_file, place.offset + byte)
-            with pytest.raises(DistkitError) as caught:
-                verify(encoded_file)
+    for path in sorted(encoded.glob("images-*"))[::3]:
+        size = path.stat().st_size
+        for byte in {0, 9, size - 1, *rng.integers(size, size=6).tolist()}:
+            flip(path, byte)
+            with pytest.raises(DistkitError, match=path.name.replace(".", "[.]") + "|labels") as caught:
+                verify(encoded)
             assert caught.value.exit_code == 1
-            wanted = f"chunk {byte // CHUNK} of {header.num_chunks} is damaged: images" if name == "images" else name
-            assert wanted in str(caught.value)
-            flip(encoded_file, place.offset + byte)
-    verify(encoded_file)
+            flip(path, byte)
+    verify(encoded)
 
 
-def test_a_flipped_bit_in_the_header_is_found(encoded_file):
-    length = START.unpack_from(encoded_file.read_bytes())[2]
-    for offset in (0, 9, 13, 17, 30, PREFIX_BYTES, PREFIX_BYTES + 7, PREFIX_BYTES + length - 1):
-        flip(encoded_file, offset)
-        with pytest.raises(DataError) as caught:
-            PackedFile(encoded_file)
-        assert "train.pack" in str(caught.value)
+def test_a_flipped_bit_in_the_index_is_found(encoded):
+    index = encoded / "index.json"
+    for offset in (0, 9, 30, 200, index.stat().st_size - 10):
+        flip(index, offset)
+        with pytest.raises(DataError, match=r"index\.json is damaged"):
+            PackedSplit(encoded)
         with pytest.raises(DistkitError) as caught:
-            verify(encoded_file)
+            verify(encoded)
         assert caught.value.exit_code == 1
-        flip(encoded_file, offset)
-    PackedFile(encoded_file)
+        flip(index, offset)
+    PackedSplit(encoded)
 
 
-def test_a_flipped_bit_is_found_when_its_image_is_read(encoded_file):
-    images = PackedImages(encoded_file)
-    start, stop = images.file.bounds(25)
-    place = images.file.header.sections["images"]
-    flip(encoded_file, place.offset + (start + stop) // 2)
-    with pytest.raises(DataError, match=r"sub/deep/05.png in .*train.pack is damaged"):
+def test_a_flipped_bit_is_found_when_its_image_is_read(encoded):
+    images = PackedImages(encoded)
+    shard, row = images.split._locate(25)
+    start, stop = shard.tensors["offsets"][row : row + 2].tolist()
+    middle = shard._images + (start + stop) // 2
+    flip(shard.path, middle)
+    with pytest.raises(DataError, match=r"sub/deep/05.png in .*train.* is damaged"):
         images[25]
     assert images[24][1] == images[26][1] == 1
-    with pytest.raises(DistkitError, match=r"images 24 to 26, sub/deep/04.png to sub/deep/06.png"):
-        verify(encoded_file)
-    flip(encoded_file, place.offset + (start + stop) // 2)
-    flip(encoded_file, images.file.header.sections["offsets"].offset + 8 * 25 + 6)
-    with pytest.raises(DataError, match="is damaged"):
-        images[25]
+    with pytest.raises(DistkitError, match=r"is damaged: images sub/deep/05.png\n"):
+        verify(encoded)
+    flip(shard.path, middle)
+    assert images[25][1] == 1
 
 
 @pytest.mark.parametrize("keep", [0, 100, 200, 5000, -1])
-def test_a_truncated_file_is_no_file(encoded_file, keep):
-    data = encoded_file.read_bytes()
-    encoded_file.write_bytes(data[:keep])
+def test_a_truncated_file_is_no_file(encoded, keep):
+    path = max(encoded.glob("images-*"), key=lambda path: path.stat().st_size)
+    data = path.read_bytes()
+    path.write_bytes(data[:keep])
     with pytest.raises(DataError) as caught:
-        PackedFile(encoded_file)
+        PackedSplit(encoded)
     assert "type: " in str(caught.value)
-    encoded_file.write_bytes(data + b"x")
+    path.write_bytes(data + b"x")
     with pytest.raises(DataError, match="grown"):
-        PackedFile(encoded_file)
+        PackedSplit(encoded)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be opened"):
+        PackedSplit(encoded)
 
 
-def test_other_files_are_told_apart(encoded_file, tmp_path):
-    with pytest.raises(DataError, match="no packed file") as caught:
+def rewrite_index(folder, **changes):
+    values = json.loads((folder / "index.json").read_text())
+    del values["sha256"]
+    values |= changes
+    digest = hashlib.sha256(json.dumps(values, separators=(",", ":")).encode()).hexdigest()
+    (folder / "index.json").write_text(json.dumps({**values, "sha256": digest}))
+    return values
+
+
+def test_a_hostile_index_is_refused(encoded):
+    shards = rewrite_index(encoded)["shards"]
+    escape = [{**shards[0], "file": "../../outside"}, *shards[1:]]
+    huge = [{**shards[0], "num_samples": 1 << 60}, *shards[1:]]
+    for changes in ({"shards": escape}, {"shards": huge}, {"shards": []}, {"num_samples": 41}, {"extra": 1},
+                    {"form": "raw"}, {"sample_shape": [3, 1 << 40, 1]}, {"shards": 3}):  # fmt: skip
+        before = (encoded / "index.json").read_text()
+        rewrite_index(encoded, **changes)
+        with pytest.raises(DataError, match=r"index\.json is damaged"):
+            PackedSplit(encoded)
+        (encoded / "index.json").write_text(before)
+    for text in ("[]", "3", "[" * 100_000, ""):
+        (encoded / "index.json").write_text(text)
+        with pytest.raises(DataError, match=r"index\.json is damaged"):
+            PackedSplit(encoded)
+
+
+def test_a_hostile_shard_is_refused(encoded):
+    path = sorted(encoded.glob("images-*"))[0]
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    headers = [b"\xff" * 8 + whole[8:], (1 << 40).to_bytes(8, "little") + whole[8:]]
+    for name, entry in (("labels", {"data_offsets": [0, 1 << 50]}), ("images", {"shape": [1 << 50]}),
+                        ("crc", {"dtype": "F32"}), ("labels", {"dtype": "F64"})):  # fmt: skip
+        changed = {**header, name: {**header[name], **entry}}
+        text = json.dumps(changed, separators=(",", ":")).encode()
+        headers.append((whole[:8] + text.ljust(size) + whole[8 + size :])[: len(whole)])
+    for data in headers:
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=path.name):
+            PackedSplit(encoded)
+
+
+def test_shards_of_another_pack_are_told_apart(encoded, varied, tmp_path):
+    path = sorted(encoded.glob("images-*"))[0]
+    os.utime(varied / "ant" / "00.jpg", ns=(1, 1))
+    pack(str(varied), tmp_path / "other", shard_bytes=SHARD)
+    path.write_bytes((tmp_path / "other" / "train" / path.name).read_bytes())
+    with pytest.raises(DataError, match="does not belong to the index"):
+        PackedSplit(encoded)
+
+
+def test_several_shards_are_read_as_one_tensor(small, tmp_path):
+    pack(str(small), tmp_path / "one")
+    pack(str(small), tmp_path / "many", shard_bytes=SHARD)
+    one, many = (open_packed(tmp_path / name, "train") for name in ("one", "many"))
+    assert len(list((tmp_path / "many" / "train").glob("images-*"))) == 12
+    for indices in (torch.arange(60), torch.randperm(60), torch.tensor([59, 0, 0, 31]), torch.tensor([], dtype=int)):
+        assert all(a.equal(b) for a, b in zip(one.fetch(indices), many.fetch(indices), strict=True))
+    assert one.fingerprint == many.fingerprint
+    assert one.nbytes == many.nbytes
+    assert many.images.narrow(0, 3, 9).equal(one.images[3:12])
+    assert one.normalized(range(70)).equal(many.normalized(range(70)))
+    assert many.to("cpu").images is many.images
+    assert many.images.to("meta").shape == one.images.shape
+    for wrong in (60, -1):
+        with pytest.raises(IndexError):
+            many.fetch(torch.tensor([wrong]))
+
+
+def test_other_folders_are_told_apart(encoded, tmp_path):
+    with pytest.raises(DataError, match="no packed split") as caught:
         open_packed(tmp_path / "nowhere", "train")
     assert f"distkit data pack FOLDER {tmp_path / 'nowhere'}" in str(caught.value)
-    with pytest.raises(DataError, match=r"train\.pack"):
-        open_packed(encoded_file.parent, "test")
+    with pytest.raises(DataError, match=r"out/train"):
+        open_packed(encoded.parent, "test")
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(DataError):
-            PackedFile(path)
+            PackedSplit(path)
         with pytest.raises(DataError):
             verify(path)
-    newer = bytearray(encoded_file.read_bytes())
-    newer[8:12] = (VERSION + 1).to_bytes(4, "little")
-    (tmp_path / "newer").write_bytes(newer)
+    rewrite_index(encoded, version=VERSION + 1)
     with pytest.raises(DataError, match="newer distkit") as caught:
-        PackedFile(tmp_path / "newer")
+        PackedSplit(encoded)
     assert f"version {VERSION + 1}" in str(caught.value)
-    (tmp_path / "jpeg").write_bytes(b"\xff\xd8" * 100)
-    with pytest.raises(DataError, match="is no packed file"):
-        PackedFile(tmp_path / "jpeg")
+    (encoded / "index.json").unlink()
+    with pytest.raises(DataError, match="not packed to their end"):
+        open_packed(encoded.parent, "train")
 
 
 def test_an_image_that_was_never_whole_has_its_path(varied, tmp_path):
@@ -246,7 +319,7 @@ def test_an_image_that_was_never_whole_has_its_path(varied, tmp_path):
     path.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"ant/03.jpg cannot be decoded"):
         pack(str(varied), tmp_path / "unchecked")
-    assert not list(tmp_path.glob("*checked/*.pack"))
+    assert not list(tmp_path.glob("*checked/*/*"))
 
 
 def test_the_source_must_be_as_it_should(small, tmp_path):
@@ -271,30 +344,24 @@ def test_the_source_must_be_as_it_should(small, tmp_path):
     with pytest.raises(DataError, match=r"no folder .*test"):
         pack(str(small), out, splits=["test"])
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be made"):
+    with pytest.raises(DataError, match="cannot be written"):
         pack(str(small), tmp_path / "file" / "out")
 
 
-def test_the_file_is_as_documented(encoded_file):
-    """A reader of twenty lines, written from the description alone."""
-    data = encoded_file.read_bytes()
-    magic, version, length, size = START.unpack_from(data)
-    assert (magic, version, size) == (MAGIC, 1, len(data))
-    header = header_from_json(data[PREFIX_BYTES : PREFIX_BYTES + length])
-    assert DIGESTS.unpack_from(data, START.size)[1:] == (header.plan_digest(), bytes(40))
-    found = {}
-    end = PREFIX_BYTES + length
-    for name, place in header.sections.items():
-        assert place.offset % 4096 == 0
-        assert place.offset >= end
-        assert not any(data[end : place.offset])
-        end = place.offset + place.num_bytes
-        found[name] = np.frombuffer(data[place.offset : end], place.dtype).reshape(place.shape)
-    assert end == len(data)
-    images, offsets = found["images"].tobytes(), found["offsets"]
-    assert offsets[0] == 0
-    assert offsets[-1] == len(images)
-    assert Image.open(io.BytesIO(images[offsets[39] :])).size == (30, 39)
-    paths, begin = found["paths"].tobytes(), found["path_offsets"]
-    assert paths[begin[39] : begin[40]] == b"sub/deep/19.png"
-    assert b"pickle" not in data
+def test_the_files_are_as_documented(encoded):
+    """A reader of a few lines, written from the description alone."""
+    index, count = json.loads((encoded / "index.json").read_text()), 0
+    for entry in index["shards"]:
+        tensors = load_file(encoded / entry["file"])
+        images, offsets, begin = tensors["images"].tobytes(), tensors["offsets"], tensors["path_offsets"]
+        assert offsets[0] == 0
+        assert offsets[-1] == len(images)
+        for row in range(entry["num_samples"]):
+            data = images[offsets[row] : offsets[row + 1]]
+            assert zlib.crc32(data) == int.from_bytes(tensors["crc"][row].tobytes(), "little")
+            path = tensors["paths"].tobytes()[begin[row] : begin[row + 1]]
+            count += 1
+        assert b"pickle" not in (encoded / entry["file"]).read_bytes()
+    assert count == index["num_samples"] == 40
+    assert path == b"sub/deep/19.png"
+    assert Image.open(io.BytesIO(data)).size == (30, 39)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -11,12 +12,11 @@ import sys
 import time
 
 import pytest
-from support.packing import CHUNK, save, small_tree, varied_tree
+from support.packing import SHARD, save, small_tree, varied_tree
 
-from distkit.data.packed import sources as pack_sources
+from distkit.data.packed import plan as planning
 from distkit.data.packed import write as pack_writer
 from distkit.data.packed.pack import pack, verify
-from distkit.data.packed.read import PackedFile
 from distkit.errors import DataError, Stopped
 
 
@@ -30,55 +30,74 @@ def varied(tmp_path):
     return varied_tree(tmp_path)
 
 
+def contents(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def whole(root, **options):
-    """The bytes of the pack that an undisturbed process writes."""
+    """The files that an undisturbed process writes."""
     out = root.parent / "reference"
-    pack(str(root), out, chunk_bytes=CHUNK, **options)
-    return {path.name: path.read_bytes() for path in out.iterdir()}
+    pack(str(root), out, shard_bytes=SHARD, **options)
+    return contents(out)
+
+
+@pytest.fixture
+def samples_read(monkeypatch):
+    """The samples that are read from their source."""
+    read = []
+    make = planning._plan
+
+    def spied(*, read_spied=read, **fields):
+        original = fields["read"]
+        return make(**{**fields, "read": lambda index: read_spied.append(index) or original(index)})
+
+    monkeypatch.setattr(planning, "_plan", spied)
+    return read
 
 
 def test_packing_again_writes_nothing(small, tmp_path):
     pack(str(small), tmp_path)
-    before = (tmp_path / "train.pack").stat()
+    index = tmp_path / "train" / "index.json"
+    before = index.stat()
     assert pack(str(small), tmp_path).count("packed before") == 2
-    assert (tmp_path / "train.pack").stat() == before
+    assert index.stat() == before
     save(small / "train" / "ant" / "99.png", 7)
     with pytest.raises(DataError, match="holds something else") as caught:
         pack(str(small), tmp_path)
     assert "--overwrite" in str(caught.value)
-    assert (tmp_path / "train.pack").stat() == before
+    assert index.stat() == before
     assert "61 raw images" in pack(str(small), tmp_path, overwrite=True)
 
 
 KILLS = """
 import os, signal, sys
 from pathlib import Path
-from distkit.data.packed import sources as pack_sources
+from distkit.data.packed import plan as planning
 from distkit.data.packed.pack import pack
 
 source, out, form = sys.argv[1:]
-names = ("pwrite", "fsync", "ftruncate", "rename", "replace", "open")
+names = ("fsync", "fdopen", "replace", "open", "mkdir", "unlink", "rmdir")
 whole = {name: getattr(os, name) for name in names}
 
 def attempt(fatal):
-    "Pack in a child that is killed before its system call number `fatal`, and after half of it where it is a write."
+    "Pack in a child that is killed before its system call number `fatal`; reading a sample counts as one."
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
     count = 0
-    def counted(name):
+    def counted(function):
         def call(*args, **kwargs):
             nonlocal count
             count += 1
             if count == fatal:
-                if name == "pwrite":
-                    whole[name](args[0], args[1][: len(args[1]) // 2], args[2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            return whole[name](*args, **kwargs)
+            return function(*args, **kwargs)
         return call
     for name in names:
-        setattr(os, name, counted(name))
-    pack(source, Path(out), form=form, num_workers=1, chunk_bytes=4096)
+        setattr(os, name, counted(whole[name]))
+    planning.decode = counted(planning.decode)
+    planning._file = counted(planning._file)
+    pack(source, Path(out), form=form, num_workers=1, shard_bytes=20_000)
     os._exit(0)
 
 fatal, kills = 1, 0
@@ -88,37 +107,41 @@ while True:
         break
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
     kills += 1
-    published = list(Path(out).glob("*.pack")) if Path(out).exists() else []
-    if not published:
-        # What is left is from the last kill; half the time start from nothing, half the time go on from there.
-        if fatal % 2:
-            for path in Path(out).glob(".*"):
-                path.unlink()
+    index = Path(out) / "train" / "index.json"
+    if not index.exists() and fatal % 2:
+        # What is left is from the last kill; half the time start from nothing, half the time continue from there.
+        for path in (Path(out) / "train").glob("*"):
+            path.unlink()
     fatal += 1
 print(kills)
 """
 
 
 @pytest.mark.parametrize("form", ["raw", "encoded"])
-def test_a_kill_at_any_system_call_leaves_something_to_go_on_from(small, tmp_path, form):
-    """Killed before call 1, call 2, …, and in the middle of every write: the end is the same file bit for bit."""
+def test_a_kill_at_any_system_call_leaves_something_to_continue_from(small, tmp_path, form):
+    """Killed before call 1, call 2, … and before every sample: the end is the same files bit for bit."""
     shutil.rmtree(small / "test")
-    expected = whole(small, form=form)
+    reference = tmp_path / "reference"
+    pack(str(small), reference, form=form, shard_bytes=20_000)
     out = tmp_path / "killed"
     done = subprocess.run([sys.executable, "-c", KILLS, str(small), str(out), form], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 10
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
+    assert int(done.stdout) > 30
+    (out / ".train.lock").unlink(missing_ok=True)  # of a process that was killed when all was done
+    assert contents(out) == contents(reference)
+    assert len(contents(out)) > 2
 
 
 SLOW = """
-import os, sys, time
+import sys, time
 from pathlib import Path
+from distkit.data.packed import plan as planning
 from distkit.data.packed.pack import pack
 
-write = os.pwrite
-os.pwrite = lambda *args: time.sleep(0.02) or write(*args)
-print(pack(sys.argv[1], Path(sys.argv[2]), chunk_bytes=4096))
+decode, file = planning.decode, planning._file
+planning.decode = lambda *args: time.sleep(0.02) or decode(*args)
+planning._file = lambda *args: time.sleep(0.02) or file(*args)
+print(pack(sys.argv[1], Path(sys.argv[2]), num_workers=1, shard_bytes=4096))
 """
 
 
@@ -127,51 +150,78 @@ def start(code, *args):
                             stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
-def wait_for_bytes(path, least):
+def wait_for_shards(folder, least):
     deadline = time.monotonic() + 60
-    while not path.exists() or path.stat().st_size < least:
+    while len(list(folder.glob("images-*"))) < least:
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
 @pytest.mark.parametrize("form", ["raw", "encoded"])
-def test_only_the_rest_is_read_after_a_kill(varied, small, tmp_path, monkeypatch, capsys, form):
+def test_only_the_missing_shards_are_read_after_a_kill(varied, small, tmp_path, samples_read, capsys, form):
     source = small / "train" if form == "raw" else varied
     expected = whole(source)
-    total = len(expected["train.pack"])
     process = start(SLOW, source, tmp_path / "out")
-    wait_for_bytes(tmp_path / "out" / ".train.pack.partial", total // 2)
+    wait_for_shards(tmp_path / "out" / "train", 3)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (tmp_path / "out" / "train.pack").exists()
-    read = []
-    for name in ("_file", "_pixels"):
-        original = getattr(pack_sources, name)
-        monkeypatch.setattr(
-            pack_sources, name, lambda listing, i, x, original=original: read.append(i) or original(listing, i, x)
-        )
-    pack(str(source), tmp_path / "out", chunk_bytes=CHUNK)
-    assert "going on at" in capsys.readouterr().err
-    assert 0 < len(read) < (60 if form == "raw" else 40)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+    assert not (tmp_path / "out" / "train" / "index.json").exists()
+    del samples_read[:]
+    pack(str(source), tmp_path / "out", shard_bytes=SHARD)
+    assert "complete already" in capsys.readouterr().err
+    assert 0 < len(samples_read) < (60 if form == "raw" else 40)
+    assert contents(tmp_path / "out") == expected
 
 
-def test_a_damaged_or_foreign_remainder_is_not_trusted(small, tmp_path, capsys):
+def test_a_damaged_remainder_is_not_trusted(small, tmp_path, samples_read):
+    """Of an unfinished pack only shards with the right bytes stay: in the header, a table, an image and a checksum."""
     expected = whole(small)
-    partial = tmp_path / "out" / ".train.pack.partial"
-    partial.parent.mkdir()
-    header = PackedFile(tmp_path / "reference" / "train.pack").header
-    damaged = bytearray(expected["train.pack"])
-    damaged[header.sections["images"].offset + 2 * CHUNK + 5] ^= 1
-    for remainder, share in ((bytes(damaged), "going on at 17.8%"), (b"x" * 9000, ""), (expected["test.pack"], "")):
-        partial.write_bytes(remainder)
-        pack(str(small), partial.parent, splits=["train"], chunk_bytes=CHUNK)
-        said = capsys.readouterr().err
-        assert share in said
-        assert ("going on" in said) == bool(share)
-        assert (partial.parent / "train.pack").read_bytes() == expected["train.pack"]
-        assert not partial.exists()
-        (partial.parent / "train.pack").unlink()
+    out = tmp_path / "out"
+    first = "train/images-00000-of-00012.safetensors"
+    size = len(expected[first])
+    for position in (3, 160, 700, size // 2, size - 1, None):
+        shutil.copytree(tmp_path / "reference", out)
+        (out / "train" / "index.json").unlink()
+        damaged = bytearray(expected[first])
+        if position is None:
+            del damaged[-100:]
+        else:
+            damaged[position] ^= 1
+        (out / first).write_bytes(damaged)
+        del samples_read[:]
+        pack(str(small), out, splits=["train"], shard_bytes=SHARD)
+        assert samples_read == [0, 1, 2, 3, 4]
+        assert contents(out) == expected
+        shutil.rmtree(out)
+
+
+def test_an_unfinished_pack_of_another_source_or_with_other_options_is_refused(small, tmp_path):
+    out = tmp_path / "out"
+    pack(str(small), out, shard_bytes=SHARD)
+    (out / "train" / "index.json").unlink()
+    for options in ({"form": "encoded"}, {"shard_bytes": 2 * SHARD}):
+        with pytest.raises(DataError, match="files of something else") as caught:
+            pack(str(small), out, splits=["train"], **{"shard_bytes": SHARD, **options})
+        assert "--overwrite" in str(caught.value)
+    os.utime(small / "train" / "ant" / "00.png", ns=(1, 1))
+    with pytest.raises(DataError, match="files of something else"):
+        pack(str(small), out, splits=["train"], shard_bytes=SHARD)
+    pack(str(small), out, splits=["train"], shard_bytes=2 * SHARD, overwrite=True)
+    assert len(list((out / "train").glob("images-*"))) == 6
+    verify(out / "train")
+
+
+def test_overwrite_repairs_the_damaged_shards_only(small, tmp_path, samples_read):
+    expected = whole(small)
+    path = tmp_path / "reference" / "test" / "images-00001-of-00004.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-300] ^= 1
+    path.write_bytes(damaged)
+    del samples_read[:]
+    said = pack(str(small), tmp_path / "reference", shard_bytes=SHARD, overwrite=True)
+    assert said.count("packed before") == 1
+    assert samples_read == [5, 6, 7, 8, 9]
+    assert contents(tmp_path / "reference") == expected
 
 
 def test_two_processes_do_the_work_once(small, tmp_path):
@@ -179,47 +229,52 @@ def test_two_processes_do_the_work_once(small, tmp_path):
     both = [start(SLOW, small, tmp_path / "out") for _ in range(2)]
     said = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    for i, (_, err) in enumerate(said):  # nobody waits where one is done before the other has begun
-        assert "waiting for" not in err or f"waiting for process {both[1 - i].pid} on " in err
     outputs = "".join(out for out, _ in said)
     assert outputs.count("packed before") == 2
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+    assert contents(tmp_path / "out") == expected
 
 
 def test_a_dead_writer_blocks_nobody(small, tmp_path):
     expected = whole(small)
     first = start(SLOW, small, tmp_path / "out")
-    partial = tmp_path / "out" / ".train.pack.partial"
-    wait_for_bytes(partial, len(expected["train.pack"]) // 2)
+    wait_for_shards(tmp_path / "out" / "train", 3)
     os.kill(first.pid, signal.SIGSTOP)
     second = start(SLOW, small, tmp_path / "out")
-    assert second.stderr.readline().startswith(f"waiting for process {first.pid} on ")
+    assert second.stderr.readline().startswith("waiting for another process, which writes ")
     first.kill()
     first.communicate()
     _, err = second.communicate(timeout=60)
     assert second.returncode == 0
-    assert "going on at" in err
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+    assert "complete already" in err
+    assert contents(tmp_path / "out") == expected
 
 
 def test_a_full_disk_is_an_error_that_can_be_repaired(small, tmp_path, capsys):
-    expected = whole(small)
+    shard_bytes = 16_000  # the third shard is the first that is too large for the limit, because of its paths
+    for i in range(30):
+        (small / "train" / "bée" / f"{i:02}.png").rename(small / "train" / "bée" / f"{i:02}{'x' * 200}.png")
+    expected_in = tmp_path / "reference"
+    pack(str(small), expected_in, shard_bytes=shard_bytes)
+    expected = contents(expected_in)
+    limit = max(len(data) for name, data in expected.items() if name.startswith("train/images")) - 100
     code = (
         "import resource, sys\nfrom pathlib import Path\nfrom distkit.commands import run\n"
-        "import distkit.data.packed.pack as p\np.pack.__kwdefaults__['chunk_bytes'] = 4096\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000))\n"
+        f"import distkit.data.packed.pack as p\np.pack.__kwdefaults__['shard_bytes'] = {shard_bytes}\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "sys.exit(run(['data', 'pack', *sys.argv[1:]]))"
     )
     process = start(code, small, tmp_path / "out")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "train.pack cannot be written" in err
+    assert "train cannot be written" in err
     assert "File too large" in err
     assert "Traceback" not in err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".train.pack.partial"]
-    pack(str(small), tmp_path / "out", chunk_bytes=CHUNK)
-    assert "going on at" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+    left = sorted(contents(tmp_path / "out"))
+    assert left
+    assert all(name.startswith("train/images-") for name in left)
+    pack(str(small), tmp_path / "out", shard_bytes=shard_bytes)
+    assert "complete already" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == expected
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
@@ -234,9 +289,10 @@ def test_the_keyboard_stops_it_resumably(small, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pack_writer.PackWriter, "finish", interrupt)
+    monkeypatch.setattr(pack_writer, "write_json", interrupt)
     with pytest.raises(Stopped):
         pack(str(small), tmp_path / "out")
     monkeypatch.undo()
     pack(str(small), tmp_path / "out")
-    verify(tmp_path / "out" / "train.pack")
+    verify(tmp_path / "out" / "train")
+    assert json.loads((tmp_path / "out" / "train" / "index.json").read_text())["num_samples"] == 60

@@ -18,7 +18,7 @@ from distkit.data import (
     PackedImages,
     TokenDataset,
     as_dataset,
-    packed,
+    open_packed,
     synthetic,
 )
 from distkit.data.packed.pack import pack
@@ -61,8 +61,8 @@ def test_masks_count():
 def test_a_folder_and_its_packed_copy_are_the_same_data(tmp_path):
     tree = small_tree(tmp_path)
     pack(str(tree), tmp_path / "out")
-    assert folder(tree, "train", tmp_path, None).fingerprint == packed(tmp_path / "out", "train").fingerprint
-    assert folder(tree, "train", tmp_path, None).fingerprint != packed(tmp_path / "out", "test").fingerprint
+    assert folder(tree, "train", tmp_path, None).fingerprint == open_packed(tmp_path / "out", "train").fingerprint
+    assert folder(tree, "train", tmp_path, None).fingerprint != open_packed(tmp_path / "out", "test").fingerprint
 
 
 def test_encoded_images_packed_again_are_the_same_data(tmp_path):
@@ -73,14 +73,14 @@ def test_encoded_images_packed_again_are_the_same_data(tmp_path):
     path = tree / "train" / "ant" / "00.jpg"
     os.utime(path, (time.time() + 60, time.time() + 60))
     pack(str(tree), tmp_path / "two")
-    one, two = (as_dataset(packed(tmp_path / name, "train")) for name in ("one", "two"))
+    one, two = (as_dataset(open_packed(tmp_path / name, "train")) for name in ("one", "two"))
     assert isinstance(one, MapDataset)
     assert isinstance(one.samples, PackedImages)
     assert fingerprint_of(one) == fingerprint_of(two) is not None
     with Image.open(path) as image:
         image.rotate(180).save(path)
     pack(str(tree), tmp_path / "three")
-    assert fingerprint_of(as_dataset(packed(tmp_path / "three", "train"))) != fingerprint_of(one)
+    assert fingerprint_of(as_dataset(open_packed(tmp_path / "three", "train"))) != fingerprint_of(one)
 
 
 def test_of_large_data_the_first_and_the_last_block_count(monkeypatch):

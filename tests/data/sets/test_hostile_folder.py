@@ -55,12 +55,19 @@ def test_it_is_named(tree: Path, tmp_path: Path, spoil: object, says: str) -> No
         pack(str(tree), tmp_path / "out")
 
 
-def test_a_link_in_place_of_the_unfinished_pack_is_not_followed(tree: Path, tmp_path: Path) -> None:
+def test_a_link_in_place_of_the_lock_or_a_file_is_not_followed(tree: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious.txt"
     precious.write_text("mine")
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".train.pack.partial").symlink_to(precious)
-    with pytest.raises((DataError, OSError)):
+    (out / ".train.lock").symlink_to(precious)
+    with pytest.raises(DataError, match="cannot be written"):
         pack(str(tree), out)
     assert precious.read_text() == "mine"
+    (out / ".train.lock").unlink()
+    (out / "train").mkdir()
+    (out / "train" / "images-00000-of-00001.safetensors").symlink_to(precious)
+    (out / "train" / ".tmp-index.json").symlink_to(precious)
+    pack(str(tree), out)
+    assert precious.read_text() == "mine"
+    assert not any(path.is_symlink() for path in (out / "train").iterdir())

@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 
 from distkit.data import folder
-from distkit.data.sets import image_folder
+from distkit.data.packed import write as pack_writer
 from distkit.errors import DataError
 
 ARCHIVE = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg.tar.xz"
+
+
+SHARD = "images-00000-of-00001.safetensors"
 
 
 def save(path, seed=0, size=(32, 32), mode="RGB"):
@@ -44,8 +47,8 @@ def tree(tmp_path):
 def decoded(monkeypatch):
     """Counts the decoding passes."""
     calls = []
-    decode = image_folder.decode
-    monkeypatch.setattr(image_folder, "decode", lambda *args: calls.append(args) or decode(*args))
+    write = pack_writer._write_shard
+    monkeypatch.setattr(pack_writer, "_write_shard", lambda *args: calls.append(args) or write(*args))
     return calls
 
 
@@ -70,7 +73,7 @@ def test_it_is_decoded_once(tree, decoded):
     assert len(decoded) == 1
     assert again.images.equal(first.images)
     assert again.labels.equal(first.labels)
-    assert [path.name for path in tree.iterdir() if path.is_file()] == [".distkit-cache-train.safetensors"]
+    assert [path.name for path in tree.glob(".*")] == [".distkit-cache-train"]
 
 
 def change_pixels(root):
@@ -102,7 +105,7 @@ def test_a_changed_folder_is_decoded_again(tree, decoded, change):
 
 def test_a_damaged_copy_is_made_again(tree, decoded):
     expected = folder(tree, "train").images.clone()
-    cache = tree / ".distkit-cache-train.safetensors"
+    cache = tree / ".distkit-cache-train" / SHARD
     whole = bytearray(cache.read_bytes())
     whole[-1000] ^= 1
     for count, damage in enumerate([bytes(whole), bytes(whole[:-100]), b"", b"nonsense"], 2):
@@ -110,6 +113,15 @@ def test_a_damaged_copy_is_made_again(tree, decoded):
         cache.write_bytes(damage)
         assert folder(tree, "train").images.equal(expected)
         assert len(decoded) == count
+
+
+def test_an_interrupted_copy_is_completed(tree, decoded):
+    expected = folder(tree, "train").images.clone()
+    (tree / ".distkit-cache-train" / "index.json").unlink()
+    assert folder(tree, "train").images.equal(expected)
+    (tree / ".distkit-cache-train" / SHARD).unlink()
+    assert folder(tree, "train").images.equal(expected)
+    assert len(decoded) == 2
 
 
 def test_the_copy_may_lie_elsewhere(tree, tmp_path, decoded):
@@ -131,7 +143,7 @@ def test_the_copy_is_for_everyone_that_the_folder_is_for(tree):
         folder(tree, "train")
     finally:
         os.umask(before)
-    assert (tree / ".distkit-cache-train.safetensors").stat().st_mode & 0o777 == 0o640
+    assert (tree / ".distkit-cache-train" / SHARD).stat().st_mode & 0o777 == 0o640
 
 
 def test_other_kinds_of_images_become_rgb(tree):
@@ -235,17 +247,16 @@ def test_a_place_that_cannot_be_written_names_the_option(tree, tmp_path, monkeyp
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr("distkit.files.os.open", refuse)
     with pytest.raises(DataError, match=r"--data\.cache-dir DIR"):
         folder(tree, "train")
 
 
 def test_a_full_disk_leaves_nothing(tree, monkeypatch):
-    def full(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distkit.data.sets.cache.save_file", full)
+    monkeypatch.setattr("distkit.files.os.fsync", full)
     with pytest.raises(DataError, match="No space left"):
         folder(tree, "train")
     assert not list(tree.glob(".distkit*"))
@@ -253,8 +264,8 @@ def test_a_full_disk_leaves_nothing(tree, monkeypatch):
 
 def load_and_report(root, barrier, queue):
     count = []
-    decode = image_folder.decode
-    image_folder.decode = lambda *args: count.append(1) or decode(*args)
+    write = pack_writer._write_shard
+    pack_writer._write_shard = lambda *args: count.append(1) or write(*args)
     barrier.wait()
     total = int(folder(root, "train").images.long().sum())
     queue.put((total, len(count)))
@@ -272,7 +283,7 @@ def test_processes_that_start_together_decode_once(tree):
         assert worker.exitcode == 0
     assert len({total for total, _ in found}) == 1
     assert sum(decodings for _, decodings in found) == 1
-    assert [path.name for path in tree.iterdir() if path.is_file()] == [".distkit-cache-train.safetensors"]
+    assert [path.name for path in tree.glob(".*")] == [".distkit-cache-train"]
 
 
 @pytest.mark.skipif(not ARCHIVE.exists(), reason="../shared/data/cifar10-jpeg.tar.xz is not here")

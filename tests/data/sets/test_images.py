@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
 import torch
 
@@ -139,20 +136,3 @@ def test_a_step_builds_no_python_number_from_a_tensor():
     dataset = dataset_of(augmentation=EVERYTHING)
     with NoScalars():
         dataset.augment(dataset.fetch(torch.arange(8)), Draws(0, torch.arange(8)))
-
-
-def test_one_core_is_fast_enough():
-    """The target is 150,000 images a second; the test leaves room for a busy machine."""
-    dataset = dataset_of(10_000, Augmentation(crop_padding=4, flip=True))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    seconds = []
-    try:
-        for step in range(40):
-            positions = torch.arange(step * 500, step * 500 + 500)
-            begin = time.perf_counter()
-            dataset.augment(dataset.fetch(positions % 10_000), Draws(0, positions))
-            seconds.append(time.perf_counter() - begin)
-    finally:
-        torch.set_num_threads(threads)
-    assert 500 / statistics.median(seconds) > 60_000

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distkit.data import Augments, Dataset, Draws, as_dataset
-from distkit.data.sets.mask_folder import IGNORE, list_pairs, load_masks
-from distkit.data.sets.masks import MaskAugmentation, MaskDataset, mask_folder
+from distkit.data import Augments, Dataset, Draws, MaskDataset, as_dataset, mask_folder
+from distkit.data.augment import PairGeometry
+from distkit.data.sets.images import IGNORE
+from distkit.data.sets.mask_folder import list_pairs, load_masks
 from distkit.errors import ConfigError, DataError
 
 ARCHIVE = Path(__file__).parents[4] / "shared" / "data" / "em-membrane.tar.xz"
@@ -216,7 +217,7 @@ def test_image_and_mask_are_changed_alike_one_by_one(size, wider, crop, flags, s
     crop = None if crop is None else min(crop, size)
     flip, flip_vertical, rotate = flags
     rotate = rotate and (crop is not None or wider == 0)
-    how = MaskAugmentation(crop_size=crop, flip=flip, flip_vertical=flip_vertical, rotate=rotate)
+    how = PairGeometry(crop_size=crop, flip=flip, flip_vertical=flip_vertical, rotate=rotate)
     dataset = random_set(size, size + wider, augmentation=how)
     draws = Draws(seed, start + torch.arange(12))
     images, masks = dataset.augment(dataset.fetch(torch.arange(12)), draws)
@@ -229,7 +230,7 @@ def test_image_and_mask_are_changed_alike_one_by_one(size, wider, crop, flags, s
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    how = MaskAugmentation(crop_size=4, flip=True, flip_vertical=True, rotate=True)
+    how = PairGeometry(crop_size=4, flip=True, flip_vertical=True, rotate=True)
     dataset = random_set(9, 7, augmentation=how)
     whole = dataset.augment(dataset.fetch(torch.arange(12)), Draws(1, torch.arange(12)))
     part = dataset.augment(dataset.fetch(torch.arange(5, 8)), Draws(1, torch.arange(5, 8)))
@@ -244,7 +245,7 @@ def test_without_augmentation_it_only_normalises():
     torch.testing.assert_close(images, (dataset.images[[3, 3, 0]] / 255 - 0.5) / 0.5)
     assert masks.equal(dataset.masks[[3, 3, 0]].long())
     assert dataset.images.equal(before)
-    other = dataset.augmented(MaskAugmentation(flip=True))
+    other = dataset.augmented(PairGeometry(flip=True))
     assert other.images is dataset.images
     assert other.augmentation.flip
     assert dataset.to("cpu").device == torch.device("cpu")
@@ -269,11 +270,11 @@ def test_sets_that_do_not_fit_together_are_refused():
     with pytest.raises(DataError, match="channels"):
         MaskDataset(images, masks, mean=(0.5, 0.5), **names)
     with pytest.raises(ConfigError, match="1 to 4 pixels"):
-        MaskDataset(images, masks, augmentation=MaskAugmentation(crop_size=5), **names)
+        MaskDataset(images, masks, augmentation=PairGeometry(crop_size=5), **names)
     with pytest.raises(ConfigError, match="square"):
-        MaskDataset(images, masks, augmentation=MaskAugmentation(rotate=True), **names)
+        MaskDataset(images, masks, augmentation=PairGeometry(rotate=True), **names)
     with pytest.raises(ConfigError, match="crop-size"):
-        MaskAugmentation(crop_size=0)
+        PairGeometry(crop_size=0)
 
 
 @pytest.mark.skipif(not ARCHIVE.exists(), reason=f"{ARCHIVE} is not here")
@@ -287,7 +288,7 @@ def test_electron_microscopy_membranes(tmp_path):
     # Membranes are darker than what they enclose.
     inside = train.masks.bool()
     assert train.images[:, 0][~inside].float().mean() < train.images[:, 0][inside].float().mean() - 20
-    random = train.augmented(MaskAugmentation(crop_size=256, flip=True, flip_vertical=True, rotate=True))
+    random = train.augmented(PairGeometry(crop_size=256, flip=True, flip_vertical=True, rotate=True))
     images, masks = random.augment(random.fetch(torch.arange(8)), Draws(0, torch.arange(8)))
     assert images.shape == (8, 1, 256, 256)
     assert images[:, 0][masks == 0].mean() < images[:, 0][masks == 1].mean() - 0.15
