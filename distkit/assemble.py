@@ -36,6 +36,7 @@ from distkit.optim import build_optimizer, default_param_groups, skips_on_device
 from distkit.recipe import Recipe
 from distkit.runtime import Topology
 from distkit.runtime.environment import describe_environment
+from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
 from distkit.runtime.seeding import derive_seed, seeded
 from distkit.schedules import build_plateau, build_schedule
@@ -57,18 +58,24 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
     split_batch(config, runtime.world_size)
     directory = open_directory(recipe.name, config, runtime)
     try:
-        resume = choose_checkpoint(config, runtime, directory)
-        strategy = build_strategy(config, runtime)
-        data = open_data(recipe, config, runtime)
-        model = build_model(recipe, config, data.train_set)
-        run = open_loop(recipe, config, runtime, directory, resume, strategy, data, model)
-        with runtime.raise_on_all_ranks("comparing the checkpoint with the run"):
-            check_resume(run)
-        if not (config.debug.enabled or run.finished):
-            write_directory(recipe, run)
+        return build_run(recipe, config, runtime, directory)
     except BaseException:
         directory.release()
         raise
+
+
+def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDirectory) -> Run:
+    """`assemble`, with the directory chosen; whoever chose it releases it."""
+    fault("start-up", runtime.rank, 0)
+    resume = choose_checkpoint(config, runtime, directory)
+    strategy = build_strategy(config, runtime)
+    data = open_data(recipe, config, runtime)
+    model = build_model(recipe, config, data.train_set)
+    run = open_loop(recipe, config, runtime, directory, resume, strategy, data, model)
+    with runtime.raise_on_all_ranks("comparing the checkpoint with the run"):
+        check_resume(run)
+    if not (config.debug.enabled or run.finished):
+        write_directory(recipe, run)
     return run
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -19,7 +17,8 @@ from distkit.config import (
     ZeroConfig,
     split_batch,
 )
-from distkit.errors import ConfigError, DistkitError
+from distkit.engine.endings import RunFailedError, complain, ending_together, leave
+from distkit.errors import ConfigError
 from distkit.recipe import Recipe
 from distkit.runtime import Topology, launched_strategy, merge_launcher_env, read_topology
 from distkit.runtime.faults import check_faults
@@ -32,10 +31,7 @@ def main(recipe: Recipe[C], argv: Sequence[str] | None = None) -> None:
     code = launch(recipe, sys.argv[1:] if argv is None else argv)
     distributed = sys.modules.get("torch.distributed")
     if code and distributed is not None and distributed.is_initialized():
-        # taking down a group whose other ranks are gone may abort, and the exit code would be lost
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
     sys.exit(code)
 
 
@@ -53,25 +49,13 @@ def launch(recipe: Recipe[C], argv: Sequence[str]) -> int:
         debugger = config.debug.pdb
         config = debug_config(config, topology) if config.debug.enabled else config
         split_batch(config, topology.world_size)
-        run_recipe(recipe, config, topology)
-    except DistkitError as error:
-        if debugger:
-            post_mortem()
-        return complain(error, topology)
+        run_recipe(recipe, config, topology, may_exit=True)
     except Exception as error:
-        if (gone := without_peer(error)) is not None:
-            return complain(gone, topology)
-        traceback.print_exc()
+        code = complain(error, topology.rank, topology.world_size)
         if debugger:
             post_mortem()
-        return 1
+        return code
     return 0
-
-
-def without_peer(error: Exception) -> DistkitError | None:
-    """One line for a collective whose other end is gone; None for any other error, or when nothing was started."""
-    process = sys.modules.get("distkit.runtime.process")
-    return None if process is None else process.lost_peer(error)
 
 
 def recipe_summary(recipe: Recipe[C]) -> str:
@@ -80,23 +64,13 @@ def recipe_summary(recipe: Recipe[C]) -> str:
     return (module.__doc__ if module is not None else None) or recipe.name
 
 
-def complain(error: DistkitError, topology: Topology) -> int:
-    """Print an error once, not once a rank; return its exit code."""
-    message = str(error)
-    if isinstance(error, ConfigError) and not topology.is_main_process:
-        # every rank finds the same one; leaving first would let the launcher end rank 0 before it has spoken
-        time.sleep(3)
-    elif message and (topology.is_main_process or not error.on_all_ranks):
-        rank = f" (rank {topology.rank})" if topology.world_size > 1 and not isinstance(error, ConfigError) else ""
-        print(f"distkit: error{rank}: {message}", file=sys.stderr, flush=True)
-    return error.exit_code
-
-
 def post_mortem() -> None:
     """Open the debugger at the exception being handled."""
     import pdb
 
-    pdb.post_mortem(sys.exc_info()[2])
+    error = sys.exception()
+    error = error.error if isinstance(error, RunFailedError) else error
+    pdb.post_mortem(None if error is None else error.__traceback__)
 
 
 def debug_config(config: C, topology: Topology) -> C:
@@ -153,39 +127,38 @@ def train(recipe: Recipe[C], config: C) -> dict[str, object]:
     with unchanged_process():
         config = debug_config(config, topology) if config.debug.enabled else config
         split_batch(config, topology.world_size)
-        return run_recipe(recipe, config, topology)
+        try:
+            return run_recipe(recipe, config, topology, may_exit=False)
+        except RunFailedError as failed:
+            if failed.is_first:
+                raise failed.error  # noqa: B904  # its own traceback says more
+            raise
 
 
-def run_recipe(recipe: Recipe[C], config: C, topology: Topology) -> dict[str, object]:
-    """Train `recipe` as `config` says in this process; returns what summary.json holds.
+def run_recipe(recipe: Recipe[C], config: C, topology: Topology, *, may_exit: bool) -> dict[str, object]:
+    """Train `recipe` as `config` says in this process (`may_exit`: which is there for that); returns the summary.
 
     Raises:
-        DistkitError: with its exit code.
+        RunFailedError: with the first cause and its exit code.
     """
-    from distkit.assemble import assemble
+    from distkit.assemble import build_run, open_directory
     from distkit.debug import debug
     from distkit.engine.fit import fit
     from distkit.runtime.process import start
 
     runtime = start(config, topology)
     summary: dict[str, object] = {}
-    try:
-        run = assemble(recipe, config, runtime)
-        try:
-            if config.debug.enabled:
-                expected = recipe.expected_initial_loss(config) if recipe.expected_initial_loss is not None else None
-                debug(run, expected)
-            elif run.finished:
-                if runtime.is_main_process:
-                    done = run.resume.completed_steps
-                    print(f"{run.directory.path} is finished: {done:,} steps are done (more: --num-steps N)")
-            else:
-                summary = fit(run)
-        finally:
-            run.directory.release()
-    except BaseException:
-        if runtime.world_size == 1:
-            runtime.close()
-        raise
+    with ending_together(runtime, may_exit=may_exit) as ending:
+        ending.directory = open_directory(recipe.name, config, runtime)
+        run = build_run(recipe, config, runtime, ending.directory)
+        if config.debug.enabled:
+            expected = recipe.expected_initial_loss(config) if recipe.expected_initial_loss is not None else None
+            debug(run, expected)
+        elif run.finished:
+            if runtime.is_main_process:
+                done = run.resume.completed_steps
+                print(f"{run.directory.path} is finished: {done:,} steps are done (more: --num-steps N)")
+        else:
+            summary = fit(run)
     runtime.close()
     return summary

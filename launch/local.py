@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -89,9 +91,17 @@ class Ranks:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self.exit_code = 0
+        self.killed = False
+        self.first = ""
+        self.error_files: list[Path] = []
 
     def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
         """Start one process an environment and wait for all; 0, or the code of the first that failed."""
+        with tempfile.TemporaryDirectory(prefix="distkit-") as folder:
+            self.error_files = [Path(folder) / f"{rank}.json" for rank in range(len(environments))]
+            return self._run(command, environments)
+
+    def _run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
         # signals arrive as bytes here, so that none is missed between a look at the ranks and the next wait
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
@@ -102,13 +112,15 @@ class Ranks:
                 signal.signal(name, lambda *_: None)
         try:
             for rank, environment in enumerate(environments):
+                environment = {**environment, "TORCHELASTIC_ERROR_FILE": str(self.error_files[rank])}
                 # a session of its own: it can be ended with all that it started, and a terminal's Ctrl-C comes once
                 process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
                                            preexec_fn=partial(die_with_parent, os.getpid()))  # fmt: skip
                 self.processes.append(process)
                 self.running[rank] = process
             while self.running:
-                rest = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+                endless = self.deadline is None or self.killed
+                rest = None if endless else max(0.0, (self.deadline or 0.0) - time.monotonic())
                 ready, _, _ = select.select([receiver], [], [], rest)
                 self.forward(receiver.recv(4096) if ready else b"")
                 self.reap()
@@ -120,30 +132,44 @@ class Ranks:
             if not self.running:
                 self.wait_for_orphans()
             self.kill()
+            for process in self.processes:
+                process.wait()
+            self.say_cause()
         return self.exit_code
+
+    def say_cause(self) -> None:
+        """Why the run failed: what the ranks found, which may be another one than the first to end; last on stderr."""
+        for path in self.error_files if self.first else ():
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                self.first = json.loads(path.read_text())["message"]["message"]
+                break
+        if self.first:
+            say(self.first)
 
     def forward(self, received: bytes) -> None:
         """Send each signal to every rank."""
         for name in received:
             if name in FORWARDED:
                 for process in self.running.values():
-                    process.send_signal(name)
+                    os.kill(process.pid, name)  # Popen's own would reap a rank that has just ended
             if name == signal.SIGTERM:
                 self.hurry()
 
     def reap(self) -> None:
         """Note the ranks that have ended."""
         for rank, process in list(self.running.items()):
-            code = process.poll()
-            if code is None:
+            # not reaped yet: the other ranks read in /proc how it ended
+            end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if end is None:
                 continue
             del self.running[rank]
-            if code and not self.exit_code:
+            if end.si_status and not self.exit_code:
+                exited = end.si_code == os.CLD_EXITED
                 # as a shell would say it
-                self.exit_code = code if code > 0 else 128 - code
+                self.exit_code = end.si_status if exited else 128 + end.si_status
                 if self.exit_code != 75:
-                    how = f"exit code {code}" if code > 0 else signal.strsignal(-code)
-                    say(f"rank {rank} failed first: {how}")
+                    how = f"exit code {end.si_status}" if exited else signal.strsignal(end.si_status)
+                    self.first = f"rank {rank} failed first: {how}"
                 # the others notice by themselves, and say what happened
                 self.hurry()
 
@@ -154,6 +180,8 @@ class Ranks:
 
     def wait_for_orphans(self) -> None:
         """What ended ranks have started (workers, say) gets a moment to notice it, and to clean up."""
+        for process in self.processes:
+            process.wait()
         deadline = time.monotonic() + ORPHANS_SECONDS
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -163,11 +191,10 @@ class Ranks:
 
     def kill(self) -> None:
         """End every rank with all that it has started."""
+        self.killed = True
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
 
 
 def say(message: str) -> None:

@@ -22,6 +22,7 @@ from distkit.checkpoint.staging import Staging
 from distkit.config import CheckpointConfig
 from distkit.errors import CheckpointError, RankFailedError
 from distkit.runtime.faults import fault
+from distkit.runtime.heartbeat import SAVING
 from distkit.runtime.process import Runtime
 from distkit.tensors.spec import dtype_name
 
@@ -131,7 +132,10 @@ class Saver:
         while (item := self._jobs.get()) is not None:
             future, job = item
             try:
-                future.set_result(commit(self.folder, job, self._side))
+                self._runtime.position.cells[SAVING] = job.step
+                outcome = commit(self.folder, job, self._side)
+                self._runtime.position.cells[SAVING] = 0
+                future.set_result(outcome)
             except BaseException as error:
                 future.set_exception(error)
 

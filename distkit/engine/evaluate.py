@@ -12,6 +12,7 @@ from distkit.data.reading.loader import EvaluationLoader
 from distkit.engine.meter import Means, Meter
 from distkit.engine.run import Run
 from distkit.errors import TrainingError
+from distkit.runtime.faults import fault
 
 
 def rank_range(num_samples: int, rank: int, world_size: int) -> range:
@@ -55,6 +56,7 @@ def count_batches(run: Run, loader: EvaluationLoader, meter: Meter) -> None:
     batches = loader.open(own or range(min(1, len(loader))), size)
     counts = bool(own)
     with closing(batches):
+        fault("evaluation", run.runtime.rank, run.progress.step)
         batch = next(batches, None)
         while batch is not None:
             with run.strategy.precision():

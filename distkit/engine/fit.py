@@ -13,15 +13,16 @@ from torch import Tensor
 from distkit.checkpoint.digest import state_digest
 from distkit.checkpoint.retention import list_checkpoints
 from distkit.checkpoint.shard_file import save_weights
+from distkit.engine.endings import Cause, first_cause, record
 from distkit.engine.evaluate import evaluate
 from distkit.engine.resume import restore, restore_generators, resume_notes
 from distkit.engine.run import Run
 from distkit.engine.save import report_saves, save, save_due
 from distkit.engine.train_step import due, train_step
-from distkit.errors import NonFiniteError, TrainingError
+from distkit.errors import NonFiniteError, RankFailedError, TrainingError
 from distkit.observers import RunInfo
-from distkit.runtime.faults import fault
-from distkit.runtime.process import lost_peer
+from distkit.runtime import faults
+from distkit.runtime.heartbeat import Phase
 
 Summary = dict[str, object]
 
@@ -44,7 +45,8 @@ def fit(run: Run) -> Summary:
         clock.begin()
         while progress.step < run.num_steps:
             train_step(run)
-            fault("step", run.runtime.rank, progress.step)
+            if faults.armed:
+                faults.fault("step", run.runtime.rank, progress.step)
             if due(config.report_every, progress.step, run.num_steps):
                 report(run)
             if due(config.eval_every, progress.step, run.num_steps):
@@ -72,21 +74,19 @@ def opened(run: Run) -> Iterator[None]:
         for observer in run.observers:
             observer.close("completed", "")
     except BaseException as failure:
-        error = lost_peer(failure) or failure
-        give_up(run, f"{type(error).__name__}: {error}")
-        if error is not failure:
-            raise error from failure
+        # the other ranks hear of it before anything is closed here
+        cause = first_cause(failure, run.runtime)
+        give_up(run, cause)
+        if cause.rank not in (None, run.runtime.rank):
+            raise RankFailedError(str(cause)) from failure
         raise
     directory.write_status("completed", progress.step)
 
 
-def give_up(run: Run, reason: str) -> None:
+def give_up(run: Run, cause: Cause) -> None:
     """Say that the run failed, and close its parts; nothing that goes wrong here hides what ended it."""
     directory = run.directory
-    try:
-        directory.write_status("failed", run.progress.step, reason)
-    except TrainingError as error:
-        print(f"distkit: {error}; it says another state than this run's", file=sys.stderr)
+    record(cause, run.runtime, directory, run.progress.step)
     if run.config.run_dir is None and directory.writes and list_checkpoints(directory.checkpoints):
         print(f"distkit: the same command with --run-dir {directory.path} goes on with this run", file=sys.stderr)
     run.loader.close()
@@ -94,7 +94,7 @@ def give_up(run: Run, reason: str) -> None:
         run.saver.close()
     for observer in run.observers:
         with suppress(TrainingError):
-            observer.close("failed", reason)
+            observer.close("failed", cause.what_happened)
 
 
 def report(run: Run) -> None:
@@ -153,6 +153,7 @@ def report_evaluation(run: Run) -> None:
     if run.test_loader is None:
         return
     report_compiler(run)
+    run.runtime.position.enter(Phase.EVALUATION, run.progress.step)
     means = evaluate(run, run.test_loader)
     # compiled once more without gradients, and for a last batch of another size
     run.strategy.skip_compiler_notes()
@@ -175,6 +176,7 @@ def finish(run: Run) -> Summary:
     Raises:
         CheckpointError: the last checkpoint could not be saved.
     """
+    run.runtime.position.enter(Phase.END, run.progress.step)
     report_saves(run, wait=True)
     run.synchronize_buffers_()
     summary: Summary = {

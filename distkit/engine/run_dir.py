@@ -30,13 +30,14 @@ class RunDirectory:
         path: the directory.
         writes: this process writes it.
         fresh: the name was made up just now: another run that made up the same one must not share it.
-        attempt: how many times the run was started, this time included.
+        attempt: how many times the run was started, this time included; known once it is `created`.
     """
 
     path: Path
     writes: bool
     fresh: bool = False
     attempt: int = field(default=1, init=False)
+    created: bool = field(default=False, init=False)
     lease: Lease | None = field(default=None, init=False)
 
     @property
@@ -85,7 +86,7 @@ class RunDirectory:
                 self.claim()
                 self._check_still_empty()
             remove_temporaries(self.path)
-            self.attempt = self._last_attempt() + 1
+            self.attempt, self.created = self._last_attempt() + 1, True
             if saves:
                 self.checkpoints.mkdir(exist_ok=True)
                 sync_folder(self.path)  # or a power cut leaves checkpoints that nothing leads to
@@ -157,7 +158,35 @@ class RunDirectory:
         Raises:
             TrainingError: the disk is full or failing.
         """
-        self._write("status.json", {"state": state, "step": step, "reason": reason, "attempt": self.attempt})
+        status = {"state": state, "step": step, "reason": reason, "cause": None, "attempt": self.attempt}
+        self._write("status.json", status)
+
+    def write_failure(self, cause: Mapping[str, object], reason: str, step: int | None) -> None:
+        """Say in status.json why the run failed, in the name of all ranks; makes the directory where there is none.
+
+        The first cause of an attempt stays, and so does a completed run. Any rank may call this when rank 0 cannot.
+
+        Args:
+            cause: rank, host, phase, step, what_happened, what_to_do.
+            reason: the same in a line.
+            step: finished steps; None in start-up, when those of the attempt before count.
+
+        Raises:
+            TrainingError: the disk is full or failing.
+        """
+        before = self._status()
+        state, attempt = before.get("state"), self._last_attempt() + (step is None and before.get("state") != "running")
+        if self.writes and self.created:
+            attempt = self.attempt
+        if before.get("cause") == cause or state == "completed" or (state, self._last_attempt()) == ("failed", attempt):
+            return
+        status = {"state": "failed", "step": before.get("step", 0) if step is None else step, "reason": reason,
+                  "cause": cause, "attempt": attempt}  # fmt: skip
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "status.json", status)
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path / 'status.json'}: {error.strerror or error}") from error
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write summary.json.

@@ -18,6 +18,7 @@ from distkit.engine.state import snapshot
 from distkit.engine.train_step import due
 from distkit.errors import CheckpointError
 from distkit.runtime.faults import fault
+from distkit.runtime.heartbeat import Phase
 from distkit.runtime.process import Runtime
 from distkit.tensors.buffers import check_buffer_specs
 
@@ -69,6 +70,8 @@ def save(run: Run) -> None:
         CheckpointError: too many saves in a row have failed, or none could be resumed from; on all ranks alike.
     """
     if run.saver is not None:
+        run.runtime.position.enter(Phase.SAVE, run.progress.step)
+        fault("save", run.runtime.rank, run.progress.step)
         check_buffer_specs(run.strategy.module, run.buffer_specs, run.progress.step)
         with run.clock.excluded():
             tell(run, run.saver.save(run.progress.step, snapshot(run)))

@@ -13,6 +13,10 @@ from distkit.engine.run import Run
 from distkit.errors import TrainingError
 from distkit.losses import LossOutput
 from distkit.optim import set_lr
+from distkit.runtime import faults
+from distkit.runtime.heartbeat import PHASE, STEP, Phase
+
+DATA, COMPUTE = int(Phase.DATA), int(Phase.STEP)
 
 
 def due(every: int | None, step: int, num_steps: int) -> bool:
@@ -23,6 +27,7 @@ def due(every: int | None, step: int, num_steps: int) -> bool:
 def train_step(run: Run) -> None:
     """Do step `run.progress.step`: set the learning rate, compute gradients, clip, update, average."""
     strategy, progress = run.strategy, run.progress
+    run.runtime.position.cells[STEP] = progress.step + 1
     set_lr(strategy.optimizer, run.lr_multiplier())
     if strategy.needs_closure:
         evaluations = count()
@@ -57,9 +62,14 @@ def compute_gradients(run: Run, report: bool = True) -> list[LossOutput]:
 
 def next_microbatch(run: Run, accum_index: int) -> Batch:
     """The next microbatch; the time it made the step wait is added up."""
+    position = run.runtime.position.cells
+    position[PHASE] = DATA
+    if faults.armed:
+        faults.fault("data", run.runtime.rank, run.progress.step + 1)
     start = perf_counter()
     batch = run.loader.microbatch(run.progress.step, accum_index)
     run.meter.data_wait_seconds += perf_counter() - start
+    position[PHASE] = COMPUTE
     return batch
 
 

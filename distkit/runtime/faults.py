@@ -9,9 +9,12 @@ reached. No torch.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import resource
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -19,10 +22,16 @@ from dataclasses import dataclass, field
 from distkit.errors import ConfigError, nearest
 
 VARIABLE = "DISTKIT_FAULT"
-#: `step` lies after the update of a step and before its reports; the others lie in a save, in the order of time.
-POINTS = ("step", "staging", "half_shard", "before_fsync", "before_vote", "before_manifest", "after_manifest",
-          "before_rename", "after_rename", "in_retention")  # fmt: skip
-ACTIONS = ("kill", "raise", "hang", "slow", "enospc")
+#: In a save, in the order of time; an exception there is a vote against the checkpoint.
+SAVE_POINTS = ("staging", "half_shard", "before_fsync", "before_vote", "before_manifest", "after_manifest",
+               "before_rename", "after_rename", "in_retention")  # fmt: skip
+#: `start-up` (step 0) lies before data and model are built, `data` before a microbatch is read, `step` after the update
+#: of a step and before its reports, `evaluation` and `save` at the beginning of one.
+POINTS = ("start-up", "data", "step", "evaluation", "save", *SAVE_POINTS)
+#: `exit` is sys.exit(3), `exit0` os._exit(0); `oom` asks for more memory than there may be; `hang_gil` holds Python's
+#: lock while it hangs.
+ACTIONS = ("kill", "raise", "hang", "slow", "enospc", "exit", "exit0", "segv", "stop", "oom", "hang_gil")
+SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}
 SLOW_SECONDS = 2.0
 
 
@@ -49,10 +58,19 @@ class Fault:
         Raises:
             RuntimeError: the action is `raise`.
             OSError: the action is `enospc` (ENOSPC).
+            SystemExit, MemoryError: the action is `exit`, `oom`.
         """
         where = f"{VARIABLE} at {self.point}"
-        if self.action == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.action in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[self.action])
+        if self.action == "exit":
+            sys.exit(3)
+        if self.action == "exit0":
+            os._exit(0)
+        if self.action == "oom":
+            exhaust_memory()
+        if self.action == "hang_gil":
+            ctypes.PyDLL(None).sleep(86_400)
         if self.action == "raise":
             raise RuntimeError(where)
         if self.action == "enospc":
@@ -63,6 +81,22 @@ class Fault:
             time.sleep(60.0)
 
 
+def exhaust_memory() -> None:
+    """Ask for more memory than this process may have, with whatever the machine has.
+
+    Raises:
+        MemoryError: always.
+    """
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**36, before[1]))
+    try:
+        bytearray(2**40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+#: False: no fault is set, and a point in the path of a step need not be asked.
+armed = True
 _faults: tuple[Fault, ...] | None = None
 
 
@@ -86,9 +120,10 @@ def check_faults() -> tuple[Fault, ...]:
     Raises:
         ConfigError: it is malformed; the message says what was expected.
     """
-    global _faults
+    global _faults, armed
     text = os.environ.get(VARIABLE, "").strip()
     _faults = tuple(_parse(part.strip()) for part in text.split(",")) if text else ()
+    armed = bool(_faults)
     return _faults
 
 

@@ -7,7 +7,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -15,7 +16,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from distkit.config import TrainConfig
-from distkit.errors import ConfigError, DistkitError, LaunchError, RankFailedError
+from distkit.errors import ConfigError, LaunchError, RankFailedError
+from distkit.runtime.heartbeat import Heartbeat, Position
 from distkit.runtime.seeding import derive_seed, seed_everything
 from distkit.runtime.topology import Topology
 
@@ -35,6 +37,7 @@ class Runtime:
     device: torch.device
     cpu_group: ProcessGroup | None = None
     timeout: datetime.timedelta = datetime.timedelta(minutes=30)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def rank(self) -> int:
@@ -45,6 +48,11 @@ class Runtime:
     def world_size(self) -> int:
         """Number of processes."""
         return self.topology.world_size
+
+    @cached_property
+    def position(self) -> Position:
+        """Where this process is in the run; written in the step, so looked up once."""
+        return self.heartbeat.position
 
     @property
     def is_main_process(self) -> bool:
@@ -61,9 +69,7 @@ class Runtime:
         """The same process with a CPU side group of its own, for collectives of another thread; all ranks together."""
         if self.cpu_group is None:
             return self
-        group = dist.new_group(backend="gloo", timeout=self.timeout)
-        assert isinstance(group, ProcessGroup)
-        return replace(self, cpu_group=group)
+        return replace(self, cpu_group=_gloo_group(self.timeout))
 
     def event(self) -> Callable[[], None]:
         """Mark what is queued on the device now; the function that is returned waits for it, in any thread."""
@@ -132,15 +138,20 @@ class Runtime:
                 raise error
             return
         failures = self.gather(None if error is None else (type(error), str(error)))
-        first = next((rank for rank, failure in enumerate(failures) if failure is not None), None)
-        if first is None:
+        first, failure = next(((rank, one) for rank, one in enumerate(failures) if one is not None), (0, None))
+        if failure is None:
             return
-        if error is not None and first == self.rank:
-            raise error
-        kind, message = failures[first] or (RankFailedError, "")
-        if issubclass(kind, ConfigError):
-            raise RankZeroSpeaks(kind.exit_code)
-        raise RankFailedError(f"rank {first} failed while {what}: {kind.__name__}: {message}")
+        kind, message = failure
+        if error is None or first != self.rank:
+            refusal = issubclass(kind, ConfigError)
+            error = (
+                kind(message)
+                if refusal
+                else RankFailedError(f"rank {first} failed while {what}: {kind.__name__}: {message}")
+            )
+        if isinstance(error, ConfigError):
+            error.on_all_ranks = True
+        raise error
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
@@ -158,33 +169,9 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the process groups; nothing can be sent afterwards."""
+        self.heartbeat.close()
         if self.cpu_group is not None and dist.is_initialized():
             dist.destroy_process_group()
-
-
-#: What gloo says when the process at the other end is gone, and when it does not answer.
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-SILENT = ("Timed out waiting",)
-
-
-def lost_peer(error: BaseException) -> RankFailedError | None:
-    """The error of a collective whose other end is gone or silent, in one line; None for any other error."""
-    text = str(error)
-    if not isinstance(error, RuntimeError) or "gloo" not in text:
-        return None
-    if any(words in text for words in GONE):
-        return RankFailedError("another rank is gone: it was killed, or failed and says why itself")
-    if any(words in text for words in SILENT):
-        return RankFailedError("another rank did not answer within --timeout-seconds: it hangs, or is far behind")
-    return None
-
-
-class RankZeroSpeaks(DistkitError):
-    """Another rank found the same configuration error and prints it; this one only takes its exit code."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("")
-        self.exit_code = exit_code  # type: ignore[misc]  # per instance on purpose
 
 
 def choose_device(name: str, topology: Topology) -> torch.device:
@@ -251,14 +238,19 @@ def start(config: TrainConfig, topology: Topology) -> Runtime:
         threads = choose_num_threads(config.num_threads, topology.local_world_size)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-    cpu_group = _join(topology, device, config.timeout_seconds) if topology.world_size > 1 else None
-    seed_everything(derive_seed(config.seed, "rank", topology.rank))
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
-    return Runtime(topology=topology, device=device, cpu_group=cpu_group, timeout=timeout)
+    heartbeat, cpu_group = Heartbeat(), None
+    if topology.world_size > 1:
+        _join(topology, device, timeout)
+        store = dist.distributed_c10d._get_default_store()
+        heartbeat = Heartbeat(topology.rank, topology.world_size, store)
+        cpu_group = _gloo_group(timeout)
+    seed_everything(derive_seed(config.seed, "rank", topology.rank))
+    return Runtime(topology=topology, device=device, cpu_group=cpu_group, timeout=timeout, heartbeat=heartbeat)
 
 
-def _join(topology: Topology, device: torch.device, timeout_seconds: float) -> ProcessGroup:
-    """Join the device group (nccl or gloo) and make the CPU side group (gloo)."""
+def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta) -> None:
+    """Join the device group (nccl or gloo)."""
     os.environ.update(
         RANK=str(topology.rank),
         WORLD_SIZE=str(topology.world_size),
@@ -267,13 +259,16 @@ def _join(topology: Topology, device: torch.device, timeout_seconds: float) -> P
         MASTER_ADDR=str(topology.master_addr),
         MASTER_PORT=str(topology.master_port),
     )
-    timeout = datetime.timedelta(seconds=timeout_seconds)
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
     if dist.get_world_size() != topology.world_size:
         raise LaunchError("the process group has another size than the launcher said",
                           expected=f"{topology.world_size} ranks", got=f"{dist.get_world_size()} ranks",
                           fix="start every rank with the same launcher")  # fmt: skip
+
+
+def _gloo_group(timeout: datetime.timedelta) -> ProcessGroup:
+    """A further gloo group of all ranks, made by all of them together."""
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, ProcessGroup)  # new_group returns a marker only to ranks left out, and none is
     return group

@@ -13,7 +13,7 @@ import pytest
 from support.harness import Ended, run_recipe_cli
 
 from distkit.checkpoint.verify import verify
-from distkit.runtime.faults import POINTS
+from distkit.runtime.faults import SAVE_POINTS
 
 TINY = Path(__file__).parents[1] / "support" / "tiny.py"
 KILLED = -signal.SIGKILL
@@ -90,7 +90,7 @@ def nothing_half(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["on", "off"])
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", ["step", *SAVE_POINTS])
 def test_killed_at_any_point_it_ends_the_same(point: str, rank: int, how: str, straight: Path, tmp_path: Path) -> None:
     more = ["--checkpoint.async", how]
     killed = train(tmp_path, more, fault=f"{point}:{rank}:10:kill")
