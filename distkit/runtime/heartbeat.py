@@ -65,10 +65,10 @@ class Position:
 
     __slots__ = ("cells", "descriptor")
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool) -> None:
         self.descriptor = -1
         size = NUM_CELLS * 8
-        if hasattr(os, "memfd_create"):
+        if shared and hasattr(os, "memfd_create"):
             self.descriptor = os.memfd_create("distkit-position")
             os.ftruncate(self.descriptor, size)
         self.cells = memoryview(mmap.mmap(self.descriptor, size)).cast("q")
@@ -149,7 +149,7 @@ class Heartbeat:
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, store: Store | None = None) -> None:
-        self.position, self.rank, self.world_size = Position(), rank, world_size
+        self.position, self.rank, self.world_size = Position(shared=store is not None), rank, world_size
         self.peers: list[Peer] = []
         self.beat_seconds = BEAT_SECONDS * (1 + world_size // RANKS_A_BEAT)
         self.cause: str | None = None

@@ -122,7 +122,10 @@ def test_kill_and_hang_end_by_signals(action: str, sent: signal.Signals | None) 
         ("staging:0:1", r"a fault of 3 parts\n  expected: point:rank:step:action"),
         ("staging:0:1:kill,", "a fault of 1 parts"),
         ("staging:0:1:kill:2", "a fault of 5 parts"),
-        ("stagin:0:1:kill", r"no point in 'stagin:0:1:kill'\n  expected: start-up, data, step, (?s:.*)type:     staging"),
+        (
+            "stagin:0:1:kill",
+            r"no point in 'stagin:0:1:kill'\n  expected: start-up, data, (?s:.*)type:     staging",
+        ),
         ("staging:0:1:kil", rf"no action in (?s:.*){', '.join(ACTIONS)}(?s:.*)type:     kill"),
         ("staging:-1:1:kill", r"no rank in (?s:.*)0 or more, or \* for any"),
         ("staging:0:x:kill", "no step in"),
