@@ -347,7 +347,7 @@ def complain(error: BaseException, rank: int, world_size: int) -> int:
     failed = error if isinstance(error, RunFailedError) else None
     error = error if failed is None else failed.error
     code = failed.cause.exit_code if failed is not None else getattr(error, "exit_code", 1)
-    who = f" (rank {rank})" if world_size > 1 else ""
+    who = "" if world_size == 1 else f" (rank {rank})"
     if isinstance(error, ConfigError) and (failed is None or failed.cause.is_configuration):
         if rank == 0:
             say(f"distkit: error: {error}")
