@@ -6,8 +6,9 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,7 @@ from distkit.cli import parse
 from distkit.config import TrainConfig
 from distkit.engine.resume import recomputed_buffers, saved_extra_states
 from distkit.engine.run_dir import SOURCE, RunDirectory
-from distkit.errors import CheckpointError, ConfigError, DataError
+from distkit.errors import CheckpointError, ConfigError, DataError, shorten
 from distkit.recipe import Recipe
 from distkit.tensors.buffers import set_extra_states
 
@@ -61,17 +62,22 @@ def load_run(
                           fix="runs/RECIPE/RUN")  # fmt: skip
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(directory.path, recipe)
     config = load_config(directory.path, recipe)
-    model = build_model(recipe, config)
+    return config, load_model(recipe, config, directory.path, which, ema=ema)
+
+
+def load_model(
+    recipe: AnyRecipe, config: TrainConfig, run_dir: Path, which: Which = "last", *, ema: bool | None = None
+) -> nn.Module:
+    """The trained model of `config`, on the CPU, in evaluation mode; arguments and errors as in `load_run`."""
     averaged = config.ema_decay is not None if ema is None else ema
     if averaged and config.ema_decay is None:
-        raise ConfigError(
-            f"{directory.path} keeps no moving average", expected="a run with --ema-decay", fix="ema=False"
-        )
-    load_weights_(model, directory, which, ema=averaged)
-    return config, model.eval()
+        raise ConfigError(f"{run_dir} has no averaged weights", expected="a run with --ema-decay", fix="ema=False")
+    model = build_model(recipe, config)
+    load_weights_(model, RunDirectory(run_dir, writes=False), which, ema=averaged)
+    return model.eval()
 
 
-def load_config(run_dir: Path, recipe: AnyRecipe, flags: tuple[str, ...] = ()) -> TrainConfig:
+def load_config(run_dir: Path, recipe: AnyRecipe, flags: Sequence[str] = ()) -> TrainConfig:
     """The configuration of a run, with `flags` (as on the recipe's command line) over it."""
     argv = [f"--config={run_dir / 'config.json'}", *flags]
     config: TrainConfig = parse(recipe.config, recipe.presets, argv, recipe.name, "").config
@@ -103,7 +109,7 @@ def load_recipe(run_dir: Path, file: Path | str | None = None) -> AnyRecipe:
             print(f"distkit: warning: {file} has changed since the run was started; {trust}", file=sys.stderr)
     elif file == "copy":
         file = copy
-    return _recipe_in(Path(file), None if "recipe" not in source else str(source["recipe"]))
+    return read_recipe(Path(file), None if "recipe" not in source else str(source["recipe"]))
 
 
 def read_source(run_dir: Path) -> Mapping[str, object]:
@@ -117,8 +123,12 @@ def read_source(run_dir: Path) -> Mapping[str, object]:
     return source if isinstance(source, dict) else {}
 
 
-def _recipe_in(file: Path, name: str | None) -> AnyRecipe:
-    """The recipe `name`, or the only one, that is defined in `file`."""
+def read_recipe(file: Path, name: str | None = None) -> AnyRecipe:
+    """The recipe `name`, or the only one, that is defined in `file`; the file is run.
+
+    Raises:
+        ConfigError: there is no such file, or not that recipe in it.
+    """
     file = file.resolve()
     module_name = f"distkit_recipe_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
@@ -140,14 +150,27 @@ def _recipe_in(file: Path, name: str | None) -> AnyRecipe:
     return matching[0]
 
 
+def module_of(recipe: AnyRecipe) -> ModuleType:
+    """The module that the recipe's functions come from: what else its file defines."""
+    return sys.modules[recipe.compute_loss.__module__]
+
+
 def load_weights_(model: nn.Module, directory: RunDirectory, which: Which, *, ema: bool) -> None:
     """Fill `model` with weights, buffers and extra states of a run; see `load_run`."""
     steps = list_checkpoints(directory.checkpoints)
     final = directory.path / ("ema.safetensors" if ema else "weights.safetensors")
-    if which == "last" and final.is_file() and (not steps or _step_in(final) > steps[-1]):
+    # a run that was continued has newer checkpoints than the weights of its first end
+    if which == "last" and final.is_file() and (not steps or _step_in(final) >= steps[-1]):
         _load_final_(model, final)
         return
-    _load_checkpoint_(model, choose_checkpoint(directory, which, steps), ema=ema)
+    try:
+        checkpoint = choose_checkpoint(directory, which, steps)
+    except CheckpointError:
+        if which != "last" or not final.is_file():
+            raise
+        _load_final_(model, final)
+    else:
+        _load_checkpoint_(model, checkpoint, ema=ema)
 
 
 def choose_checkpoint(directory: RunDirectory, which: Which, steps: list[int]) -> VerifiedCheckpoint:
@@ -196,12 +219,12 @@ def _load_checkpoint_(model: nn.Module, checkpoint: VerifiedCheckpoint, *, ema: 
 def _load_final_(model: nn.Module, file: Path) -> None:
     try:
         result = model.load_state_dict(load_file(file), strict=False)
+        missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+        if missing or result.unexpected_keys:
+            raise RuntimeError(f"missing {shorten(missing)}; unexpected {shorten(result.unexpected_keys)}")
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{file} does not hold the weights of the recipe's model: {error}") from error
-    missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
-    if missing or result.unexpected_keys:
-        raise CheckpointError(f"{file} does not hold the weights of the recipe's model: missing {missing[:3]}, "
-                              f"unexpected {result.unexpected_keys[:3]}")  # fmt: skip
+        raise DataError(f"{file} does not hold the weights of the recipe's model", got=error,
+                        expected="weights of the same configuration") from error  # fmt: skip
 
 
 def _step_in(file: Path) -> int:

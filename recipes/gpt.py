@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distkit import LossOutput, Recipe, TrainConfig, main
@@ -177,21 +175,6 @@ def sample(
         generator=torch.Generator(device).manual_seed(seed),
     )
     return vocabulary.decode(out[0].cpu().numpy())
-
-
-def load_model(config: Config, weights: Path) -> GPT:
-    """The model of `config`, on the CPU, with the weights of a safetensors file.
-
-    Raises:
-        DataError: the file cannot be read, or is of another model.
-    """
-    model = build_model(config)
-    try:
-        model.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise DataError(f"{weights} does not hold the weights of this model", expected="weights of the same config",
-                        got=error) from error  # fmt: skip
-    return model
 
 
 PRESETS = {

@@ -37,7 +37,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import Median, add_flags, conclude, interleave, median_of  # noqa: E402
 
 from distkit.assemble import assemble  # noqa: E402
-from distkit.commands.generate import load_recipe  # noqa: E402
 from distkit.config import CheckpointConfig, ObserveConfig, TrainConfig  # noqa: E402
 from distkit.data import SampleStream  # noqa: E402
 from distkit.engine.fit import opened, report, settle_utilization  # noqa: E402
@@ -48,6 +47,7 @@ from distkit.engine.flops import (  # noqa: E402
 )
 from distkit.engine.run import Run  # noqa: E402
 from distkit.engine.train_step import due, train_step  # noqa: E402
+from distkit.load import module_of, read_recipe  # noqa: E402
 from distkit.runtime import Topology  # noqa: E402
 from distkit.runtime.process import start  # noqa: E402
 
@@ -181,7 +181,7 @@ def loss_of(run: Run, arm: Arm, count: int) -> float:
 
 
 def measure(flags: argparse.Namespace, folder: Path) -> tuple[dict[str, Median | float | str], dict[str, bool]]:
-    recipe = load_recipe("gpt", ROOT / "recipes" / "gpt.py")
+    recipe = module_of(read_recipe(ROOT / "recipes" / "gpt.py"))
     config = configure(recipe, folder, smoke=flags.smoke, peak_tflops=flags.peak_tflops)
     warmup, count = (1, 2) if flags.smoke else (5, 5)
     run: Run = assemble(recipe.recipe, config, start(config, Topology()))

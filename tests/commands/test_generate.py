@@ -89,9 +89,10 @@ def test_a_run_that_did_not_end_speaks_from_its_newest_sound_checkpoint(
     assert run(["generate", str(killed), *map(str, hot)]) == 0
     out, err = capsys.readouterr()
     assert out == older + "\n"
-    assert f"{step_name(120)} is passed over" in err
+    assert "step 120 does not verify and is passed over" in err
     shutil.rmtree(killed / "checkpoints" / step_name(60))
     assert run(["generate", str(killed)]) == 1
+    assert "none of the" in capsys.readouterr().err
     shutil.rmtree(killed / "checkpoints")
     assert "holds no weights" in refused(capsys, killed)
 
@@ -113,9 +114,9 @@ def test_bad_input_says_what_to_type(trained: Path, tmp_path: Path, capsys: pyte
     assert "é" in refused(capsys, trained, "--prompt", "é")
     assert "invalid choice: 'best'" in refused(capsys, trained, "--weights", "best")
     assert "--text FILE" in refused(capsys, trained, "--", "--text", str(tmp_path / "none.txt"))
-    assert "same config" in refused(capsys, trained, "--", "--dim", "64")
-    assert "is of the recipe gpt" in refused(capsys, trained, "--recipe", ROOT / "recipes" / "cifar10.py")
-    assert "is not at" in refused(capsys, trained, "--recipe", tmp_path / "gpt.py")
+    assert "same configuration" in refused(capsys, trained, "--", "--dim", "64")
+    assert "does not define the recipe gpt" in refused(capsys, trained, "--recipe", ROOT / "recipes" / "cifar10.py")
+    assert "there is no recipe" in refused(capsys, trained, "--recipe", tmp_path / "gpt.py")
 
 
 def test_a_text_that_was_replaced_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
