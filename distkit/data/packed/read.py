@@ -72,8 +72,10 @@ class PixelShards:
 
     def __init__(self, shards: Sequence[Tensor]) -> None:
         self._shards = shards
-        self._ends = np.cumsum([len(shard) for shard in shards])
-        self.shape = torch.Size((int(self._ends[-1]), *shards[0].shape[1:]))
+        sizes = [len(shard) for shard in shards]
+        self._ends = np.cumsum(sizes)
+        self._starts = (self._ends - sizes).tolist()
+        self.shape = torch.Size((sum(sizes), *shards[0].shape[1:]))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -91,12 +93,12 @@ class PixelShards:
         """
         numbers = index.numpy()
         shard_of = np.searchsorted(self._ends, numbers, "right")
-        images = torch.empty((len(index), *self.shape[1:]), dtype=torch.uint8)
+        order = np.argsort(shard_of, kind="stable")
+        parts = [torch.empty((0, *self.shape[1:]), dtype=torch.uint8)]
         for number in np.unique(shard_of).tolist():
-            shard, rows = self._shards[number], np.flatnonzero(shard_of == number)
-            local = numbers[rows] - (self._ends[number] - len(shard))
-            images.index_copy_(dim, torch.from_numpy(rows), shard.index_select(dim, torch.from_numpy(local)))
-        return images
+            rows = torch.from_numpy(numbers[shard_of == number] - self._starts[number])
+            parts.append(self._shards[number].index_select(dim, rows))
+        return torch.cat(parts).index_select(dim, torch.from_numpy(np.argsort(order)))
 
     def narrow(self, dim: int, start: int, length: int) -> Tensor:
         """Images `start` to `start + length`, uint8 [length, C, H, W]; `dim` is 0."""
