@@ -55,15 +55,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from distkit.assemble import assemble
 from distkit.checkpoint.digest import state_digest
-from distkit.config import (
-    CheckpointConfig,
-    ObserveConfig,
-    OptimConfig,
-    ScheduleConfig,
-    Split,
-    StrategyName,
-    TrainConfig,
-)
+from distkit.config import AdamW, CheckpointConfig, Constant, ObserveConfig, Split, StrategyName, TrainConfig
 from distkit.data import SampleStream
 from distkit.engine.fit import fit
 from distkit.engine.run import Run
@@ -134,8 +126,8 @@ def config_for(
         report_every=REPORT_EVERY,
         observe=ObserveConfig(console=False),
         checkpoint=CheckpointConfig(enabled=False),
-        optim=OptimConfig(name="adamw", lr=1e-3, weight_decay=0.0),
-        schedule=ScheduleConfig(name="constant"),
+        optim=AdamW(lr=1e-3, weight_decay=0.0),
+        schedule=Constant(),
     )
 
 

@@ -26,7 +26,7 @@ from harness import Median, conclude, interleave, median_of, parse_flags
 from torch import Tensor, nn
 
 from distkit.assemble import assemble
-from distkit.config import CheckpointConfig, ObserveConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
+from distkit.config import SGD, CheckpointConfig, Cosine, ObserveConfig, Split, TrainConfig
 from distkit.data import SampleStream
 from distkit.engine.fit import opened, report
 from distkit.engine.run import Run
@@ -36,7 +36,6 @@ from distkit.losses import LossOutput
 from distkit.recipe import Recipe
 from distkit.runtime import Topology, faults
 from distkit.runtime.process import start
-from distkit.schedules import build_schedule
 
 STEPS, SAMPLES, BATCH, SEED = 1_000, 4_096, 8, 0
 TARGET_MICROSECONDS = 15.0
@@ -80,8 +79,8 @@ def config_for(run_dir: Path) -> TrainConfig:
         run_dir=run_dir,
         observe=ObserveConfig(console=False),
         checkpoint=CheckpointConfig(enabled=False),  # no other arm saves anything
-        optim=OptimConfig(name="sgd", lr=0.1, momentum=0.9),
-        schedule=ScheduleConfig(name="cosine", warmup_steps=100),
+        optim=SGD(lr=0.1, momentum=0.9),
+        schedule=Cosine(warmup_steps=100),
     )
 
 
@@ -112,7 +111,7 @@ def ingredients(run: Run) -> Ingredients:
     model.load_state_dict(run.strategy.module.state_dict())
     stream = SampleStream(SEED, SAMPLES, BATCH)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
-    multiplier = build_schedule(run.config.schedule, num_steps=run.num_steps, steps_per_epoch=run.steps_per_epoch)
+    multiplier = run.config.schedule.build(num_steps=run.num_steps, steps_per_epoch=run.steps_per_epoch)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
     indices = torch.from_numpy(stream.indices(0, 20 * STEPS * BATCH)).view(-1, BATCH)
     return Ingredients(model, build_vectors(), indices, optimizer, scheduler)

@@ -39,7 +39,6 @@ from distkit.runtime.environment import describe_environment
 from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
 from distkit.runtime.seeding import derive_seed, seeded
-from distkit.schedules import build_plateau, build_schedule
 from distkit.strategies import Strategy, build_strategy, set_fp32_precision
 from distkit.strategies.parameters import state_dict_names
 from distkit.tensors.buffers import buffer_specs
@@ -168,9 +167,10 @@ def check_evaluation(config: TrainConfig, test_set: Dataset | None) -> None:
     if test_set is None and config.eval_every is not None and not config.debug.enabled:
         raise ConfigError("--eval-every, and the recipe has no test set", expected="a build_dataset for the split test",
                           got=f"--eval-every {config.eval_every}", fix="--eval-every None")  # fmt: skip
-    if config.schedule.name == "plateau" and (config.eval_every is None or test_set is None):
-        raise ConfigError("--schedule.name plateau acts on evaluations", expected="a test set, and evaluations of it",
-                          got=f"--eval-every {config.eval_every}", fix="--eval-every 500")  # fmt: skip
+    if config.schedule.needs_evaluations and (config.eval_every is None or test_set is None):
+        raise ConfigError(f"--schedule.name {config.schedule.name} acts on evaluations",
+                          expected="a test set, and evaluations of it", got=f"--eval-every {config.eval_every}",
+                          fix="--eval-every 500")  # fmt: skip
 
 
 def build_model(recipe: Recipe[C], config: C, train_set: Dataset | IterableData | None = None) -> nn.Module:
@@ -239,8 +239,8 @@ def open_loop(
         compute_loss=partial(recipe.compute_loss, config),
         schedule=own_schedule(config, num_steps)
         if own_schedule is not None
-        else build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch),
-        plateau=build_plateau(config.schedule),
+        else config.schedule.build(num_steps=num_steps, steps_per_epoch=steps_per_epoch),
+        plateau=config.schedule.tracker(),
         ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay, strategy.model_tensors()),
         directory=directory,
         resume=resume,

@@ -9,15 +9,15 @@ import json
 import re
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from distkit.config import ScheduleConfig, TrainConfig
-from distkit.config import optim as optim_config
+from distkit.config import CHOICES, TrainConfig
 from distkit.config import schedule as schedule_config
 from distkit.config import strategy as strategy_config
 from distkit.config.check import flag
+from distkit.config.choice import Choice, carry_over, refuse_foreign
 from distkit.errors import ConfigError, nearest
 
 C = TypeVar("C", bound=TrainConfig)
@@ -118,7 +118,12 @@ def field_names(config_type: type, prefix: str = "") -> dict[str, type]:
     names: dict[str, type] = {}
     for f in fields(config_type):
         kind = hints[f.name]
-        if is_dataclass(kind):
+        if prefix + f.name in CHOICES:
+            table = CHOICES[f.name]
+            names[f"{f.name}.name"] = typing.cast(type, Literal[tuple(table)])
+            for choice in table.values():
+                names = field_names(choice, f"{f.name}.") | names
+        elif is_dataclass(kind):
             names |= field_names(typing.cast(type, kind), f"{prefix}{f.name}.")
         else:
             names[prefix + f.name] = kind
@@ -171,7 +176,7 @@ def apply_flags(
         for mine, other in (pair, pair[::-1]):
             if mine in typed and other not in typed:
                 args = [*args, flag(other), "None"]
-    base = drop_foreign_options(base, args, typed)
+    base, args = choose(drop_foreign_options(base, args, typed), args)
     config = run_tyro(config_type, base, args, prog, help_text)
     return config, typed
 
@@ -238,21 +243,13 @@ def check_value(option: str, value: str, kinds: set[object], annotation: object)
 
 
 def drop_foreign_options(base: C, args: Sequence[str], typed: set[str]) -> C:
-    """A preset's momentum means nothing to the optimizer typed instead: clear what the new one does not take."""
+    """Options of the preset's strategy mean nothing to the one typed instead."""
 
     def value_of(option: str) -> str | None:
         return take_option(option, list(args))[0]
 
-    optim, schedule = base.optim, base.schedule
-    if "optim.name" in typed and (name := value_of("--optim.name")) in optim_config.TAKES:
-        optim = _cleared(optim, optim_config.TAKES[name], typed, "optim.")
-    if "schedule.name" in typed and (name := value_of("--schedule.name")) in schedule_config.TAKES:
-        keep = schedule_config.TAKES[name] | schedule_config.WARMUP
-        schedule = _cleared(schedule, keep, typed, "schedule.")
     # object.__setattr__ on a copy, because a half-changed section need not be valid until tyro adds the flags
     copy = dataclasses.replace(base)
-    object.__setattr__(copy, "optim", optim)
-    object.__setattr__(copy, "schedule", schedule)
     if "strategy" in typed and (name := value_of("--strategy")) in strategy_config.STRATEGIES:
         for section, takers in strategy_config.TAKEN_BY.items():
             if name not in takers:
@@ -260,17 +257,38 @@ def drop_foreign_options(base: C, args: Sequence[str], typed: set[str]) -> C:
     return copy
 
 
-S = TypeVar("S", optim_config.OptimConfig, ScheduleConfig)
+def choose(base: C, args: Sequence[str]) -> tuple[C, list[str]]:
+    """`base` with the optimizer and schedule that `args` name; `args` without these names and fields set to None."""
+    import tyro
 
-
-def _cleared(section: S, keep: frozenset[str], typed: set[str], prefix: str) -> S:
-    extra = [
-        f.name for f in fields(section) if f.default is None and f.name not in keep and prefix + f.name not in typed
-    ]
-    copy = replace(section)
-    for name in extra:
-        object.__setattr__(copy, name, None)
-    return copy
+    copy, rest = dataclasses.replace(base), list(args)
+    for section, table in CHOICES.items():
+        config: Choice = getattr(base, section)
+        name, rest = take_option(f"--{section}.name", rest)
+        name = config.name if name is None else name
+        values = carry_over(table, config, name)
+        given: dict[str, object] = {}
+        position = 0
+        while position < len(rest):
+            option, equals, value = rest[position].partition("=")
+            field = option.removeprefix(f"--{section}.").removeprefix("no-").replace("-", "_")
+            width = 1 if equals else 2
+            value = value if equals else "".join(rest[position + 1 : position + 2])
+            if not option.startswith(f"--{section}."):
+                position += 1
+            elif value == "None":
+                del rest[position : position + width]
+                values.pop(field, None)
+            else:
+                given[field] = value
+                position += 1
+        refuse_foreign(table, name, given)
+        chosen = object.__new__(table[name])
+        for f in fields(chosen):
+            default = tyro.MISSING if f.default is dataclasses.MISSING else f.default
+            object.__setattr__(chosen, f.name, values.get(f.name, default))
+        object.__setattr__(copy, section, chosen)
+    return copy, rest
 
 
 def run_tyro(config_type: type[C], base: C, args: Sequence[str], prog: str, help_text: str) -> C:

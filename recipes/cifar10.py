@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distkit import LossOutput, Recipe, TrainConfig, main
-from distkit.config import OptimConfig, ScheduleConfig, Split
+from distkit.config import SGD, Cosine, OneCycle, Split
 from distkit.config.check import require, require_number
 from distkit.data import Augmentation, Dataset, ImageDataset, load_images
 from distkit.metrics import expected_initial_loss, topk_correct
@@ -98,8 +98,8 @@ PRESETS = {
         channels_last=True,
         crop_padding=2,
         eval_batch_size=500,
-        optim=OptimConfig(name="sgd", lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4),
-        schedule=ScheduleConfig(name="one_cycle", warmup_ratio=0.2),
+        optim=SGD(lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4),
+        schedule=OneCycle(warmup_ratio=0.2),
     ),
     "classic": Config(
         model="resnet18",
@@ -109,8 +109,8 @@ PRESETS = {
         channels_last=True,
         eval_every=3_910,
         eval_batch_size=500,
-        optim=OptimConfig(name="sgd", lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
-        schedule=ScheduleConfig(name="cosine", warmup_epochs=1),
+        optim=SGD(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+        schedule=Cosine(warmup_epochs=1),
     ),
     "fast": Config(
         model="fastnet",
@@ -123,8 +123,8 @@ PRESETS = {
         crop_padding=2,
         label_smoothing=0.2,
         eval_batch_size=2_000,
-        optim=OptimConfig(name="sgd", lr=1.5, momentum=0.85, nesterov=True, weight_decay=1.3e-3),
-        schedule=ScheduleConfig(name="one_cycle", warmup_ratio=0.23, initial_lr_ratio=0.2, anneal="linear"),
+        optim=SGD(lr=1.5, momentum=0.85, nesterov=True, weight_decay=1.3e-3),
+        schedule=OneCycle(warmup_ratio=0.23, initial_lr_ratio=0.2, anneal="linear"),
     ),
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distkit import LossOutput, Recipe, TrainConfig, main
-from distkit.config import CheckpointConfig, DataConfig, OptimConfig, ScheduleConfig, Split
+from distkit.config import AdamW, CheckpointConfig, Cosine, DataConfig, OneCycle, Split
 from distkit.config.check import require, require_number
 from distkit.data import TokenDataset, read_vocabulary
 from distkit.data.sets.text import Level, Vocabulary, encoded_text
@@ -184,8 +184,8 @@ PRESETS = {
         precision="bf16",
         eval_batch_size=32,
         report_every=100,
-        optim=OptimConfig(name="adamw", lr=4e-3, betas=(0.85, 0.98), weight_decay=0.1),
-        schedule=ScheduleConfig(name="one_cycle", warmup_ratio=0.06, anneal="linear"),
+        optim=AdamW(lr=4e-3, betas=(0.85, 0.98), weight_decay=0.1),
+        schedule=OneCycle(warmup_ratio=0.06, anneal="linear"),
     ),
     "124m": Config(
         vocab_size=50_304,
@@ -204,8 +204,8 @@ PRESETS = {
         deterministic=False,
         max_grad_norm=1.0,
         eval_every=1_000,
-        optim=OptimConfig(name="adamw", lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1),
-        schedule=ScheduleConfig(name="cosine", warmup_steps=700, min_lr_ratio=0.1),
+        optim=AdamW(lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1),
+        schedule=Cosine(warmup_steps=700, min_lr_ratio=0.1),
         checkpoint=CheckpointConfig(save_every=1_000),
     ),
 }

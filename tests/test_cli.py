@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distkit.cli import Parsed, parse, plain_message
-from distkit.config import OptimConfig, ScheduleConfig, TrainConfig, to_json
+from distkit.config import SGD, AdamW, Linear, MultiStep, OneCycle, TrainConfig, to_json
 from distkit.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ class Config(TrainConfig):
     """Channels."""
 
 
-QUICK = Config(num_epochs=2, optim=OptimConfig(lr=0.2, momentum=0.9, nesterov=True))
+QUICK = Config(num_epochs=2, optim=SGD(lr=0.2, momentum=0.9, nesterov=True))
 PRESETS = {"quick": QUICK, "long": replace(QUICK, num_epochs=50.0, width=128)}
 
 
@@ -46,7 +46,7 @@ def test_underscores_are_hyphens() -> None:
 
 def test_config_file_comes_between_preset_and_flags(tmp_path: Path) -> None:
     saved = replace(PRESETS["long"], seed=7, compile=True, data=replace(QUICK.data, root=Path("-x y")))
-    saved = replace(saved, schedule=ScheduleConfig(name="multi_step", milestone_epochs=(1.0, 1.5)))
+    saved = replace(saved, schedule=MultiStep(milestone_epochs=(1.0, 1.5)))
     file = tmp_path / "config.json"
     file.write_text(json.dumps(to_json(replace(saved, run_dir=Path("the saved run")))))
     assert parsed("--config", str(file)).config == saved
@@ -63,10 +63,10 @@ def test_one_length_clears_the_other() -> None:
 
 def test_another_optimizer_drops_what_only_the_presets_one_takes() -> None:
     config = parsed("--optim.name", "adamw", "--optim.lr", "1e-3").config
-    assert config.optim == OptimConfig(name="adamw", lr=1e-3)
-    warm = replace(QUICK, schedule=ScheduleConfig(name="one_cycle", warmup_ratio=0.2))
+    assert config.optim == AdamW(lr=1e-3)
+    warm = replace(QUICK, schedule=OneCycle(warmup_ratio=0.2))
     result = parse(Config, {"p": warm}, ["--schedule.name", "linear"], "recipe.py", "")
-    assert result.config.schedule == ScheduleConfig(name="linear")
+    assert result.config.schedule == Linear()
 
 
 def test_debug_is_short_and_implied() -> None:

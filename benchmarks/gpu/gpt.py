@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import Median, add_flags, conclude, interleave, median_of  # noqa: E402
 
 from distkit.assemble import assemble  # noqa: E402
-from distkit.config import CheckpointConfig, ObserveConfig, TrainConfig  # noqa: E402
+from distkit.config import AdamW, CheckpointConfig, ObserveConfig, TrainConfig  # noqa: E402
 from distkit.data import SampleStream  # noqa: E402
 from distkit.engine.fit import opened, report, settle_utilization  # noqa: E402
 from distkit.engine.flops import (  # noqa: E402
@@ -119,11 +119,12 @@ class ByHand:
         matrices = [p for p in self.module.parameters() if p.ndim >= 2]
         others = [p for p in self.module.parameters() if p.ndim < 2]
         optim = run.config.optim
+        assert isinstance(optim, AdamW)
         groups: list[dict[str, Any]] = [
             {"params": matrices},
             *([{"params": others, "weight_decay": 0.0}] if others else []),
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas or (0.9, 0.999), fused=True,
+        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True,
                                            weight_decay=optim.weight_decay)  # fmt: skip
         self.schedule = run.schedule
         self.data = recipe.build_dataset(run.config, "train")

@@ -1,148 +1,343 @@
-"""Which optimizer, and its numbers. Torch's own names and defaults; what an optimizer does not take cannot be set."""
+"""The optimizers: one class each, with the fields that it takes and what the rest of distkit must know about it.
+
+A new optimizer is a class here (or in a file of its own) and its entry in `OPTIMIZERS`. Fields have torch's names and
+defaults, except for lr and weight_decay, which are 0.1 and 0 everywhere.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
-from distkit.config.check import require, require_number, require_unused
-from distkit.errors import nearest
+from distkit.config.check import require
+from distkit.config.choice import Choice, number
 
-OptimizerName = Literal[
-    "sgd",
-    "adam",
-    "adamw",
-    "adamax",
-    "nadam",
-    "radam",
-    "rmsprop",
-    "rprop",
-    "adagrad",
-    "adadelta",
-    "asgd",
-    "adafactor",
-    "muon",
-    "sparse_adam",
-    "lbfgs",
-]
-OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
-
-#: The optional fields that each optimizer takes. `muon` passes `betas` and `eps` to the AdamW that updates the rest.
-TAKES: dict[str, frozenset[str]] = {
-    "sgd": frozenset({"momentum", "dampening", "nesterov"}),
-    "adam": frozenset({"betas", "eps", "amsgrad"}),
-    "adamw": frozenset({"betas", "eps", "amsgrad"}),
-    "adamax": frozenset({"betas", "eps"}),
-    "nadam": frozenset({"betas", "eps", "momentum_decay", "decoupled_weight_decay"}),
-    "radam": frozenset({"betas", "eps", "decoupled_weight_decay"}),
-    "rmsprop": frozenset({"momentum", "alpha", "eps", "centered"}),
-    "rprop": frozenset({"etas", "step_sizes"}),
-    "adagrad": frozenset({"lr_decay", "initial_accumulator_value", "eps"}),
-    "adadelta": frozenset({"rho", "eps"}),
-    "asgd": frozenset({"lambd", "alpha", "t0"}),
-    "adafactor": frozenset({"beta2_decay", "clip_threshold"}),
-    "muon": frozenset({"momentum", "nesterov", "ns_steps", "adjust_lr", "betas", "eps"}),
-    "sparse_adam": frozenset({"betas", "eps"}),
-    "lbfgs": frozenset({"max_iter", "history_size", "line_search", "tolerance_grad", "tolerance_change"}),
-}
-#: Optimizers whose torch class has no weight decay.
-NO_WEIGHT_DECAY = frozenset({"rprop", "sparse_adam", "lbfgs"})
+_CPU_AND_GPU = frozenset({"cuda", "mps", "cpu"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """The optimizer. Fields that are None keep torch's default for the chosen optimizer."""
+class OptimConfig(Choice):
+    """What every optimizer has. Class attributes are facts about the torch class, not settings."""
 
-    name: OptimizerName = "sgd"
-    """Which of torch.optim's optimizers."""
-    lr: float = 0.1
+    section = "optim"
+    torch_class: ClassVar[str]
+    """Where the optimizer's class is imported from, with its module."""
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Our field -> torch's argument, where they differ."""
+    has_weight_decay: ClassVar[bool] = True
+    """Whether the torch class takes weight_decay."""
+    fused_on: ClassVar[frozenset[str]] = frozenset()
+    """Device types on which torch >= 2.11 has the fused kernel."""
+    fused_takes_dtensors: ClassVar[bool] = False
+    """Whether torch.distributed.tensor has a sharding rule for the fused kernel."""
+    takes_sparse: ClassVar[bool] = False
+    """Whether it updates parameters with sparse gradients."""
+    takes_dense: ClassVar[bool] = True
+    """Whether it updates parameters with dense gradients."""
+    takes_shards: ClassVar[bool] = True
+    """Whether it updates DTensors as it would the whole parameters (fsdp)."""
+    takes_flat_shards: ClassVar[bool] = True
+    """Whether it updates runs of elements of several parameters as it would the parameters (DeepSpeed)."""
+    needs_closure: ClassVar[bool] = False
+    """Whether its step evaluates the loss by itself; it takes one parameter group then."""
+    splits_matrices: ClassVar[bool] = False
+    """Whether it wants each group's "kind": "muon" for hidden matrices, "adamw" for the rest."""
+    state_depends_on: ClassVar[tuple[str, ...]] = ()
+    """Keys of a parameter group that decide which state there is."""
+    scalar_state: ClassVar[frozenset[str]] = frozenset({"step"})
+    """Entries of a parameter's state that are one number: plain tensors, also beside DTensors."""
+    scalars_on_device: ClassVar[bool] = False
+    """Whether these lie on the parameter's device even where the kernel is neither fused nor capturable."""
+    contiguous_state: ClassVar[frozenset[str]] = frozenset()
+    """Entries that are contiguous whatever the memory format of their parameter."""
+
+    lr: float = number(0.1, above=0)
     """Peak learning rate, > 0; the schedule multiplies it."""
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, least=0, example="5e-4")
     """Weight decay, >= 0, as the chosen torch class understands it (decoupled in adamw, muon and adafactor)."""
     decay_all: bool = False
     """Also decay norms and biases (parameters with fewer than two dims)."""
-    momentum: float | None = None
-    """Momentum, in [0, 1)."""
-    dampening: float | None = None
-    """Dampening of the momentum, in [0, 1]."""
-    nesterov: bool | None = None
-    """Nesterov momentum; needs momentum > 0."""
-    betas: tuple[float, float] | None = None
-    """Decay rates of the first and second moment, each in [0, 1)."""
-    eps: float | None = None
-    """Added to the denominator, > 0."""
-    amsgrad: bool | None = None
-    """Use the maximum of all second moments."""
-    momentum_decay: float | None = None
-    """NAdam's momentum decay, >= 0."""
-    decoupled_weight_decay: bool | None = None
-    """Decay the weights directly rather than through the gradient."""
-    alpha: float | None = None
-    """Smoothing constant of rmsprop, or power of asgd's eta update, > 0."""
-    centered: bool | None = None
-    """Normalise rmsprop by the variance instead of the second moment."""
-    etas: tuple[float, float] | None = None
-    """Rprop's factors for shrinking (0..1) and growing (> 1) a step."""
-    step_sizes: tuple[float, float] | None = None
-    """Rprop's least and largest step."""
-    lr_decay: float | None = None
-    """Adagrad's own decay of the learning rate, >= 0."""
-    initial_accumulator_value: float | None = None
-    """Adagrad's initial sum of squares, >= 0."""
-    rho: float | None = None
-    """Adadelta's averaging constant, in [0, 1]."""
-    lambd: float | None = None
-    """ASGD's decay term, >= 0."""
-    t0: float | None = None
-    """ASGD's step at which averaging starts, >= 0."""
-    beta2_decay: float | None = None
-    """Adafactor's exponent of the second-moment decay, <= 0."""
-    clip_threshold: float | None = None
-    """Adafactor's clipping threshold `d`, >= 1."""
-    ns_steps: int | None = None
-    """Muon's Newton-Schulz steps, 1 to 99."""
-    adjust_lr: Literal["original", "match_rms_adamw"] | None = None
-    """How Muon scales the learning rate with the shape of a matrix."""
-    max_iter: int | None = None
-    """LBFGS: closure evaluations' iterations in one step, >= 1."""
-    history_size: int | None = None
-    """LBFGS: update pairs remembered, >= 1."""
-    line_search: Literal["strong_wolfe"] | None = None
-    """LBFGS: the line search; None takes full steps."""
-    tolerance_grad: float | None = None
-    """LBFGS: stop when the largest gradient is below this, >= 0."""
-    tolerance_change: float | None = None
-    """LBFGS: stop when parameters or loss change less than this, >= 0."""
 
     def __post_init__(self) -> None:
-        close = nearest(self.name, OPTIMIZERS) or "adamw"
-        require(self.name in OPTIMIZERS, "optim.name", "one of " + ", ".join(OPTIMIZERS), self.name, close)
-        optional = {f"optim.{f.name}": getattr(self, f.name) for f in fields(self) if f.default is None}
-        require_unused(f"--optim.name {self.name}", optional, {f"optim.{name}" for name in TAKES[self.name]})
-        require_number("optim.lr", self.lr, above=0, example="0.1")
-        require_number("optim.weight_decay", self.weight_decay, least=0, example="5e-4")
-        require_number("optim.momentum", self.momentum, least=0, below=1, example="0.9")
-        require_number("optim.dampening", self.dampening, least=0, most=1, example="0")
-        require_number("optim.eps", self.eps, above=0, example="1e-8")
-        require_number("optim.alpha", self.alpha, above=0, example="0.99")
-        for name in ("momentum_decay", "lr_decay", "initial_accumulator_value", "lambd", "t0", "tolerance_grad"):
-            require_number(f"optim.{name}", getattr(self, name), least=0, example="0")
-        require_number("optim.tolerance_change", self.tolerance_change, least=0, example="1e-9")
-        require_number("optim.rho", self.rho, least=0, most=1, example="0.9")
-        require_number("optim.beta2_decay", self.beta2_decay, most=0, example="-0.8")
-        require_number("optim.clip_threshold", self.clip_threshold, least=1, example="1")
-        require_number("optim.ns_steps", self.ns_steps, least=1, most=99, example="5")
-        require_number("optim.max_iter", self.max_iter, least=1, example="20")
-        require_number("optim.history_size", self.history_size, least=1, example="100")
-        for beta in self.betas or ():
-            require(0 <= beta < 1, "optim.betas", "two numbers in [0, 1)", self.betas, "0.9 0.999")
-        if self.etas is not None:
-            require(0 < self.etas[0] < 1 < self.etas[1], "optim.etas", "0 < first < 1 < second", self.etas, "0.5 1.2")
-        if self.step_sizes is not None:
-            low, high = self.step_sizes
-            require(0 < low <= high, "optim.step_sizes", "0 < least <= largest", self.step_sizes, "1e-6 50")
-        if self.nesterov and self.name == "sgd":
-            ok = bool(self.momentum) and not self.dampening
-            require(ok, "optim.momentum", "> 0 with nesterov, and no dampening", self.momentum, "0.9")
-        if self.name in NO_WEIGHT_DECAY:
+        super().__post_init__()
+        if not self.has_weight_decay:
             require(self.weight_decay == 0, "optim.weight_decay", f"0: {self.name} has none", self.weight_decay, "0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(OptimConfig):
+    """Stochastic gradient descent, with or without momentum."""
+
+    name = "sgd"
+    torch_class = "torch.optim.SGD"
+    fused_on = _CPU_AND_GPU
+    takes_sparse = True
+    state_depends_on = ("momentum", "kind")
+
+    momentum: float = number(0.0, least=0, below=1, example="0.9")
+    """Momentum, in [0, 1)."""
+    dampening: float = number(0.0, least=0, most=1, example="0")
+    """Dampening of the momentum, in [0, 1]."""
+    nesterov: bool = False
+    """Nesterov momentum; needs momentum > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nesterov:
+            ok = self.momentum > 0 and self.dampening == 0
+            require(ok, "optim.momentum", "> 0 with nesterov, and no dampening", self.momentum, "0.9")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Moments(OptimConfig):
+    """What Adam and its relatives have in common."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment, each in [0, 1)."""
+    eps: float = number(1e-8, above=0)
+    """Added to the denominator, > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = all(0 <= beta < 1 for beta in self.betas)
+        require(ok, "optim.betas", "two numbers in [0, 1)", self.betas, "0.9 0.999")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(_Moments):
+    """Adam."""
+
+    name = "adam"
+    torch_class = "torch.optim.Adam"
+    fused_on = _CPU_AND_GPU
+    fused_takes_dtensors = True
+    state_depends_on = ("amsgrad",)
+
+    amsgrad: bool = False
+    """Use the maximum of all second moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay."""
+
+    name = "adamw"
+    torch_class = "torch.optim.AdamW"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adamax(_Moments):
+    """Adam with the infinity norm."""
+
+    name = "adamax"
+    torch_class = "torch.optim.Adamax"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RAdam(_Moments):
+    """Rectified Adam."""
+
+    name = "radam"
+    torch_class = "torch.optim.RAdam"
+
+    decoupled_weight_decay: bool = False
+    """Decay the weights directly rather than through the gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NAdam(RAdam):
+    """Adam with Nesterov momentum."""
+
+    name = "nadam"
+    torch_class = "torch.optim.NAdam"
+    scalar_state = frozenset({"step", "mu_product"})
+
+    momentum_decay: float = number(4e-3, least=0)
+    """Decay of the momentum, >= 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSprop(OptimConfig):
+    """RMSprop."""
+
+    name = "rmsprop"
+    torch_class = "torch.optim.RMSprop"
+    state_depends_on = ("momentum", "centered")
+
+    momentum: float = number(0.0, least=0, below=1, example="0.9")
+    """Momentum, in [0, 1)."""
+    alpha: float = number(0.99, above=0)
+    """Smoothing constant of the second moment, > 0."""
+    eps: float = number(1e-8, above=0)
+    """Added to the denominator, > 0."""
+    centered: bool = False
+    """Normalise by the variance instead of the second moment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rprop(OptimConfig):
+    """Resilient backpropagation."""
+
+    name = "rprop"
+    torch_class = "torch.optim.Rprop"
+    has_weight_decay = False
+
+    etas: tuple[float, float] = (0.5, 1.2)
+    """Factors for shrinking (0..1) and growing (> 1) a step."""
+    step_sizes: tuple[float, float] = (1e-6, 50.0)
+    """Smallest and largest step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.etas[0] < 1 < self.etas[1], "optim.etas", "0 < first < 1 < second", self.etas, "0.5 1.2")
+        low, high = self.step_sizes
+        require(0 < low <= high, "optim.step_sizes", "0 < smallest <= largest", self.step_sizes, "1e-6 50")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adagrad(OptimConfig):
+    """Adagrad."""
+
+    name = "adagrad"
+    torch_class = "torch.optim.Adagrad"
+    fused_on = frozenset({"cpu"})  # its CUDA kernel is younger than torch 2.11
+    takes_sparse = True
+    takes_flat_shards = False
+
+    lr_decay: float = number(0.0, least=0)
+    """Adagrad's own decay of the learning rate, >= 0."""
+    initial_accumulator_value: float = number(0.0, least=0)
+    """Initial sum of squares, >= 0."""
+    eps: float = number(1e-10, above=0)
+    """Added to the denominator, > 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adadelta(OptimConfig):
+    """Adadelta."""
+
+    name = "adadelta"
+    torch_class = "torch.optim.Adadelta"
+
+    rho: float = number(0.9, least=0, most=1)
+    """Averaging constant, in [0, 1]."""
+    eps: float = number(1e-6, above=0)
+    """Added to the denominator, > 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ASGD(OptimConfig):
+    """Averaged stochastic gradient descent."""
+
+    name = "asgd"
+    torch_class = "torch.optim.ASGD"
+    scalar_state = frozenset({"step", "eta", "mu"})
+    scalars_on_device = True
+
+    lambd: float = number(1e-4, least=0)
+    """Decay term, >= 0."""
+    alpha: float = number(0.75, above=0)
+    """Power of the update of eta, > 0."""
+    t0: float = number(1e6, least=0)
+    """Step at which averaging starts, >= 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adafactor(OptimConfig):
+    """Adafactor: second moments of matrices as a row and a column."""
+
+    name = "adafactor"
+    torch_class = "torch.optim.Adafactor"
+    renamed = MappingProxyType({"clip_threshold": "d"})
+    takes_shards = False
+    takes_flat_shards = False
+    contiguous_state = frozenset({"row_var", "col_var"})
+
+    beta2_decay: float = number(-0.8, most=0)
+    """Exponent of the second moment's decay, <= 0."""
+    clip_threshold: float = number(1.0, least=1)
+    """Clipping threshold `d`, >= 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(_Moments):
+    """Muon for hidden matrices; betas and eps are those of the AdamW that updates everything else."""
+
+    name = "muon"
+    torch_class = "distkit.optim.muon.MuonWithAdamW"
+    renamed = MappingProxyType({"adjust_lr": "adjust_lr_fn"})
+    takes_flat_shards = False
+    splits_matrices = True
+    state_depends_on = ("kind",)
+
+    momentum: float = number(0.95, least=0, below=1)
+    """Momentum, in [0, 1)."""
+    nesterov: bool = True
+    """Nesterov momentum."""
+    ns_steps: int = number(5, least=1, most=99)
+    """Newton-Schulz steps, 1 to 99."""
+    adjust_lr: Literal["original", "match_rms_adamw"] = "original"
+    """How the learning rate is scaled with the shape of a matrix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAdam(_Moments):
+    """Adam for embeddings with sparse gradients."""
+
+    name = "sparse_adam"
+    torch_class = "torch.optim.SparseAdam"
+    has_weight_decay = False
+    takes_sparse = True
+    takes_dense = False
+    takes_shards = False
+    takes_flat_shards = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LBFGS(OptimConfig):
+    """L-BFGS, which evaluates the loss several times in one step."""
+
+    name = "lbfgs"
+    torch_class = "torch.optim.LBFGS"
+    renamed = MappingProxyType({"line_search": "line_search_fn"})
+    has_weight_decay = False
+    takes_sparse = True
+    takes_shards = False
+    takes_flat_shards = False
+    needs_closure = True
+    state_depends_on = ("history_size",)
+
+    max_iter: int = number(20, least=1)
+    """Iterations in one step, >= 1."""
+    history_size: int = number(100, least=1)
+    """Update pairs remembered, >= 1."""
+    line_search: Literal["strong_wolfe"] | None = None
+    """The line search; None takes full steps."""
+    tolerance_grad: float = number(1e-7, least=0)
+    """Stop when the largest gradient is below this, >= 0."""
+    tolerance_change: float = number(1e-9, least=0)
+    """Stop when parameters or loss change less than this, >= 0."""
+
+
+OPTIMIZERS: dict[str, type[OptimConfig]] = {
+    kind.name: kind
+    for kind in (
+        SGD,
+        Adam,
+        AdamW,
+        Adamax,
+        NAdam,
+        RAdam,
+        RMSprop,
+        Rprop,
+        Adagrad,
+        Adadelta,
+        ASGD,
+        Adafactor,
+        Muon,
+        SparseAdam,
+        LBFGS,
+    )
+}

@@ -1,137 +1,390 @@
-"""Which learning-rate schedule, and its numbers. The functions are in `distkit.schedules`."""
+"""The learning-rate schedules: one class each, with the fields that it takes and its formula.
+
+A new schedule is a class here (or in a file of its own) and its entry in `SCHEDULES`. Multipliers of optim.lr lie in
+[0, 1]. Names in brackets are torch's schedulers, which tests compare with. Momentum is never changed, also not by
+one_cycle and cyclic.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-from distkit.config.check import flag, require, require_number, require_unused
-from distkit.errors import ConfigError, nearest
+from distkit.config.check import flag, require
+from distkit.config.choice import Choice, number
+from distkit.errors import ConfigError
+from distkit.schedules import Anneal, PlateauTracker, Schedule, move, with_warmup
 
-ScheduleName = Literal[
-    "constant",
-    "cosine",
-    "cosine_restarts",
-    "linear",
-    "multi_step",
-    "exponential",
-    "polynomial",
-    "one_cycle",
-    "cyclic",
-    "warmup_stable_decay",
-    "plateau",
-]
-SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
-
-#: The optional fields that each schedule takes besides warmup, which all but one_cycle, cyclic take.
-TAKES: dict[str, frozenset[str]] = {
-    "constant": frozenset(),
-    "cosine": frozenset({"min_lr_ratio"}),
-    "cosine_restarts": frozenset({"min_lr_ratio", "cycle_steps", "cycle_epochs", "cycle_growth"}),
-    "linear": frozenset({"min_lr_ratio"}),
-    "multi_step": frozenset({"milestones", "milestone_epochs", "gamma"}),
-    "exponential": frozenset({"gamma", "min_lr_ratio"}),
-    "polynomial": frozenset({"power", "min_lr_ratio"}),
-    "one_cycle": frozenset({"warmup_ratio", "initial_lr_ratio", "min_lr_ratio", "anneal"}),
-    "cyclic": frozenset({"min_lr_ratio", "cycle_steps", "cycle_epochs", "cycle_mode", "gamma"}),
-    "warmup_stable_decay": frozenset({"min_lr_ratio", "decay_ratio", "anneal"}),
-    "plateau": frozenset({"gamma", "patience", "threshold", "min_lr_ratio", "metric", "metric_mode"}),
-}
-WARMUP = frozenset({"warmup_steps", "warmup_epochs"})
-OWN_WARMUP = frozenset({"one_cycle", "cyclic"})
+#: Fields that say the same in steps and in epochs: at most one of the two is set.
 PAIRS = (("warmup_steps", "warmup_epochs"), ("cycle_steps", "cycle_epochs"), ("milestones", "milestone_epochs"))
 
 
+@dataclass(frozen=True)
+class Span:
+    """The part of a run that a schedule's shape covers."""
+
+    num_steps: int
+    """Steps of the whole run."""
+    warmup_steps: int
+    """Steps of warmup before the shape begins."""
+    steps_per_epoch: float
+
+    @property
+    def shape_steps(self) -> int:
+        """Steps after the warmup."""
+        return self.num_steps - self.warmup_steps
+
+
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """The learning rate as a function of the step: optim.lr times a multiplier in [0, 1].
+class ScheduleConfig(Choice, ABC):
+    """The learning rate as a function of the step: optim.lr times a multiplier in [0, 1]."""
 
-    Fields that are None keep the chosen schedule's default; a field that the schedule does not take cannot be set.
-    """
-
-    name: ScheduleName = "cosine"
-    """The shape after the warmup."""
-    warmup_steps: int | None = None
-    """Steps of linear warmup, >= 0; default none."""
-    warmup_epochs: float | None = None
-    """The same in epochs, >= 0; set one of the two."""
-    min_lr_ratio: float | None = None
-    """Lowest learning rate as a fraction of the peak, in [0, 1]; default 0."""
-    milestones: tuple[int, ...] | None = None
-    """Steps at which multi_step multiplies by gamma, ascending, counted from step 0."""
-    milestone_epochs: tuple[float, ...] | None = None
-    """The same in epochs; set one of the two."""
-    gamma: float | None = None
-    """Factor of multi_step and plateau (default 0.1), a step's factor of exponential and cyclic, in (0, 1]."""
-    power: float | None = None
-    """Exponent of polynomial, > 0; default 1."""
-    cycle_steps: int | None = None
-    """Steps of the first cycle of cosine_restarts or of one cycle of cyclic, >= 1 (cyclic: even)."""
-    cycle_epochs: float | None = None
-    """The same in epochs, > 0; set one of the two."""
-    cycle_growth: int | None = None
-    """Each cycle of cosine_restarts is this many times the one before, >= 1; default 1."""
-    cycle_mode: Literal["triangular", "triangular2", "exp_range"] | None = None
-    """Shape of cyclic; default triangular. gamma belongs to exp_range."""
-    warmup_ratio: float | None = None
-    """Share of the run in which one_cycle rises, in (0, 1); default 0.3."""
-    initial_lr_ratio: float | None = None
-    """First learning rate of one_cycle as a fraction of the peak, in (0, 1]; default 0.04."""
-    decay_ratio: float | None = None
-    """Share of the run in which warmup_stable_decay falls, in (0, 1]; default 0.2."""
-    anneal: Literal["cosine", "linear"] | None = None
-    """How one_cycle (default cosine) and warmup_stable_decay (default linear) move."""
-    patience: int | None = None
-    """Evaluations without improvement that plateau tolerates, >= 0; default 10."""
-    threshold: float | None = None
-    """Relative improvement that plateau counts, >= 0; default 1e-4."""
-    metric: str | None = None
-    """Evaluation metric that plateau watches; default loss."""
-    metric_mode: Literal["min", "max"] | None = None
-    """Whether plateau's metric should fall or rise; default min."""
+    section = "schedule"
+    needs_evaluations: ClassVar[bool] = False
+    """Whether it follows an evaluation metric, through `tracker`."""
 
     def __post_init__(self) -> None:
-        close = nearest(self.name, SCHEDULES) or "cosine"
-        require(self.name in SCHEDULES, "schedule.name", "one of " + ", ".join(SCHEDULES), self.name, close)
-        taken = TAKES[self.name] | (frozenset() if self.name in OWN_WARMUP else WARMUP)
-        optional = {f"schedule.{f.name}": getattr(self, f.name) for f in fields(self) if f.default is None}
-        require_unused(f"--schedule.name {self.name}", optional, {f"schedule.{name}" for name in taken})
+        super().__post_init__()
         for steps, epochs in PAIRS:
-            if getattr(self, steps) is not None and getattr(self, epochs) is not None:
+            if getattr(self, steps, None) is not None and getattr(self, epochs, None) is not None:
                 raise ConfigError(
                     f"{flag(f'schedule.{steps}')} and {flag(f'schedule.{epochs}')} say the same thing twice",
                     expected="one of the two",
                     fix=f"{flag(f'schedule.{epochs}')} None",
                 )
-        if self.name in ("cosine_restarts", "cyclic"):
-            ok = self.cycle_steps is not None or self.cycle_epochs is not None
-            require(ok, "schedule.cycle_epochs", f"the length of a cycle of {self.name}", "nothing", "10")
-        if self.name == "multi_step":
-            ok = self.milestones is not None or self.milestone_epochs is not None
-            require(ok, "schedule.milestone_epochs", "the epochs at which the rate falls", "nothing", "80 120")
-        if self.name == "exponential":
-            require(self.gamma is not None, "schedule.gamma", "a step's factor", "nothing", "0.9999")
-        if self.name == "cyclic" and (self.gamma is not None) != (self.cycle_mode == "exp_range"):
-            example = "None" if self.gamma is not None else "0.9999"
-            got = "nothing" if self.gamma is None else self.gamma
-            require(False, "schedule.gamma", "a number with --schedule.cycle-mode exp_range, else None", got, example)
-        self._check_ranges()
 
-    def _check_ranges(self) -> None:
-        for name in ("warmup_steps", "warmup_epochs", "patience", "threshold"):
-            require_number(f"schedule.{name}", getattr(self, name), least=0, example="1")
-        for name in ("cycle_steps", "cycle_growth"):
-            require_number(f"schedule.{name}", getattr(self, name), least=1, example="2")
-        for name in ("power", "cycle_epochs"):
-            require_number(f"schedule.{name}", getattr(self, name), above=0, example="1")
-        require_number("schedule.min_lr_ratio", self.min_lr_ratio, least=0, most=1, example="0.1")
-        require_number("schedule.gamma", self.gamma, above=0, most=1, example="0.1")
-        require_number("schedule.warmup_ratio", self.warmup_ratio, above=0, below=1, example="0.3")
-        require_number("schedule.initial_lr_ratio", self.initial_lr_ratio, above=0, most=1, example="0.04")
-        require_number("schedule.decay_ratio", self.decay_ratio, above=0, most=1, example="0.2")
+    @abstractmethod
+    def shape(self, span: Span) -> Schedule:
+        """The multipliers after the warmup, from step 0 of `span.shape_steps`.
+
+        Raises:
+            ConfigError: the fields do not fit the run.
+        """
+
+    def build(self, *, num_steps: int, steps_per_epoch: float) -> Schedule:
+        """The schedule of a run of `num_steps` steps; numbers of epochs are rounded to whole steps.
+
+        Raises:
+            ConfigError: the warmup, a milestone or the decay does not fit into the run.
+        """
+        return self.shape(Span(num_steps, 0, steps_per_epoch))
+
+    def tracker(self) -> PlateauTracker | None:
+        """What follows the evaluations, as a factor beside the multiplier; None where nothing does."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithWarmup(ScheduleConfig):
+    """A schedule after a linear warmup."""
+
+    warmup_steps: int | None = number(None, least=0, example="1")
+    """Steps of linear warmup, >= 0; default none."""
+    warmup_epochs: float | None = number(None, least=0, example="1")
+    """The same in epochs, >= 0; set one of the two."""
+
+    def build(self, *, num_steps: int, steps_per_epoch: float) -> Schedule:
+        name, unit = ("warmup_epochs", steps_per_epoch) if self.warmup_epochs is not None else ("warmup_steps", 1.0)
+        warmup_steps = round((self.warmup_epochs or self.warmup_steps or 0) * unit)
+        if warmup_steps >= num_steps:
+            raise ConfigError(
+                f"{flag(f'schedule.{name}')} is as long as the run",
+                expected=f"less than the {num_steps} steps of the run",
+                got=f"{warmup_steps} steps",
+                fix=f"{flag(f'schedule.{name}')} {num_steps // 10 / unit:.10g}, or --num-steps {10 * warmup_steps}",
+            )
+        return with_warmup(self.shape(Span(num_steps, warmup_steps, steps_per_epoch)), warmup_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WithMinimum(_WithWarmup):
+    min_lr_ratio: float = number(0.0, least=0, most=1, example="0.1")
+    """Lowest learning rate as a fraction of the peak, in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(_WithWarmup):
+    """Always the peak."""
+
+    name = "constant"
+
+    def shape(self, _span: Span) -> Schedule:
+        return lambda _step: 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(_WithMinimum):
+    """Half a cosine from 1 down to min_lr_ratio at the end of the run (CosineAnnealingLR)."""
+
+    name = "cosine"
+
+    def shape(self, span: Span) -> Schedule:
+        return lambda step: move(1.0, self.min_lr_ratio, step / span.shape_steps, "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineRestarts(_WithMinimum):
+    """Half cosines, each `cycle_growth` times as long as the one before (CosineAnnealingWarmRestarts)."""
+
+    name = "cosine_restarts"
+
+    cycle_steps: int | None = number(None, least=1, example="2")
+    """Steps of the first cycle, >= 1."""
+    cycle_epochs: float | None = number(None, above=0, example="1")
+    """The same in epochs, > 0; set one of the two."""
+    cycle_growth: int = number(1, least=1, example="2")
+    """Length of a cycle divided by that of the one before, >= 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_cycle(self)
+
+    def shape(self, span: Span) -> Schedule:
+        first = self.cycle_steps or max(1, round((self.cycle_epochs or 0) * span.steps_per_epoch))
+
+        def multiplier(step: int) -> float:
+            offset, length = step, first
+            if self.cycle_growth == 1:
+                offset %= first
+            while offset >= length:
+                offset, length = offset - length, length * self.cycle_growth
+            return move(1.0, self.min_lr_ratio, offset / length, "cosine")
+
+        return multiplier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(_WithMinimum):
+    """A straight line from 1 down to min_lr_ratio at the end of the run (LinearLR)."""
+
+    name = "linear"
+
+    def shape(self, span: Span) -> Schedule:
+        return lambda step: move(1.0, self.min_lr_ratio, step / span.shape_steps, "linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiStep(_WithWarmup):
+    """Multiplied by `gamma` at each milestone, from that step on (MultiStepLR)."""
+
+    name = "multi_step"
+
+    milestones: tuple[int, ...] | None = None
+    """Steps at which the rate falls, ascending, counted from step 0 of the run."""
+    milestone_epochs: tuple[float, ...] | None = None
+    """The same in epochs; set one of the two."""
+    gamma: float = number(0.1, above=0, most=1)
+    """Factor at each milestone, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        missing = self.milestones is None and self.milestone_epochs is None
+        example = "80 120"
+        require(not missing, "schedule.milestone_epochs", "the epochs at which the rate falls", "nothing", example)
         for name in ("milestones", "milestone_epochs"):
             marks = getattr(self, name) or ()
             ok = all(mark > 0 for mark in marks) and list(marks) == sorted(set(marks))
-            require(ok, f"schedule.{name}", "ascending numbers > 0", marks, "80 120")
-        if self.name == "cyclic" and self.cycle_steps is not None:
-            require(self.cycle_steps % 2 == 0, "schedule.cycle_steps", "an even number", self.cycle_steps, "2000")
+            require(ok, f"schedule.{name}", "ascending numbers > 0", marks, example)
+
+    def shape(self, span: Span) -> Schedule:
+        name, unit = ("milestone_epochs", span.steps_per_epoch) if self.milestones is None else ("milestones", 1.0)
+        marks = [round(mark * unit) for mark in self.milestones or self.milestone_epochs or ()]
+        outside = [mark for mark in marks if not span.warmup_steps <= mark < span.num_steps]
+        if outside:
+            middle = (span.warmup_steps + span.num_steps) // 2 / unit
+            raise ConfigError(
+                f"{flag(f'schedule.{name}')} lies outside the part of the run after the warmup",
+                expected=f"{span.warmup_steps / unit:.10g} to {(span.num_steps - 1) / unit:.10g}, as the run is long",
+                got=", ".join(f"{mark / unit:.10g}" for mark in outside[:5]),
+                fix=f"{flag(f'schedule.{name}')} {middle:.10g}, or --num-steps {max(marks) + 1}",
+            )
+        after_warmup = [mark - span.warmup_steps for mark in marks]
+        return lambda step: self.gamma ** bisect_right(after_warmup, step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential(_WithMinimum):
+    """`gamma ** step`, at least min_lr_ratio (ExponentialLR, which has no minimum)."""
+
+    name = "exponential"
+
+    gamma: float = field(metadata={"above": 0, "most": 1, "example": "0.9999"})
+    """Factor of each step, in (0, 1]."""
+
+    def shape(self, _span: Span) -> Schedule:
+        return lambda step: max(self.gamma**step, self.min_lr_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polynomial(_WithMinimum):
+    """`(1 - step / steps) ** power`, squeezed to end at min_lr_ratio (PolynomialLR, which ends at 0)."""
+
+    name = "polynomial"
+
+    power: float = number(1.0, above=0)
+    """Exponent, > 0."""
+
+    def shape(self, span: Span) -> Schedule:
+        low = self.min_lr_ratio
+        return lambda step: low + (1 - low) * (1 - min(step / span.shape_steps, 1.0)) ** self.power
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneCycle(ScheduleConfig):
+    """Up from initial_lr_ratio to 1 in warmup_ratio of the run, then down to min_lr_ratio at its last step.
+
+    OneCycleLR with div_factor = 1 / initial_lr_ratio, final_div_factor = initial_lr_ratio / min_lr_ratio,
+    cycle_momentum=False, three_phase=False. A rise shorter than one step starts at the peak.
+    """
+
+    name = "one_cycle"
+
+    warmup_ratio: float = number(0.3, above=0, below=1)
+    """Share of the run in which the rate rises, in (0, 1)."""
+    initial_lr_ratio: float = number(0.04, above=0, most=1)
+    """First learning rate as a fraction of the peak, in (0, 1]."""
+    min_lr_ratio: float = number(0.0, least=0, most=1, example="0.1")
+    """Last learning rate as a fraction of the peak, in [0, 1]."""
+    anneal: Anneal = "cosine"
+    """How the rate moves."""
+
+    def shape(self, span: Span) -> Schedule:
+        top, last = self.warmup_ratio * span.num_steps - 1, span.num_steps - 1
+
+        def multiplier(step: int) -> float:
+            if step <= top and top > 0:
+                return move(self.initial_lr_ratio, 1.0, step / top, self.anneal)
+            return move(1.0, self.min_lr_ratio, (step - top) / (last - top), self.anneal)
+
+        return multiplier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cyclic(ScheduleConfig):
+    """Straight up from min_lr_ratio to 1 and down again, cycle by cycle (CyclicLR, cycle_momentum=False).
+
+    triangular2 halves the height with each cycle; exp_range multiplies it by `gamma ** step`. The first step of a cycle
+    has min_lr_ratio itself.
+    """
+
+    name = "cyclic"
+
+    cycle_steps: int | None = number(None, least=1, example="2")
+    """Steps of one cycle, an even number."""
+    cycle_epochs: float | None = number(None, above=0, example="1")
+    """The same in epochs, > 0; set one of the two."""
+    cycle_mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
+    """Shape; gamma belongs to exp_range."""
+    gamma: float | None = number(None, above=0, most=1, example="0.9999")
+    """Factor of each step with exp_range, in (0, 1]."""
+    min_lr_ratio: float = number(0.0, least=0, most=1, example="0.1")
+    """Lowest learning rate as a fraction of the peak, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_cycle(self)
+        if (self.gamma is not None) != (self.cycle_mode == "exp_range"):
+            got, example = ("nothing", "0.9999") if self.gamma is None else (self.gamma, "None")
+            require(False, "schedule.gamma", "a number with --schedule.cycle-mode exp_range, else None", got, example)
+        even = self.cycle_steps is None or self.cycle_steps % 2 == 0
+        require(even, "schedule.cycle_steps", "an even number", self.cycle_steps, "2000")
+
+    def shape(self, span: Span) -> Schedule:
+        # an even number, so that a step hits the peak
+        cycle_steps = self.cycle_steps or max(2, 2 * round((self.cycle_epochs or 0) * span.steps_per_epoch / 2))
+
+        def multiplier(step: int) -> float:
+            cycle, offset = divmod(step, cycle_steps)
+            height = 1 - abs(2 * offset / cycle_steps - 1)
+            if self.cycle_mode == "triangular2":
+                height /= 2.0**cycle
+            elif self.gamma is not None:
+                height *= self.gamma**step
+            return self.min_lr_ratio + (1 - self.min_lr_ratio) * height
+
+        return multiplier
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay(_WithMinimum):
+    """1 after the warmup, then in the last decay_ratio of the run down to min_lr_ratio.
+
+    Source: Hu et al. 2024, arXiv:2404.06395, section 4.2. The last step with 1 is the one where the decay begins.
+    """
+
+    name = "warmup_stable_decay"
+
+    decay_ratio: float = number(0.2, above=0, most=1)
+    """Share of the run in which the rate falls, in (0, 1]."""
+    anneal: Anneal = "linear"
+    """How the rate falls."""
+
+    def shape(self, span: Span) -> Schedule:
+        decay_steps = max(1, round(self.decay_ratio * span.num_steps))
+        if decay_steps > span.shape_steps:
+            raise ConfigError(
+                "--schedule.decay-ratio and the warmup together are longer than the run",
+                expected=f"at most {span.shape_steps} of {span.num_steps} steps after {span.warmup_steps} of warmup",
+                got=f"{self.decay_ratio:g}, which is {decay_steps} steps",
+                fix=f"--schedule.decay-ratio {span.shape_steps / span.num_steps:.10g}",
+            )
+        start = span.shape_steps - decay_steps
+        end = self.min_lr_ratio
+        return lambda step: 1.0 if step <= start else move(1.0, end, (step - start) / decay_steps, self.anneal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plateau(_WithMinimum):
+    """The peak times a factor that falls when an evaluation metric stops improving: see `PlateauTracker`."""
+
+    name = "plateau"
+    needs_evaluations = True
+
+    gamma: float = number(0.1, above=0, most=1)
+    """What the factor is multiplied by, in (0, 1]."""
+    patience: int = number(10, least=0)
+    """Evaluations without improvement that are tolerated, >= 0."""
+    threshold: float = number(1e-4, least=0)
+    """Relative improvement that counts, >= 0."""
+    metric: str = "loss"
+    """Evaluation metric to watch."""
+    metric_mode: Literal["min", "max"] = "min"
+    """Whether the metric should fall or rise."""
+
+    def shape(self, _span: Span) -> Schedule:
+        return lambda _step: 1.0
+
+    def tracker(self) -> PlateauTracker:
+        return PlateauTracker(
+            gamma=self.gamma,
+            patience=self.patience,
+            threshold=self.threshold,
+            min_lr_ratio=self.min_lr_ratio,
+            metric=self.metric,
+            mode=self.metric_mode,
+        )
+
+
+def _require_cycle(config: CosineRestarts | Cyclic) -> None:
+    known = config.cycle_steps is not None or config.cycle_epochs is not None
+    require(known, "schedule.cycle_epochs", f"the length of a cycle of {config.name}", "nothing", "10")
+
+
+SCHEDULES: dict[str, type[ScheduleConfig]] = {
+    kind.name: kind
+    for kind in (
+        Constant,
+        Cosine,
+        CosineRestarts,
+        Linear,
+        MultiStep,
+        Exponential,
+        Polynomial,
+        OneCycle,
+        Cyclic,
+        WarmupStableDecay,
+        Plateau,
+    )
+}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 from distkit.config.check import flag, require, require_number
 from distkit.config.checkpoint import CheckpointConfig, ResumeConfig
+from distkit.config.choice import Choice, describe, from_values
 from distkit.config.data import DataConfig
-from distkit.config.optim import OptimConfig
-from distkit.config.schedule import ScheduleConfig
+from distkit.config.optim import OPTIMIZERS, SGD, OptimConfig
+from distkit.config.schedule import SCHEDULES, Cosine, ScheduleConfig
 from distkit.config.strategy import (
     ActivationCheckpointingConfig,
     DDPConfig,
@@ -29,6 +32,9 @@ Split = Literal["train", "test"]
 CompileScope = Literal["auto", "whole", "blocks"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 CompileBackend = Literal["inductor", "aot_eager", "eager", "cudagraphs"]
+
+#: Sections that are one of several classes, and these classes by name.
+CHOICES: dict[str, Mapping[str, type[Choice]]] = {"optim": OPTIMIZERS, "schedule": SCHEDULES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +139,9 @@ class TrainConfig:
     """Options of zero1, zero2 and zero3."""
     activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
     """What the backward computes again."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimConfig = field(default_factory=SGD)
     """The optimizer."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: ScheduleConfig = field(default_factory=Cosine)
     """The learning rate over the steps."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
@@ -178,9 +184,13 @@ class TrainConfig:
                 expected="one of the two",
                 fix="--max-grad-value None",
             )
-        if self.optim.name == "lbfgs" and self.precision == "fp16":
-            raise ConfigError("--optim.name lbfgs cannot scale gradients", expected="fp32, tf32 or bf16", got="fp16",
-                              fix="--precision fp32")  # fmt: skip
+        if self.optim.needs_closure and self.precision == "fp16":
+            raise ConfigError(
+                f"--optim.name {self.optim.name} cannot scale gradients",
+                expected="fp32, tf32 or bf16",
+                got="fp16",
+                fix="--precision fp32",
+            )
 
     def _check_compile(self) -> None:
         """Options of torch.compile mean nothing without it."""
@@ -193,7 +203,23 @@ class TrainConfig:
 
 def to_json(config: TrainConfig) -> dict[str, object]:
     """The configuration as config.json holds it; `--config` takes it back."""
-    return cast(dict[str, object], json.loads(json.dumps(asdict(config), default=str)))
+    values = asdict(config)
+    for section in CHOICES:
+        values[section] = describe(getattr(config, section))
+    return cast(dict[str, object], json.loads(json.dumps(values, default=str)))
+
+
+def fill_defaults(saved: Mapping[str, object]) -> dict[str, object]:
+    """`saved`, from a config.json, with an optimizer's and a schedule's defaults where it has null.
+
+    A section that this version cannot read stays as it is.
+    """
+    filled = dict(saved)
+    for section, table in CHOICES.items():
+        with contextlib.suppress(ConfigError):
+            chosen = from_values(table, cast(Mapping[str, object], saved.get(section, {})))
+            filled[section] = json.loads(json.dumps(describe(chosen)))
+    return filled
 
 
 @dataclass(frozen=True, kw_only=True)

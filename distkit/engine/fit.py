@@ -160,7 +160,7 @@ def report_evaluation(run: Run) -> None:
     values = {"step": float(run.progress.step), "loss": means.loss, **means.metrics}
     is_best = run.trackers.update(values)
     if run.plateau is not None:
-        metric = run.config.schedule.metric or "loss"
+        metric = run.plateau.metric
         if metric not in values:
             raise TrainingError(
                 f"--schedule.metric {metric} is not reported; there are {', '.join(means.metrics)}, loss"

@@ -194,7 +194,7 @@ def outline_utilization(config: TrainConfig, runtime: Runtime, model: nn.Module)
     if peak is None or config.debug.enabled:
         return None
     found = Utilization(peak * runtime.world_size)
-    if config.optim.name == "lbfgs":
+    if config.optim.needs_closure:
         found.unknown = "lbfgs evaluates the loss several times a step"
         return found
     try:

@@ -25,7 +25,7 @@ from distkit.checkpoint.restore import (
     resolve_source,
     set_aside,
 )
-from distkit.config import TrainConfig, to_json
+from distkit.config import TrainConfig, fill_defaults, to_json
 from distkit.engine.meter import Meter
 from distkit.engine.run import ResumePoint, Run
 from distkit.engine.run_dir import RunDirectory
@@ -300,7 +300,7 @@ def resume_notes(run: Run) -> list[str]:
     kinds = {name.removeprefix("rng/00000/") for name in checkpoint.manifest.tensors if name.startswith("rng/00000/")}
     if kinds != capture_rng(run.runtime.device).keys():
         notes.append("saved on another kind of device: arithmetic and random draws (dropout) are not those of before")
-    changed = changes(cast(dict[str, object], checkpoint.state["config"]), to_json(run.config))
+    changed = changes(fill_defaults(cast(dict[str, object], checkpoint.state["config"])), to_json(run.config))
     if changed:
         notes.append(f"changed since: {shorten(changed)}")
     return notes

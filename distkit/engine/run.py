@@ -25,7 +25,7 @@ from distkit.errors import TrainingError
 from distkit.losses import ComputeLoss
 from distkit.observers import Event, Observer
 from distkit.runtime.process import Runtime
-from distkit.schedules import Plateau, Schedule
+from distkit.schedules import PlateauTracker, Schedule
 from distkit.strategies import Strategy
 from distkit.tensors.spec import TensorSpec
 
@@ -180,7 +180,7 @@ class Run:
     schedule: Schedule
     directory: RunDirectory
     meter: Meter
-    plateau: Plateau | None = None
+    plateau: PlateauTracker | None = None
     ema: Ema | None = None
     data_state: DataState | None = None
     buffer_specs: Mapping[str, TensorSpec] = field(default_factory=dict)

@@ -8,14 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distkit.config.optim import NO_WEIGHT_DECAY, OptimConfig
+from distkit.config.optim import OPTIMIZERS, OptimConfig
 from distkit.errors import ConfigError
 
 #: As torch.optim takes it. Keys here: params, param_names (parallel to params), weight_decay, and "kind" where it
 #: matters: "muon" or "adamw" with --optim.name muon, "sparse" for parameters whose gradients are sparse.
 ParamGroup = dict[str, Any]
-
-_TAKE_SPARSE = frozenset({"sgd", "adagrad", "sparse_adam", "lbfgs"})
 
 
 def default_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
@@ -36,8 +34,8 @@ def default_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGro
     _check_sparse(named, sparse, config)
     groups: dict[tuple[bool, bool, bool], ParamGroup] = {}
     for name, parameter in named.items():
-        kind = "sparse" if parameter in sparse and config.name != "lbfgs" else None
-        if config.name == "muon":
+        kind = "sparse" if parameter in sparse and not config.needs_closure else None
+        if config.splits_matrices:
             kind = "muon" if parameter.ndim == 2 and parameter not in not_for_muon else "adamw"
         decay = config.weight_decay if config.decay_all or parameter.ndim >= 2 else 0.0
         # sorts Muon's group first and the group without decay last
@@ -47,7 +45,7 @@ def default_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGro
         group["param_names"].append(name)
         if kind is not None:
             group["kind"] = kind
-        if config.name not in NO_WEIGHT_DECAY:
+        if config.has_weight_decay:
             group["weight_decay"] = decay
     return [groups[place] for place in sorted(groups)]
 
@@ -78,17 +76,18 @@ def _embeddings_and_head(model: nn.Module) -> set[Tensor]:
 
 
 def _check_sparse(named: Mapping[str, Tensor], sparse: set[Tensor], config: OptimConfig) -> None:
-    found = ", ".join([name for name, parameter in named.items() if parameter in sparse][:5])
+    names = ", ".join([name for name, parameter in named.items() if parameter in sparse][:5])
     dense = [name for name, parameter in named.items() if parameter not in sparse]
-    if config.name == "sparse_adam" and dense:
-        raise ConfigError(f"--optim.name sparse_adam cannot update {len(dense)} parameters with dense gradients",
+    if dense and not config.takes_dense:
+        raise ConfigError(f"--optim.name {config.name} cannot update {len(dense)} parameters with dense gradients",
                           expected="nn.Embedding or nn.EmbeddingBag with sparse=True", got=", ".join(dense[:5]),
                           fix="--optim.name adam, or leave them out in the recipe's build_param_groups")  # fmt: skip
-    if found and config.name not in _TAKE_SPARSE:
-        raise ConfigError(f"--optim.name {config.name} cannot take the sparse gradients of {found}",
-                          expected=f"one of {', '.join(sorted(_TAKE_SPARSE))}, or sparse=False in the embedding",
+    if names and not config.takes_sparse:
+        takers = ", ".join(sorted(name for name, row in OPTIMIZERS.items() if row.takes_sparse))
+        raise ConfigError(f"--optim.name {config.name} cannot take the sparse gradients of {names}",
+                          expected=f"one of {takers}, or sparse=False in the embedding",
                           got=config.name, fix="--optim.name sgd")  # fmt: skip
-    if found and config.weight_decay:
-        raise ConfigError(f"--optim.weight-decay cannot decay {found}: the gradients are sparse",
+    if names and config.weight_decay:
+        raise ConfigError(f"--optim.weight-decay cannot decay {names}: the gradients are sparse",
                           expected="0, or sparse=False in the embedding", got=config.weight_decay,
                           fix="--optim.weight-decay 0")  # fmt: skip

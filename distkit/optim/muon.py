@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 
+from distkit.config.optim import AdamW as AdamWConfig
 from distkit.errors import ConfigError
+from distkit.optim.build import can_fuse
 from distkit.optim.groups import ParamGroup
 from distkit.tensors.shards import local_part, whole
 
@@ -22,10 +24,44 @@ class MuonWithAdamW(Optimizer):
     """Muon for hidden matrices and AdamW for everything else, as one optimizer.
 
     `param_groups` holds the two optimizers' own dicts, so a group's lr set here is theirs, and all share one `state`.
+
+    Args:
+        groups: each with "kind": "muon" or "adamw".
+        lr: of both.
+        weight_decay: of both.
+        betas: AdamW's.
+        eps: AdamW's.
+        muon_options: Muon's own arguments.
+
+    Raises:
+        ConfigError: a group of another kind, or none for Muon.
     """
 
-    def __init__(self, muon: Muon, adamw: AdamW | None = None) -> None:
-        self._parts: list[Optimizer] = [muon] if adamw is None else [muon, adamw]
+    def __init__(
+        self,
+        groups: Sequence[ParamGroup],
+        *,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        **muon_options: Any,
+    ) -> None:
+        if strange := {str(group.get("kind")) for group in groups} - {"muon", "adamw"}:
+            raise ConfigError('--optim.name muon needs to know each group\'s "kind"', expected="muon or adamw",
+                              got=", ".join(sorted(strange)), fix='{"params": [...], "kind": "muon"}')  # fmt: skip
+        matrices = [group for group in groups if group["kind"] == "muon"]
+        rest = [group for group in groups if group["kind"] == "adamw"]
+        if not matrices:
+            raise ConfigError("--optim.name muon found no hidden matrix in the model",
+                              expected="parameters with two dims", got="none but embeddings and the last nn.Linear",
+                              fix="--optim.name adamw")  # fmt: skip
+        in_shards = any(isinstance(parameter, DTensor) for group in matrices for parameter in group["params"])
+        muon_class = MuonInShards if in_shards else Muon
+        self._parts: list[Optimizer] = [muon_class(matrices, lr=lr, weight_decay=weight_decay, **muon_options)]
+        if rest:
+            fused = can_fuse(AdamWConfig, rest) or None
+            self._parts.append(AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self._share()
 

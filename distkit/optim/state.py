@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, SGD, Optimizer
+from torch.optim import ASGD, Optimizer
 
 from distkit.errors import CheckpointError, ConfigError
 from distkit.optim.build import fill_momentum_
@@ -209,9 +209,8 @@ class OptimizerState:
         }
         self.optimizer.state.clear()
         self.optimizer.state.update(state)
-        if isinstance(self.optimizer, SGD) and any(group.get("fused") for group in self.optimizer.param_groups):
-            # it was saved where SGD was not fused, and some parameters had not had a gradient yet
-            fill_momentum_(self.optimizer)
+        # where SGD was not fused when it was saved, and some parameters had not had a gradient yet
+        fill_momentum_(self.optimizer)
 
 
 def _as_tensor(number: float | int) -> Tensor:

@@ -24,7 +24,7 @@ from distkit.checkpoint.digest import state_digest
 from distkit.checkpoint.read import iterate, read_state
 from distkit.checkpoint.verify import verify
 from distkit.commands.tools.diff import digest
-from distkit.config import OptimConfig, ResumeConfig, StrategyName
+from distkit.config import AdamW, ResumeConfig, StrategyName
 from distkit.engine.fit import fit
 from distkit.engine.resume import restore
 from distkit.runtime import read_topology
@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).parents[1] / "golden_checkpoints" / "step-000000010"
 DIGEST = "198fe0d9e1601f6dcd1cf9a2e1a9db06634d091dd6ee25e5e89134ffc4279860"
 CONFIG = replace(
     BASE, num_steps=12, microbatch_size=2, dropout=0.2, noise=0.1, batch_norm=True, ema_decay=0.9, precision="fp16",
-    optim=OptimConfig(name="adamw", lr=0.01), eval_every=6, report_every=4, resume=ResumeConfig(source=str(GOLDEN)),
+    optim=AdamW(lr=0.01), eval_every=6, report_every=4, resume=ResumeConfig(source=str(GOLDEN)),
 )  # fmt: skip
 
 

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import distkit.config as config
 import distkit.config.optim as optim_module
 import distkit.config.schedule as schedule_module
 import distkit.config.train as train_module
 from distkit.config import (
+    LBFGS,
     OPTIMIZERS,
     SCHEDULES,
     DataConfig,
     DebugConfig,
     ObserveConfig,
     OptimConfig,
-    ScheduleConfig,
     TrainConfig,
+    fill_defaults,
+    from_values,
+    replace_kind,
     split_batch,
+    to_json,
 )
+from distkit.config.choice import Choice, describe
 from distkit.errors import ConfigError
 
 MODULES = (optim_module, schedule_module, train_module)
-CONFIGS = (DataConfig, DebugConfig, ObserveConfig, OptimConfig, ScheduleConfig, TrainConfig)
+CONFIGS = (DataConfig, DebugConfig, ObserveConfig, *OPTIMIZERS.values(), config.Cosine, TrainConfig)
 
 
 def make_config(**options: object) -> TrainConfig:
@@ -40,25 +48,25 @@ def make_config(**options: object) -> TrainConfig:
 # --- shape
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_defaults_are_valid_and_frozen(config: type) -> None:
-    made = make_config() if config is TrainConfig else config()
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_defaults_are_valid_and_frozen(kind: type) -> None:
+    made = make_config() if kind is TrainConfig else kind()
     for field in dataclasses.fields(made):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(made, field.name, None)
-    assert made == (make_config() if config is TrainConfig else config())
+    assert made == (make_config() if kind is TrainConfig else kind())
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_fields_are_keyword_only(config: type) -> None:
-    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in inspect.signature(config).parameters.values())
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_fields_are_keyword_only(kind: type) -> None:
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in inspect.signature(kind).parameters.values())
 
 
 def undocumented(module: ModuleType) -> list[str]:
-    """The fields of the configuration classes in `module` that no docstring follows."""
+    """The fields of the classes in `module` that no docstring follows."""
     found = []
     for node in ast.parse(inspect.getsource(module)).body:
-        if not (isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
+        if not (isinstance(node, ast.ClassDef) and (node.bases or node.name.endswith("Config"))):
             continue
         for field, after in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):
@@ -81,68 +89,64 @@ def test_the_documentation_test_finds_what_it_looks_for(monkeypatch: pytest.Monk
     assert undocumented(optim_module) == ["AConfig.b", "AConfig.c"]
 
 
-def test_every_name_has_a_row_of_options() -> None:
-    assert set(optim_module.TAKES) == set(OPTIMIZERS)
-    assert set(schedule_module.TAKES) == set(SCHEDULES)
-    optim_fields = {field.name for field in dataclasses.fields(OptimConfig)}
-    schedule_fields = {field.name for field in dataclasses.fields(ScheduleConfig)}
-    assert frozenset().union(*optim_module.TAKES.values()) <= optim_fields
-    # every optional field belongs to some name
-    always = {"name", "lr", "weight_decay", "decay_all"}
-    assert frozenset().union(*optim_module.TAKES.values()) == optim_fields - always
-    taken = frozenset().union(*schedule_module.TAKES.values(), schedule_module.WARMUP)
-    assert taken == schedule_fields - {"name"}
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_defaults_are_those_of_torch(name: str) -> None:
+    row = OPTIMIZERS[name]
+    module, _, class_name = row.torch_class.rpartition(".")
+    arguments = inspect.signature(getattr(importlib.import_module(module), class_name)).parameters
+    for field in dataclasses.fields(row):
+        if field.name not in ("lr", "weight_decay", "decay_all") and name != "muon":
+            assert arguments[row.renamed.get(field.name, field.name)].default == field.default, field.name
+    assert ("weight_decay" in arguments) == row.has_weight_decay
 
 
 # --- refusals
 
 Make = Callable[[], object]
-OPTIM = OptimConfig
-SCHEDULE = ScheduleConfig
 WRONG: list[tuple[str, Make]] = [
-    ("--optim.name", lambda: OPTIM(name="adamv")),  # type: ignore[arg-type]
-    ("--optim.lr", lambda: OPTIM(lr=0)),
-    ("--optim.lr", lambda: OPTIM(lr=float("nan"))),
-    ("--optim.lr", lambda: OPTIM(lr=float("inf"))),
-    ("--optim.weight-decay", lambda: OPTIM(weight_decay=-1e-4)),
-    ("--optim.weight-decay", lambda: OPTIM(name="rprop", weight_decay=0.1)),
-    ("--optim.momentum", lambda: OPTIM(momentum=1.0)),
-    ("--optim.momentum", lambda: OPTIM(nesterov=True)),
-    ("--optim.momentum", lambda: OPTIM(nesterov=True, momentum=0.9, dampening=0.1)),
-    ("--optim.dampening", lambda: OPTIM(momentum=0.9, dampening=1.5)),
-    ("--optim.betas", lambda: OPTIM(name="adam", betas=(0.9, 1.0))),
-    ("--optim.eps", lambda: OPTIM(name="adam", eps=0)),
-    ("--optim.alpha", lambda: OPTIM(name="rmsprop", alpha=0)),
-    ("--optim.momentum-decay", lambda: OPTIM(name="nadam", momentum_decay=-1)),
-    ("--optim.etas", lambda: OPTIM(name="rprop", etas=(1.5, 0.5))),
-    ("--optim.step-sizes", lambda: OPTIM(name="rprop", step_sizes=(50, 1e-6))),
-    ("--optim.rho", lambda: OPTIM(name="adadelta", rho=1.1)),
-    ("--optim.beta2-decay", lambda: OPTIM(name="adafactor", beta2_decay=0.8)),
-    ("--optim.clip-threshold", lambda: OPTIM(name="adafactor", clip_threshold=0.5)),
-    ("--optim.ns-steps", lambda: OPTIM(name="muon", ns_steps=100)),
-    ("--optim.max-iter", lambda: OPTIM(name="lbfgs", max_iter=0)),
-    ("--optim.history-size", lambda: OPTIM(name="lbfgs", history_size=0)),
-    ("--optim.tolerance-change", lambda: OPTIM(name="lbfgs", tolerance_change=-1)),
-    ("--schedule.name", lambda: SCHEDULE(name="cosin")),  # type: ignore[arg-type]
-    ("--schedule.warmup-epochs", lambda: SCHEDULE(warmup_steps=5, warmup_epochs=1)),
-    ("--schedule.warmup-steps", lambda: SCHEDULE(warmup_steps=-1)),
-    ("--schedule.min-lr-ratio", lambda: SCHEDULE(min_lr_ratio=1.5)),
-    ("--schedule.cycle-epochs", lambda: SCHEDULE(name="cosine_restarts")),
-    ("--schedule.cycle-epochs", lambda: SCHEDULE(name="cyclic", cycle_steps=4, cycle_epochs=1)),
-    ("--schedule.cycle-steps", lambda: SCHEDULE(name="cyclic", cycle_steps=7)),
-    ("--schedule.cycle-growth", lambda: SCHEDULE(name="cosine_restarts", cycle_steps=7, cycle_growth=0)),
-    ("--schedule.milestone-epochs", lambda: SCHEDULE(name="multi_step")),
-    ("--schedule.milestones", lambda: SCHEDULE(name="multi_step", milestones=(20, 10))),
-    ("--schedule.gamma", lambda: SCHEDULE(name="multi_step", milestones=(10,), gamma=0)),
-    ("--schedule.gamma", lambda: SCHEDULE(name="exponential")),
-    ("--schedule.gamma", lambda: SCHEDULE(name="cyclic", cycle_steps=4, gamma=0.9)),
-    ("--schedule.gamma 0.9999", lambda: SCHEDULE(name="cyclic", cycle_steps=4, cycle_mode="exp_range")),
-    ("--schedule.power", lambda: SCHEDULE(name="polynomial", power=0)),
-    ("--schedule.warmup-ratio", lambda: SCHEDULE(name="one_cycle", warmup_ratio=1.0)),
-    ("--schedule.initial-lr-ratio", lambda: SCHEDULE(name="one_cycle", initial_lr_ratio=0)),
-    ("--schedule.decay-ratio", lambda: SCHEDULE(name="warmup_stable_decay", decay_ratio=0)),
-    ("--schedule.patience", lambda: SCHEDULE(name="plateau", patience=-1)),
-    ("--schedule.threshold", lambda: SCHEDULE(name="plateau", threshold=-1)),
+    ("--optim.name", lambda: from_values(OPTIMIZERS, {"name": "adamv"})),
+    ("--optim.lr", lambda: config.SGD(lr=0)),
+    ("--optim.lr", lambda: config.SGD(lr=float("nan"))),
+    ("--optim.lr", lambda: config.SGD(lr=float("inf"))),
+    ("--optim.weight-decay", lambda: config.SGD(weight_decay=-1e-4)),
+    ("--optim.weight-decay", lambda: config.Rprop(weight_decay=0.1)),
+    ("--optim.momentum", lambda: config.SGD(momentum=1.0)),
+    ("--optim.momentum", lambda: config.SGD(nesterov=True)),
+    ("--optim.momentum", lambda: config.SGD(nesterov=True, momentum=0.9, dampening=0.1)),
+    ("--optim.dampening", lambda: config.SGD(momentum=0.9, dampening=1.5)),
+    ("--optim.betas", lambda: config.Adam(betas=(0.9, 1.0))),
+    ("--optim.eps", lambda: config.Adam(eps=0)),
+    ("--optim.alpha", lambda: config.RMSprop(alpha=0)),
+    ("--optim.momentum-decay", lambda: config.NAdam(momentum_decay=-1)),
+    ("--optim.etas", lambda: config.Rprop(etas=(1.5, 0.5))),
+    ("--optim.step-sizes", lambda: config.Rprop(step_sizes=(50, 1e-6))),
+    ("--optim.rho", lambda: config.Adadelta(rho=1.1)),
+    ("--optim.beta2-decay", lambda: config.Adafactor(beta2_decay=0.8)),
+    ("--optim.clip-threshold", lambda: config.Adafactor(clip_threshold=0.5)),
+    ("--optim.ns-steps", lambda: config.Muon(ns_steps=100)),
+    ("--optim.max-iter", lambda: config.LBFGS(max_iter=0)),
+    ("--optim.history-size", lambda: config.LBFGS(history_size=0)),
+    ("--optim.tolerance-change", lambda: config.LBFGS(tolerance_change=-1)),
+    ("--schedule.name", lambda: from_values(SCHEDULES, {"name": "cosin"})),
+    ("--schedule.warmup-epochs", lambda: config.Cosine(warmup_steps=5, warmup_epochs=1)),
+    ("--schedule.warmup-steps", lambda: config.Cosine(warmup_steps=-1)),
+    ("--schedule.min-lr-ratio", lambda: config.Cosine(min_lr_ratio=1.5)),
+    ("--schedule.cycle-epochs", lambda: config.CosineRestarts()),
+    ("--schedule.cycle-epochs", lambda: config.Cyclic(cycle_steps=4, cycle_epochs=1)),
+    ("--schedule.cycle-steps", lambda: config.Cyclic(cycle_steps=7)),
+    ("--schedule.cycle-growth", lambda: config.CosineRestarts(cycle_steps=7, cycle_growth=0)),
+    ("--schedule.milestone-epochs", lambda: config.MultiStep()),
+    ("--schedule.milestones", lambda: config.MultiStep(milestones=(20, 10))),
+    ("--schedule.gamma", lambda: config.MultiStep(milestones=(10,), gamma=0)),
+    ("--schedule.gamma", lambda: from_values(SCHEDULES, {"name": "exponential"})),
+    ("--schedule.gamma", lambda: config.Cyclic(cycle_steps=4, gamma=0.9)),
+    ("--schedule.gamma 0.9999", lambda: config.Cyclic(cycle_steps=4, cycle_mode="exp_range")),
+    ("--schedule.power", lambda: config.Polynomial(power=0)),
+    ("--schedule.warmup-ratio", lambda: config.OneCycle(warmup_ratio=1.0)),
+    ("--schedule.initial-lr-ratio", lambda: config.OneCycle(initial_lr_ratio=0)),
+    ("--schedule.decay-ratio", lambda: config.WarmupStableDecay(decay_ratio=0)),
+    ("--schedule.patience", lambda: config.Plateau(patience=-1)),
+    ("--schedule.threshold", lambda: config.Plateau(threshold=-1)),
     ("--seed", lambda: make_config(seed=-1)),
     ("--num-epochs", lambda: make_config(num_steps=None)),
     ("--num-epochs", lambda: make_config(num_epochs=1.0)),
@@ -157,7 +161,7 @@ WRONG: list[tuple[str, Make]] = [
     ("--max-grad-value", lambda: make_config(max_grad_norm=1.0, max_grad_value=1.0)),
     ("--ema-decay", lambda: make_config(ema_decay=1.0)),
     ("--timeout-seconds", lambda: make_config(timeout_seconds=0.0)),
-    ("--precision", lambda: make_config(precision="fp16", optim=OptimConfig(name="lbfgs"))),
+    ("--precision", lambda: make_config(precision="fp16", optim=LBFGS())),
     ("--debug.num-steps", lambda: DebugConfig(num_steps=0)),
     ("--debug.overfit-batches", lambda: DebugConfig(overfit_batches=0)),
 ]
@@ -177,37 +181,72 @@ def test_wrong_values_say_what_to_type(flag: str, make: Make) -> None:
 
 def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"type: +--optim\.name adamw$"):
-        OptimConfig(name="adam-w")  # type: ignore[arg-type]
+        from_values(OPTIMIZERS, {"name": "adam-w"})
     with pytest.raises(ConfigError, match=r"type: +--schedule\.name multi_step$"):
-        ScheduleConfig(name="multistep")  # type: ignore[arg-type]
+        from_values(SCHEDULES, {"name": "multistep"})
 
 
-def a_value(name: str) -> object:
-    """Some value that is set; which one does not matter, for it is refused before its range is looked at."""
-    return (0.5, 1.5) if name in ("betas", "etas", "step_sizes") else 1
+EACH = [(table, name) for table in (OPTIMIZERS, SCHEDULES) for name in table]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_refuses_what_it_does_not_take(name: str) -> None:
-    for field in dataclasses.fields(OptimConfig):
-        if field.default is not None or field.name in optim_module.TAKES[name]:
-            continue
-        option = "--optim." + field.name.replace("_", "-")
-        with pytest.raises(ConfigError, match=rf"--optim\.name {name} does not take {option}\n") as caught:
-            OptimConfig(name=name, **{field.name: a_value(field.name)})  # type: ignore[arg-type]
-        assert str(caught.value).endswith(f"{option} None")
+@pytest.mark.parametrize(("table", "name"), EACH, ids=[name for _, name in EACH])
+def test_a_class_refuses_what_it_does_not_take_and_names_those_that_do(
+    table: Mapping[str, type[Choice]], name: str
+) -> None:
+    section = table[name].section
+    taken = {other: {field.name for field in dataclasses.fields(kind)} for other, kind in table.items()}
+    for field in set().union(*taken.values()) - taken[name]:
+        option = f"--{section}." + field.replace("_", "-")
+        with pytest.raises(ConfigError, match=rf"--{section}\.name {name} does not take {option}\n") as caught:
+            from_values(table, {"name": name, field: 1})
+        fix = str(caught.value).splitlines()[-1]
+        assert fix.endswith(f"leave out {option}")
+        assert all((re.search(rf"\b{other}\b", fix) is not None) == (field in taken[other]) for other in table)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_refuses_what_it_does_not_take(name: str) -> None:
-    warmup = frozenset() if name in schedule_module.OWN_WARMUP else schedule_module.WARMUP
-    for field in dataclasses.fields(ScheduleConfig):
-        if field.default is not None or field.name in schedule_module.TAKES[name] | warmup:
-            continue
-        option = "--schedule." + field.name.replace("_", "-")
-        with pytest.raises(ConfigError, match=rf"--schedule\.name {name} does not take {option}\n") as caught:
-            ScheduleConfig(name=name, **{field.name: 1})  # type: ignore[arg-type]
-        assert str(caught.value).endswith(f"{option} None")
+NEEDED = {
+    "cosine_restarts": {"cycle_epochs": 2.0},
+    "cyclic": {"cycle_epochs": 2.0},
+    "multi_step": {"milestone_epochs": [3.0, 6.0]},
+    "exponential": {"gamma": 0.99},
+}
+
+
+@pytest.mark.parametrize(("table", "name"), EACH, ids=[name for _, name in EACH])
+def test_config_json_gives_the_same_back_also_with_null_for_defaults(
+    table: Mapping[str, type[Choice]], name: str
+) -> None:
+    made = from_values(table, {"name": name, **NEEDED.get(name, {})})
+    assert from_values(table, json.loads(json.dumps(describe(made)))) == made
+    # a config.json of old held the fields of all classes
+    every = {field.name for kind in table.values() for field in dataclasses.fields(kind)}
+    assert from_values(table, {**dict.fromkeys(every), "name": name, **NEEDED.get(name, {})}) == made
+    for other in table:
+        if other not in NEEDED:
+            replaced = replace_kind(table, made, other)
+            assert replaced.name == other
+            for field in dataclasses.fields(replaced):
+                # a default of one class is nothing to say to the next
+                said = field.name in NEEDED.get(name, {})
+                assert getattr(replaced, field.name) == (getattr(made, field.name) if said else field.default)
+
+
+def test_another_class_keeps_what_both_have() -> None:
+    before = config.SGD(lr=0.3, momentum=0.8, nesterov=True, weight_decay=0.1)
+    assert replace_kind(OPTIMIZERS, before, "rmsprop") == config.RMSprop(lr=0.3, momentum=0.8, weight_decay=0.1)
+    assert replace_kind(OPTIMIZERS, before, "sgd") == before
+
+
+def test_null_in_a_saved_configuration_is_no_change() -> None:
+    now = to_json(make_config())
+    flat = {field.name for kind in OPTIMIZERS.values() for field in dataclasses.fields(kind)}
+    saved = {**now, "optim": {**dict.fromkeys(flat), "name": "sgd", "lr": 0.1, "weight_decay": 0.0, "decay_all": False}}
+    assert fill_defaults(saved) == now
+
+
+def test_a_base_class_says_that_it_is_one() -> None:
+    with pytest.raises(TypeError, match="base class"):
+        OptimConfig()
 
 
 # --- the cut of a global batch

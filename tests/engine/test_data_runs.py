@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from torchvision.transforms import v2
 
 from distkit.assemble import assemble
-from distkit.config import DataConfig, ObserveConfig, OptimConfig, Placement, Split, TrainConfig
+from distkit.config import AdamW, DataConfig, ObserveConfig, Placement, Split, TrainConfig
 from distkit.data import IterableData, TensorSamples, TokenDataset
 from distkit.data.packed.pack import pack
 from distkit.data.sources import folder
@@ -33,7 +33,7 @@ BASE = TrainConfig(
     device="cpu",
     num_threads=1,
     observe=ObserveConfig(console=False),
-    optim=OptimConfig(name="adamw", lr=1e-3),
+    optim=AdamW(lr=1e-3),
 )
 
 
@@ -182,7 +182,7 @@ def test_token_files_train(tmp_path: Path, placement: Placement) -> None:
     def loss(_config: TrainConfig, model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossOutput:
         return LossOutput(F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten()))
 
-    config = replace(BASE, num_steps=60, optim=OptimConfig(name="adamw", lr=0.05), data=DataConfig(placement=placement))
+    config = replace(BASE, num_steps=60, optim=AdamW(lr=0.05), data=DataConfig(placement=placement))
     dataset = TokenDataset(tmp_path / "tokens.bin", 16, vocab_size=50)
     summary = train(tmp_path / "run", config, dataset, model, loss)
     assert summary["last"]["loss"] < 0.5  # type: ignore[index]

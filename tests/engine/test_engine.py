@@ -15,7 +15,7 @@ from support.tiny import BASE, NUM_TEST, NUM_TRAIN, TinyConfig, Vectors, build_r
 from torch import Tensor, nn
 
 from distkit.assemble import assemble
-from distkit.config import OptimConfig, ScheduleConfig, Split
+from distkit.config import LBFGS, SGD, AdamW, Constant, Plateau, Split
 from distkit.data import SampleStream
 from distkit.data.reading.fetchers import Batches
 from distkit.data.reading.loader import EvaluationLoader
@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_digest_and_another_seed_another(tmp_path: 
         BASE,
         replace(BASE, microbatch_size=2, weighted=True, max_grad_norm=1.0, ema_decay=0.99),
         replace(BASE, max_grad_value=0.1, precision="bf16"),
-        replace(BASE, precision="fp16", max_grad_norm=1.0, optim=OptimConfig(name="adamw", lr=0.01)),
+        replace(BASE, precision="fp16", max_grad_norm=1.0, optim=AdamW(lr=0.01)),
     ],
     ids=["plain", "weighted-accumulated-clipped-ema", "value-bf16", "fp16"],
 )
@@ -236,8 +236,8 @@ def test_clipping_by_norm_and_by_value(tmp_path: Path) -> None:
 
 
 def test_lbfgs_trains_through_a_closure(tmp_path: Path) -> None:
-    optim = OptimConfig(name="lbfgs", lr=0.5, line_search="strong_wolfe", max_iter=5)
-    config = replace(BASE, optim=optim, global_batch_size=NUM_TRAIN, schedule=ScheduleConfig(name="constant"))
+    optim = LBFGS(lr=0.5, line_search="strong_wolfe", max_iter=5)
+    config = replace(BASE, optim=optim, global_batch_size=NUM_TRAIN, schedule=Constant())
     run = build_run(tmp_path, config)
     fit(run)
     losses = [line["loss"] for line in lines(run, "train")]
@@ -246,8 +246,8 @@ def test_lbfgs_trains_through_a_closure(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_lbfgs_ranks_stay_together(tmp_path: Path) -> None:
-    optim = OptimConfig(name="lbfgs", lr=0.5, max_iter=4)
-    config = replace(BASE, optim=optim, num_steps=3, schedule=ScheduleConfig(name="constant"))
+    optim = LBFGS(lr=0.5, max_iter=4)
+    config = replace(BASE, optim=optim, num_steps=3, schedule=Constant())
     one = run_ranks(outcome, 1, str(tmp_path / "one"), config)[0]
     two = run_ranks(outcome, 2, str(tmp_path / "two"), config)
     for name, weight in one["weights"].items():
@@ -259,7 +259,7 @@ def test_lbfgs_ranks_stay_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
-        ({"optim": OptimConfig(name="lbfgs", lr=1.0), "max_grad_norm": 1.0}, "--max-grad-norm None"),
+        ({"optim": LBFGS(lr=1.0), "max_grad_norm": 1.0}, "--max-grad-norm None"),
         ({"precision": "tf32"}, "--precision fp32"),
         ({"global_batch_size": NUM_TRAIN + 1}, "--global-batch-size 96"),
     ],
@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 
 
 def test_plateau_lowers_the_rate_when_nothing_improves(tmp_path: Path) -> None:
-    schedule = ScheduleConfig(name="plateau", patience=0, gamma=0.5, threshold=10.0)
+    schedule = Plateau(patience=0, gamma=0.5, threshold=10.0)
     run = build_run(tmp_path, replace(BASE, schedule=schedule, eval_every=5))
     fit(run)
     rates = [line["lr"] for line in lines(run, "train")]
@@ -405,14 +405,14 @@ def test_a_model_that_comes_in_evaluation_mode_is_trained(tmp_path: Path) -> Non
 
 
 def test_lbfgs_reports_each_global_batch_once(tmp_path: Path) -> None:
-    config = replace(BASE, optim=OptimConfig(name="lbfgs", lr=0.1), num_steps=4, report_every=4)
+    config = replace(BASE, optim=LBFGS(lr=0.1), num_steps=4, report_every=4)
     run = build_run(tmp_path, config)
     fit(run)
     assert lines(run, "train")[0]["samples"] == 4 * config.global_batch_size
 
 
 def test_a_step_of_padding_alone_moves_nothing(tmp_path: Path) -> None:
-    config = replace(BASE, optim=OptimConfig(name="sgd", lr=0.1), schedule=ScheduleConfig(name="constant"))
+    config = replace(BASE, optim=SGD(lr=0.1), schedule=Constant())
     run = build_run(tmp_path, config)
     honest = run.compute_loss
     run = replace(run, compute_loss=lambda model, batch: replace(honest(model, batch), weight=torch.zeros(())))
@@ -444,7 +444,7 @@ def test_sums_with_a_graph_do_not_keep_it(tmp_path: Path) -> None:
     assert not run.meter._pending[0][0].sums["norm"].requires_grad
 
 
-@pytest.mark.parametrize("changes", [{"schedule": ScheduleConfig(name="plateau", metric="acc")}, {}])
+@pytest.mark.parametrize("changes", [{"schedule": Plateau(metric="acc")}, {}])
 def test_a_metric_that_is_not_there_is_named(tmp_path: Path, changes: dict[str, object]) -> None:
     run = build_run(tmp_path, replace(BASE, eval_every=5, **changes))  # type: ignore[arg-type]
     if not changes:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distkit.assemble import optimizer_builder
-from distkit.config import BatchSplit, OptimConfig, TrainConfig, split_batch
+from distkit.config import AdamW, BatchSplit, Muon, TrainConfig, split_batch
 from distkit.data import ImageDataset, SampleStream
 from distkit.data.reading.fetchers import BatchMaker, InlineFetcher
 from distkit.data.reading.loader import EvaluationLoader, Loader
@@ -35,7 +35,6 @@ from distkit.models.gpt import attend
 from distkit.recipe import Recipe
 from distkit.runtime import Topology
 from distkit.runtime.process import Runtime
-from distkit.schedules import build_schedule
 from distkit.strategies import build_strategy
 
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -164,7 +163,7 @@ def fake_run(recipe: Recipe[Any], config: TrainConfig, model: nn.Module, dataset
         loader=Loader(fetcher, SampleStream(config.seed, SAMPLES, split.global_batch_size), split, 0),
         test_loader=EvaluationLoader(fetcher, SAMPLES),
         compute_loss=partial(recipe.compute_loss, config),
-        schedule=build_schedule(config.schedule, num_steps=STEPS, steps_per_epoch=8.0),
+        schedule=config.schedule.build(num_steps=STEPS, steps_per_epoch=8.0),
         directory=cast(Any, None),
         meter=Meter(runtime, copies=strategy.reuses_outputs),
         ema=Ema(strategy.module, 0.9, strategy.model_tensors()),
@@ -177,11 +176,11 @@ CIFAR = {"model": "resnet8", "channels_last": True, "cutout": 8}
 GPT = {"vocab_size": 65, "tokens": ROOT, "text": ROOT, "context_length": 16, "dim": 32, "num_layers": 2}
 RUNS: dict[str, tuple[Recipe[Any], Callable[[Any], Any], dict[str, Any]]] = {
     "cifar10 bf16 sgd": (cifar10.recipe, images, {"precision": "bf16", **CIFAR}),
-    "cifar10 fp16 adamw": (cifar10.recipe, images, {"precision": "fp16", "optim": OptimConfig(name="adamw"), **CIFAR}),
+    "cifar10 fp16 adamw": (cifar10.recipe, images, {"precision": "fp16", "optim": AdamW(), **CIFAR}),
     "fastnet": (cifar10.recipe, images, {"precision": "bf16", "label_smoothing": 0.2, **CIFAR, "model": "fastnet"}),
     "gpt bf16": (gpt.recipe, windows, {"precision": "bf16", **GPT}),
     "gpt fp16": (gpt.recipe, windows, {"precision": "fp16", **GPT, "max_grad_norm": None, "max_grad_value": 0.5}),
-    "gpt muon": (gpt.recipe, windows, {"precision": "fp32", **GPT, "optim": OptimConfig(name="muon", lr=0.02)}),
+    "gpt muon": (gpt.recipe, windows, {"precision": "fp32", **GPT, "optim": Muon(lr=0.02)}),
     "gpt with dropout": (gpt.recipe, windows, {"precision": "bf16", **GPT, "dropout": 0.1}),
 }
 

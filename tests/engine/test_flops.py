@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from distkit.assemble import assemble
 from distkit.checkpoint.digest import state_digest
-from distkit.config import ActivationCheckpointingConfig, OptimConfig
+from distkit.config import LBFGS, ActivationCheckpointingConfig
 from distkit.engine.fit import fit
 from distkit.engine.flops import PEAKS, Outline, known_peak
 from distkit.errors import ConfigError
@@ -148,7 +148,7 @@ def test_what_cannot_be_counted_is_said_once_and_the_run_goes_on(tmp_path: Path)
 
 
 def test_lbfgs_has_no_number_of_flops(tmp_path: Path) -> None:
-    config = replace(BASE, peak_tflops=1.0, num_steps=5, optim=OptimConfig(name="lbfgs", lr=0.1))
+    config = replace(BASE, peak_tflops=1.0, num_steps=5, optim=LBFGS(lr=0.1))
     assert "several times" in fit(build(tmp_path, config))["mfu"]
 
 

@@ -10,7 +10,7 @@ import torch
 from support import tiny, tiny_gpt
 
 from distkit.assemble import assemble
-from distkit.config import CheckpointConfig, ScheduleConfig, TrainConfig
+from distkit.config import CheckpointConfig, Constant, TrainConfig
 from distkit.engine.fit import fit, opened, report
 from distkit.engine.run import Run
 from distkit.engine.train_step import train_step
@@ -60,7 +60,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(precision: str, asynchronous: str,
                 precision=precision,
                 dropout=0.1,
                 num_steps=num_steps,
-                schedule=ScheduleConfig(name="constant"),
+                schedule=Constant(),
                 checkpoint=CheckpointConfig(save_every=5, asynchronous=asynchronous),  # type: ignore[arg-type]
             )
             summary = fit(run)

@@ -18,7 +18,7 @@ from support.tiny import BASE, TinyConfig, build_run
 from distkit.checkpoint.format import step_name
 from distkit.checkpoint.restore import VerifiedCheckpoint
 from distkit.checkpoint.retention import list_checkpoints
-from distkit.config import CheckpointConfig, OptimConfig, ResumeConfig, ScheduleConfig
+from distkit.config import LBFGS, AdamW, CheckpointConfig, Plateau, ResumeConfig
 from distkit.engine.fit import fit
 from distkit.engine.run import Run
 from distkit.engine.state import snapshot
@@ -84,10 +84,10 @@ CONFIGS = {
     "all at once": FULL,
     "behind": replace(FULL, checkpoint=replace(SAVING, asynchronous="on")),
     "in the step": replace(FULL, checkpoint=replace(SAVING, asynchronous="off")),
-    "fp16": replace(FULL, precision="fp16", optim=OptimConfig(name="adamw", lr=0.01)),
+    "fp16": replace(FULL, precision="fp16", optim=AdamW(lr=0.01)),
     "plateau": replace(FULL, eval_every=2,
-                       schedule=ScheduleConfig(name="plateau", patience=0, threshold=0.5, gamma=0.5)),
-    "lbfgs": replace(BASE, optim=OptimConfig(name="lbfgs", lr=0.1), checkpoint=SAVING),
+                       schedule=Plateau(patience=0, threshold=0.5, gamma=0.5)),
+    "lbfgs": replace(BASE, optim=LBFGS(lr=0.1), checkpoint=SAVING),
 }  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def digest_when_restored(folder: str, config: TinyConfig) -> str:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_another_world_size_reads_the_same_samples_and_loses_alike(world_size: int, tmp_path: Path) -> None:
     config = replace(BASE, global_batch_size=24, noise=0.1, ema_decay=0.9, weighted=True, checkpoint=SAVING,
-                     eval_every=10, optim=OptimConfig(name="adamw", lr=0.02))  # fmt: skip
+                     eval_every=10, optim=AdamW(lr=0.02))  # fmt: skip
     straight = run_ranks(trajectory, 4, str(tmp_path / "straight"), config, None)[0][0]
     saved = run_ranks(saved_then_killed, 4, str(tmp_path / "moved"), config, 12)
     assert len(set(saved)) == 1
@@ -219,7 +219,7 @@ def test_more_steps_go_on_with_a_finished_run(tmp_path: Path) -> None:
         ({"batch_norm": False}, "unexpected in the checkpoint: ema/1."),
         ({"ema_decay": None}, "unexpected in the checkpoint: ema/"),
         ({"precision": "fp16"}, "missing in the checkpoint: scaler/"),
-        ({"optim": OptimConfig(name="adamw", lr=0.1)}, "AdamW"),
+        ({"optim": AdamW(lr=0.1)}, "AdamW"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(change: dict[str, object], named: str, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_source_without_checkpoints_is_refused(source: str, tmp_path: Path) ->
 def test_weights_only_takes_what_fits_and_starts_at_step_0(tmp_path: Path) -> None:
     first = train(tmp_path / "first", FULL)
     source = str(tmp_path / "first" / "run")
-    config = replace(FULL, batch_norm=False, seed=5, optim=OptimConfig(name="adamw", lr=0.01),
+    config = replace(FULL, batch_norm=False, seed=5, optim=AdamW(lr=0.01),
                      resume=ResumeConfig(source=source, weights_only=True))  # fmt: skip
     second = build_run(tmp_path / "second", config)
     from distkit.engine.resume import restore

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from distkit.config import OPTIMIZERS, OptimConfig
+from distkit.config import LBFGS, OPTIMIZERS, SGD, Adam, AdamW, Muon, RMSprop, SparseAdam
 from distkit.errors import ConfigError
 from distkit.optim import (
     MuonWithAdamW,
@@ -123,7 +123,7 @@ NO_DECAY = {"rprop", "sparse_adam", "lbfgs"}
 def test_equals_the_torch_class(name: str) -> None:
     options, torch_class, arguments = BY_HAND[name]
     decay = 0.0 if name in NO_DECAY else 0.05
-    config = OptimConfig(name=name, lr=0.01, weight_decay=decay, **options)  # type: ignore[arg-type]
+    config = OPTIMIZERS[name](lr=0.01, weight_decay=decay, **options)  # type: ignore[arg-type]
     ours, theirs = make(), make()
     groups = [
         {"params": [p for p in theirs.parameters() if p.ndim >= 2]} | ({"weight_decay": decay} if decay else {}),
@@ -141,7 +141,7 @@ def test_every_name_is_tested() -> None:
 
 
 def test_lbfgs_takes_a_closure_and_one_group() -> None:
-    config = OptimConfig(name="lbfgs", lr=0.5, max_iter=4, history_size=3, line_search="strong_wolfe")
+    config = LBFGS(lr=0.5, max_iter=4, history_size=3, line_search="strong_wolfe")
     ours, theirs = make(), make()
     groups = default_param_groups(ours, config)
     assert len(groups) == 1
@@ -167,7 +167,7 @@ def names_of(groups: list[dict[str, object]]) -> list[object]:
 
 def test_norms_and_biases_are_not_decayed() -> None:
     model = make()
-    decay, rest = default_param_groups(model, OptimConfig(weight_decay=0.1))
+    decay, rest = default_param_groups(model, SGD(weight_decay=0.1))
     assert decay["param_names"] == ["embedding.weight", "hidden.weight", "conv.weight", "head.weight"]
     assert rest["param_names"] == ["hidden.bias", "norm.weight", "norm.bias", "conv.bias"]
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
@@ -179,22 +179,22 @@ def test_norms_and_biases_are_not_decayed() -> None:
 def test_one_group_where_all_parameters_are_treated_alike() -> None:
     model = make()
     every_name = [name for name, _ in model.named_parameters()]
-    assert names_of(default_param_groups(model, OptimConfig(weight_decay=0.1, decay_all=True))) == [every_name]
-    assert names_of(default_param_groups(model, OptimConfig(weight_decay=0.0))) == [every_name]
+    assert names_of(default_param_groups(model, SGD(weight_decay=0.1, decay_all=True))) == [every_name]
+    assert names_of(default_param_groups(model, SGD(weight_decay=0.0))) == [every_name]
 
 
 def test_frozen_parameters_are_left_out_and_empty_groups_dropped() -> None:
     model = make()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "hidden.weight")
-    assert names_of(default_param_groups(model, OptimConfig(weight_decay=0.1))) == [["hidden.weight"]]
+    assert names_of(default_param_groups(model, SGD(weight_decay=0.1))) == [["hidden.weight"]]
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter to train"):
-        default_param_groups(model, OptimConfig())
+        default_param_groups(model, SGD())
 
 
 def test_tied_weights_count_once() -> None:
-    decay, _ = default_param_groups(make(tied=True), OptimConfig(weight_decay=0.1))
+    decay, _ = default_param_groups(make(tied=True), SGD(weight_decay=0.1))
     assert decay["param_names"] == ["embedding.weight", "hidden.weight", "conv.weight"]
 
 
@@ -220,13 +220,13 @@ def test_names_are_canonical_behind_ddp(monkeypatch: pytest.MonkeyPatch) -> None
 def test_groups_of_a_recipe_keep_their_own_lr() -> None:
     model = make()
     groups = [{"params": list(model.hidden.parameters()), "lr": 0.5}, {"params": list(model.head.parameters())}]
-    optimizer = build_optimizer(OptimConfig(lr=0.1), groups)
+    optimizer = build_optimizer(SGD(lr=0.1), groups)
     assert [group["initial_lr"] for group in optimizer.param_groups] == [0.5, 0.1]
     assert "initial_lr" not in groups[0]
     set_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.05]
     with pytest.raises(ConfigError, match="no parameter"):
-        build_optimizer(OptimConfig(), [])
+        build_optimizer(SGD(), [])
 
 
 # --- sparse gradients
@@ -237,7 +237,7 @@ def test_groups_of_a_recipe_keep_their_own_lr() -> None:
 def test_sparse_embeddings(name: str) -> None:
     model = nn.Embedding(7, 3, sparse=True)
     before = model.weight.detach().clone()
-    config = OptimConfig(name=name, lr=0.1)  # type: ignore[arg-type]
+    config = OPTIMIZERS[name](lr=0.1)
     groups = default_param_groups(model, config)
     assert [group["kind"] for group in groups] == ["sparse"]
     optimizer = build_optimizer(config, groups)
@@ -251,7 +251,7 @@ def test_sparse_embeddings(name: str) -> None:
 
 def test_sparse_adam_names_the_dense_parameters() -> None:
     with pytest.raises(ConfigError) as caught:
-        default_param_groups(make(sparse=True), OptimConfig(name="sparse_adam"))
+        default_param_groups(make(sparse=True), SparseAdam())
     message = str(caught.value)
     assert "hidden.weight" in message
     assert "embedding.weight" not in message
@@ -260,11 +260,11 @@ def test_sparse_adam_names_the_dense_parameters() -> None:
 
 def test_sparse_gradients_need_an_optimizer_that_takes_them() -> None:
     with pytest.raises(ConfigError, match=r"adam cannot take the sparse gradients of embedding\.weight"):
-        default_param_groups(make(sparse=True), OptimConfig(name="adam"))
+        default_param_groups(make(sparse=True), Adam())
     with pytest.raises(ConfigError, match=r"--optim\.weight-decay 0"):
-        default_param_groups(make(sparse=True), OptimConfig(name="sgd", weight_decay=0.1))
+        default_param_groups(make(sparse=True), SGD(weight_decay=0.1))
     # tied to a dense use the gradient is dense
-    default_param_groups(make(sparse=True, tied=True), OptimConfig(name="adam", weight_decay=0.1))
+    default_param_groups(make(sparse=True, tied=True), Adam(weight_decay=0.1))
 
 
 # --- fused
@@ -273,7 +273,7 @@ def test_sparse_gradients_need_an_optimizer_that_takes_them() -> None:
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adagrad"])
 def test_fused_kernels_are_taken_on_the_cpu(name: str) -> None:
     model = make()
-    config = OptimConfig(name=name, lr=0.1)  # type: ignore[arg-type]
+    config = OPTIMIZERS[name](lr=0.1)
     optimizer = build_optimizer(config, default_param_groups(model, config))
     assert all(group["fused"] for group in optimizer.param_groups)
     # torch 2.11's fused adagrad does not
@@ -282,17 +282,16 @@ def test_fused_kernels_are_taken_on_the_cpu(name: str) -> None:
 
 def test_no_fused_kernel() -> None:
     complex_group = [{"params": [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]}]
-    assert not can_fuse(OptimConfig(), complex_group)
-    assert not can_fuse(OptimConfig(name="rmsprop"), default_param_groups(make(), OptimConfig()))
-    config = OptimConfig(momentum=0.9, dampening=0.1)
+    assert not can_fuse(SGD(), complex_group)
+    assert not can_fuse(RMSprop(), default_param_groups(make(), SGD()))
+    config = SGD(momentum=0.9, dampening=0.1)
     optimizer = build_optimizer(config, default_param_groups(make(), config))
     assert not skips_on_device(optimizer)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adagrad"])
 def test_fp16_skips_the_first_update_and_goes_on(name: str) -> None:
-    momentum = 0.9 if name == "sgd" else None
-    config = OptimConfig(name=name, lr=0.1, momentum=momentum)  # type: ignore[arg-type]
+    config = SGD(lr=0.1, momentum=0.9) if name == "sgd" else OPTIMIZERS[name](lr=0.1)
     skipped, clean = make(), make()
     optimizer = build_optimizer(config, default_param_groups(skipped, config))
     # memory that torch hands out again uninitialised
@@ -312,7 +311,7 @@ def test_fp16_skips_the_first_update_and_goes_on(name: str) -> None:
 
 def test_sgd_takes_a_parameter_whose_gradient_comes_late() -> None:
     early, late = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
-    optimizer = build_optimizer(OptimConfig(lr=1.0, momentum=0.5), [{"params": [early, late]}])
+    optimizer = build_optimizer(SGD(lr=1.0, momentum=0.5), [{"params": [early, late]}])
     early.grad = torch.ones(2)
     optimizer.step()
     late.grad = torch.ones(2)
@@ -323,7 +322,7 @@ def test_sgd_takes_a_parameter_whose_gradient_comes_late() -> None:
 
 # --- muon
 
-MUON = OptimConfig(name="muon", lr=0.02, weight_decay=0.1, momentum=0.9, betas=(0.8, 0.9), adjust_lr="match_rms_adamw")
+MUON = Muon(lr=0.02, weight_decay=0.1, momentum=0.9, betas=(0.8, 0.9), adjust_lr="match_rms_adamw")
 
 
 def test_muon_takes_hidden_matrices_only() -> None:
@@ -417,7 +416,7 @@ def test_muon_says_what_it_lacks() -> None:
 
 def test_muon_without_anything_for_adamw() -> None:
     matrix = nn.Parameter(torch.eye(3))
-    optimizer = build_optimizer(OptimConfig(name="muon", lr=0.1), [{"params": [matrix], "kind": "muon"}])
+    optimizer = build_optimizer(Muon(lr=0.1), [{"params": [matrix], "kind": "muon"}])
     matrix.grad = torch.eye(3)
     optimizer.step()
     assert not torch.equal(matrix, torch.eye(3))
@@ -427,7 +426,7 @@ def test_muon_without_anything_for_adamw() -> None:
 
 
 def test_named_state_does_not_depend_on_the_order_of_groups() -> None:
-    config = OptimConfig(name="adamw", lr=0.01, weight_decay=0.1)
+    config = AdamW(lr=0.01, weight_decay=0.1)
     one, two = make(), make()
     first = build_optimizer(config, default_param_groups(one, config))
     second = build_optimizer(config, default_param_groups(two, config)[::-1])

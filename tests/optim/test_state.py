@@ -96,7 +96,7 @@ class Case:
 
 
 def config(name: str, **options: object) -> OptimConfig:
-    return OptimConfig(name=name, **{"lr": 0.05, **options})  # type: ignore[arg-type]
+    return OPTIMIZERS[name](**{"lr": 0.05, **options})  # type: ignore[arg-type]
 
 
 SINGLE, FOREACH = {"fused": None, "foreach": False}, {"fused": None, "foreach": True}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.harness import ROOT, run_recipe_cli
 
-from distkit.config import DataConfig, OptimConfig
+from distkit.config import DataConfig, Muon
 from distkit.errors import ConfigError, DataError
 from distkit.load import module_of, read_recipe
 from distkit.optim import default_param_groups
@@ -120,7 +120,7 @@ def test_the_loss_is_the_mean_over_tokens(config) -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_muon_takes_every_matrix_but_the_embedding(config, decay: float) -> None:
-    muon = replace(config, optim=OptimConfig(name="muon", lr=0.01, weight_decay=decay))
+    muon = replace(config, optim=Muon(lr=0.01, weight_decay=decay))
     model = gpt.build_model(muon)
     matrices, *rest = gpt.build_param_groups(muon, model)
     assert matrices["kind"] == "muon"

@@ -17,7 +17,7 @@ from support.strategy_runs import BASES, ZERO, CountReads, build, differences, n
 from torch import Tensor, nn
 
 from distkit.assemble import assemble
-from distkit.config import OptimConfig, TrainConfig, ZeroConfig
+from distkit.config import ASGD, OPTIMIZERS, NAdam, TrainConfig, ZeroConfig
 from distkit.engine.fit import fit
 from distkit.engine.train_step import train_step
 from distkit.errors import ConfigError, NonFiniteError
@@ -37,8 +37,8 @@ def test_weighted_losses_offloading_averages_and_other_optimizers(tmp_path: Path
     changes: dict[str, dict[str, object]] = {
         "weighted": {"weighted": True, "max_grad_norm": 0.3, "microbatch_size": 2},
         "value": {"max_grad_value": 0.05},
-        "asgd": {"optim": OptimConfig(name="asgd", lr=0.1)},
-        "nadam": {"optim": OptimConfig(name="nadam", lr=0.01)},
+        "asgd": {"optim": ASGD(lr=0.1)},
+        "nadam": {"optim": NAdam(lr=0.01)},
         "compile": {"compile": True, "compile_backend": "eager"},
         "offload": {"zero": ZeroConfig(offload="optimizer"), "max_grad_norm": 0.3},
     }
@@ -137,7 +137,7 @@ def spoiling(strategy: Strategy, honest: Callable[[Tensor], None], value: float,
 def test_all_ranks_skip_what_overflows_on_one(tmp_path: Path) -> None:
     base = replace(BASES["gpt"], precision="fp16", max_grad_norm=1.0)
     configs = {
-        f"{stage}-{optim}": replace(base, strategy=stage, optim=OptimConfig(name=optim, lr=0.1))  # type: ignore[arg-type]
+        f"{stage}-{optim}": replace(base, strategy=stage, optim=OPTIMIZERS[optim](lr=0.1))  # type: ignore[arg-type]
         for stage in ZERO
         for optim in ("adamw", "sgd")
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.strategy_runs import BASES, MISSING, STRATEGIES, ZERO, Ended, curve, differences, on_ranks
 
-from distkit.config import ActivationCheckpointingConfig, FSDPConfig, OptimConfig, TrainConfig
+from distkit.config import OPTIMIZERS, ActivationCheckpointingConfig, FSDPConfig, TrainConfig
 
 FULL = ActivationCheckpointingConfig(mode="full")
 NONE = ActivationCheckpointingConfig()
@@ -103,7 +103,7 @@ def test_low_precision_within_its_rounding(precision: str, tmp_path: Path) -> No
 def test_optimizers_update_shards_as_they_update_whole_tensors(tmp_path: Path) -> None:
     names = ("sgd", "adam", "adagrad", "muon", "nadam")
     base = replace(BASES["gpt"], num_steps=12, report_every=1)
-    whole = {name: replace(base, optim=OptimConfig(name=name, lr=0.01)) for name in names}  # type: ignore[arg-type]
+    whole = {name: replace(base, optim=OPTIMIZERS[name](lr=0.01)) for name in names}  # type: ignore[arg-type]
     sharded = {name: replace(config, strategy="fsdp") for name, config in whole.items()}
     sharded["muon-hsdp"] = replace(sharded["muon"], fsdp=FSDPConfig(replicas=2))
     sharded["muon-ddp"] = replace(whole["muon"], strategy="ddp")

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from distkit.cli import parse
 from distkit.config import (
+    LBFGS,
+    OPTIMIZERS,
     ActivationCheckpointingConfig,
+    Adafactor,
     DDPConfig,
     FSDPConfig,
-    OptimConfig,
     TrainConfig,
     to_json,
 )
@@ -78,8 +80,8 @@ def test_units_come_back_through_config_json(wrap: tuple[str, ...] | None, tmp_p
     [
         (1, {"strategy": "fsdp"}, "several ranks"),
         (2, {"strategy": "single"}, "one rank"),
-        (2, {"strategy": "fsdp", "optim": OptimConfig(name="adafactor")}, "--optim.name adafactor"),
-        (2, {"strategy": "fsdp", "optim": OptimConfig(name="lbfgs")}, "--optim.name lbfgs"),
+        (2, {"strategy": "fsdp", "optim": Adafactor()}, "--optim.name adafactor"),
+        (2, {"strategy": "fsdp", "optim": LBFGS()}, "--optim.name lbfgs"),
         (2, {"strategy": "fsdp", "compile": True, "compile_scope": "whole"}, "--compile-scope blocks"),
         (4, {"strategy": "fsdp", "fsdp": FSDPConfig(replicas=3)}, "--fsdp.replicas 2"),
         (4, {"strategy": "fsdp", "fsdp": FSDPConfig(replicas=4)}, "--fsdp.replicas 2"),
@@ -228,7 +230,7 @@ def overflow(folder: str, config: TrainConfig) -> tuple[float, bool]:
 def test_all_ranks_skip_what_overflows_on_one(
     world_size: int, replicas: int | None, optim: str, tmp_path: Path
 ) -> None:
-    config = replace(SHARDED, precision="fp16", max_grad_norm=1.0, optim=OptimConfig(name=optim, lr=0.1),  # type: ignore[arg-type]
+    config = replace(SHARDED, precision="fp16", max_grad_norm=1.0, optim=OPTIMIZERS[optim](lr=0.1),  # type: ignore[arg-type]
                      fsdp=FSDPConfig(replicas=replicas))  # fmt: skip
     assert run_ranks(overflow, world_size, str(tmp_path), config) == [(1.0, True)] * world_size
 

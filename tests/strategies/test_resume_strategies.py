@@ -13,7 +13,7 @@ from support.strategy_runs import BASES, MISSING, Ended, curve, differences, nee
 from distkit.checkpoint.format import step_name
 from distkit.checkpoint.verify import read_manifest
 from distkit.commands.checkpoint import command
-from distkit.config import CheckpointConfig, FSDPConfig, OptimConfig, ResumeConfig, TrainConfig, ZeroConfig
+from distkit.config import OPTIMIZERS, SGD, CheckpointConfig, FSDPConfig, ResumeConfig, TrainConfig, ZeroConfig
 
 MIDDLE, END = 10, 20
 TOLERANCE = 1e-5
@@ -129,14 +129,14 @@ def test_strategy_and_world_size_may_change(straight: Straight, recipe: str, wor
         assert run.restored == command(["digest", str(middle(straight.folder, source))]).text, name
 
 
-OPTIMIZERS = ("sgd", "adam", "adagrad", "muon", "nadam", "asgd")
+RESUMED = ("sgd", "adam", "adagrad", "muon", "nadam", "asgd")
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_sharded_runs_resume_to_the_bit(tmp_path: Path) -> None:
     base = config_of("gpt", "fsdp", dropout=0.2, microbatch_size=1, global_batch_size=6)
-    configs = {name: replace(base, optim=OptimConfig(name=name, lr=0.01)) for name in OPTIMIZERS}  # type: ignore[arg-type]
+    configs = {name: replace(base, optim=OPTIMIZERS[name](lr=0.01)) for name in RESUMED}  # type: ignore[arg-type]
     configs["bf16"] = replace(base, precision="bf16", fsdp=FSDPConfig(gather_precision="bf16"))
     configs["fp16"] = replace(base, precision="fp16")
     configs["offload"] = replace(base, fsdp=FSDPConfig(cpu_offload=True))
@@ -152,7 +152,7 @@ def test_zero_resumes_to_the_bit(stage: str, tmp_path: Path) -> None:
     offload = "parameters" if stage == "zero3" else "optimizer"
     configs = {
         "adamw": base,
-        "sgd": replace(base, optim=OptimConfig(name="sgd", lr=0.05, momentum=0.9)),
+        "sgd": replace(base, optim=SGD(lr=0.05, momentum=0.9)),
         "bf16": replace(base, precision="bf16"),
         "fp16": replace(base, precision="fp16"),
         "offload": replace(base, zero=ZeroConfig(offload=offload)),  # type: ignore[arg-type]

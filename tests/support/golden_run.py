@@ -16,7 +16,7 @@ from support import tiny_gpt
 from support.tiny_gpt import SHAPE, GPTTrainConfig
 from torch import Tensor, nn
 
-from distkit.config import CheckpointConfig, FSDPConfig, ScheduleConfig, Split
+from distkit.config import CheckpointConfig, FSDPConfig, Plateau, Split
 from distkit.data.sets.fingerprint import fingerprint
 from distkit.entry import main
 from distkit.losses import chunked_cross_entropy
@@ -78,7 +78,7 @@ def build_dataset(config: GPTTrainConfig, split: Split) -> Tokens:
 
 BASE = replace(
     tiny_gpt.BASE, num_steps=12, microbatch_size=1, dropout=0.1, ema_decay=0.9, eval_every=3, report_every=4, seed=3,
-    global_batch_size=6, schedule=ScheduleConfig(name="plateau", patience=0, threshold=0.5, gamma=0.5),
+    global_batch_size=6, schedule=Plateau(patience=0, threshold=0.5, gamma=0.5),
     strategy="fsdp", fsdp=FSDPConfig(), checkpoint=CheckpointConfig(save_every=10, keep_last=None, keep_best=None),
 )  # fmt: skip
 RECIPE = Recipe("golden", GPTTrainConfig, lambda config: Model(config.dropout), build_dataset, tiny_gpt.compute_loss,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distkit.assemble import assemble
-from distkit.config import CheckpointConfig, ObserveConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
+from distkit.config import SGD, CheckpointConfig, Cosine, ObserveConfig, Split, TrainConfig
 from distkit.data import Draws
 from distkit.engine.run import Run
 from distkit.entry import main
@@ -90,8 +90,8 @@ BASE = TinyConfig(
     timeout_seconds=60,
     observe=QUIET,
     checkpoint=CheckpointConfig(enabled=False),
-    optim=OptimConfig(name="sgd", lr=0.2, momentum=0.9),
-    schedule=ScheduleConfig(name="cosine", warmup_steps=3),
+    optim=SGD(lr=0.2, momentum=0.9),
+    schedule=Cosine(warmup_steps=3),
 )
 RECIPE = Recipe("tiny", TinyConfig, build_model, build_dataset, compute_loss, presets={"default": BASE},
                 best=("correct", "max"))  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distkit.config import CheckpointConfig, ObserveConfig, OptimConfig, ScheduleConfig, Split, TrainConfig
+from distkit.config import AdamW, CheckpointConfig, Cosine, ObserveConfig, Split, TrainConfig
 from distkit.entry import main
 from distkit.losses import LossOutput, chunked_cross_entropy
 from distkit.models import GPT, GPTConfig
@@ -62,8 +62,8 @@ BASE = GPTTrainConfig(
     timeout_seconds=60,
     observe=ObserveConfig(console=False),
     checkpoint=CheckpointConfig(enabled=False),
-    optim=OptimConfig(name="adamw", lr=0.003, eps=1e-5, weight_decay=0.1),
-    schedule=ScheduleConfig(name="cosine", warmup_steps=3),
+    optim=AdamW(lr=0.003, eps=1e-5, weight_decay=0.1),
+    schedule=Cosine(warmup_steps=3),
 )
 RECIPE = Recipe("tiny-gpt", GPTTrainConfig, build_model, lambda config, split: Tokens(split), compute_loss,
                 presets={"default": BASE})  # fmt: skip
