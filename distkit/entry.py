@@ -5,22 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 from distkit.cli import parse
-from distkit.config import (
-    ActivationCheckpointingConfig,
-    DDPConfig,
-    FSDPConfig,
-    TrainConfig,
-    ZeroConfig,
-    split_batch,
-)
+from distkit.config import TrainConfig, reset_for_debugging, split_batch
 from distkit.engine.endings import RunFailedError, complain, ending_together, leave
 from distkit.errors import ConfigError
 from distkit.recipe import Recipe
-from distkit.runtime import Topology, launched_strategy, merge_launcher_env, read_topology
+from distkit.runtime import Topology, rank_for_messages, read_accelerate_env, read_topology
 from distkit.runtime.faults import check_faults
 
 C = TypeVar("C", bound=TrainConfig)
@@ -37,15 +29,14 @@ def main(recipe: Recipe[C], argv: Sequence[str] | None = None) -> None:
 
 def launch(recipe: Recipe[C], argv: Sequence[str]) -> int:
     """Parse, train, and say how it went as an exit code. Errors are one message on stderr."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    topology = Topology(rank=int(rank) if rank.isdigit() else 0)
+    topology = Topology(rank=rank_for_messages(os.environ))
     debugger = False
     try:
         topology = read_topology(os.environ)
         check_faults()
-        strategy = launched_strategy(os.environ, topology.world_size)
-        parsed = parse(recipe.config, recipe.presets, argv, f"{recipe.name}.py", recipe_summary(recipe), strategy)
-        config = merge_launcher_env(parsed.config, parsed.typed, os.environ, topology.world_size)
+        launched = read_accelerate_env(os.environ, topology.world_size)
+        prog, summary = f"{recipe.name}.py", recipe_summary(recipe)
+        config = parse(recipe.config, recipe.presets, argv, prog, summary, launched, topology.world_size)
         debugger = config.debug.pdb
         config = debug_config(config, topology) if config.debug.enabled else config
         split_batch(config, topology.world_size)
@@ -91,21 +82,7 @@ def debug_config(config: C, topology: Topology) -> C:
         raise ConfigError("--debug reports to the terminal only", expected="no other observer",
                           fix="--observe.no-tensorboard --observe.no-wandb --observe.also None")  # fmt: skip
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
-    return replace(
-        config,
-        deterministic=True,
-        strategy="auto",
-        ddp=DDPConfig(),
-        fsdp=FSDPConfig(),
-        zero=ZeroConfig(),
-        activation_checkpointing=ActivationCheckpointingConfig(),
-        compile=False,
-        compile_scope="auto",
-        compile_backend="inductor",
-        compile_mode="default",
-        compile_fullgraph=False,
-        compile_dynamic=False,
-    )
+    return reset_for_debugging(config)
 
 
 def train(recipe: Recipe[C], config: C) -> dict[str, object]:

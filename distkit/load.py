@@ -80,7 +80,7 @@ def load_model(
 def load_config(run_dir: Path, recipe: AnyRecipe, flags: Sequence[str] = ()) -> TrainConfig:
     """The configuration of a run, with `flags` (as on the recipe's command line) over it."""
     argv = [f"--config={run_dir / 'config.json'}", *flags]
-    config: TrainConfig = parse(recipe.config, recipe.presets, argv, recipe.name, "").config
+    config: TrainConfig = parse(recipe.config, recipe.presets, argv, recipe.name, "")
     return config
 
 

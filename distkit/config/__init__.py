@@ -1,7 +1,7 @@
 """Configurations: frozen, validated when made, documented field by field. No torch here."""
 
 from distkit.config.checkpoint import CheckpointConfig, ResumeConfig
-from distkit.config.choice import carry_over, from_values, replace_kind
+from distkit.config.choice import carry_over, from_values
 from distkit.config.data import DataConfig, Placement
 from distkit.config.optim import (
     ASGD,
@@ -57,6 +57,7 @@ from distkit.config.train import (
     Split,
     TrainConfig,
     fill_defaults,
+    reset_for_debugging,
     split_batch,
     to_json,
 )
@@ -115,7 +116,7 @@ __all__ = [
     "carry_over",
     "fill_defaults",
     "from_values",
-    "replace_kind",
+    "reset_for_debugging",
     "split_batch",
     "to_json",
 ]

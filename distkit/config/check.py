@@ -42,7 +42,7 @@ def require_number(
         for sign, bound in ((">", above), (">=", least), ("<=", most), ("<", below))
         if math.isfinite(bound)
     ]
-    ok = math.isfinite(value) and above < value < below and least <= value <= most
+    ok = isinstance(value, int | float) and math.isfinite(value) and above < value < below and least <= value <= most
     require(ok, name, "a finite number " + " and ".join(words), value, example)
 
 

@@ -15,20 +15,20 @@ class CheckpointConfig:
     """When a run saves its state, how, and what it keeps."""
 
     enabled: bool = True
-    """Save at all; without it a killed run starts again from nothing."""
+    """Save checkpoints; without them a run that is killed starts over."""
     save_every: int | None = 500
-    """Steps between two saves, >= 1; None: only at the end (and where keep_best says so)."""
+    """Steps between saves, >= 1; None: only at the end, and where keep_best asks for one."""
     asynchronous: Saving = "auto"
-    """Copy the state at the step and write it behind the next ones (`--checkpoint.async` for short). auto: on where
-    the copy fits into half of the free memory."""
+    """Copy the state at the step boundary and write it in the background (`--checkpoint.async` for short). auto: on
+    if the copy fits into half of the free memory."""
     keep_last: int | None = 3
     """Newest checkpoints to keep, >= 1; None: all."""
     keep_best: int | None = 1
-    """Also keep this many with the best evaluations, and save whenever one is the best so far, >= 1; None: off."""
+    """Also keep this many checkpoints with the best evaluations, and save after every new best, >= 1; None: off."""
     keep_every: int | None = None
-    """Also keep each checkpoint whose step is a multiple of this, >= 1; None: off."""
+    """Also keep checkpoints whose step is a multiple of this, >= 1; None: off."""
     max_failures: int = 3
-    """Saves in a row that may fail (a full disk) before the run ends, >= 1."""
+    """Consecutive saves that may fail (a full disk) before the run ends, >= 1."""
 
     def __post_init__(self) -> None:
         for name, example in (("save_every", "500"), ("keep_last", "3"), ("keep_best", "1"), ("keep_every", "5000"),
@@ -43,13 +43,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeConfig:
-    """Where a run begins."""
+    """Where a run starts from."""
 
     source: str = "auto"
-    """auto: where this --run-dir left off, if it holds a run. never: refuse a directory that holds a run. Or a
-    checkpoint, or the directory of another run, to begin from (`--resume DIR` for short)."""
+    """auto: continue the run in --run-dir, if there is one. never: refuse a directory that holds a run. Or the
+    checkpoint or the run directory to start from (`--resume DIR` for short)."""
     weights_only: bool = False
-    """Take the model's weights alone, as far as names and shapes fit, and start at step 0 (fine-tuning)."""
+    """Load only the model's weights, where names and shapes match, and start at step 0 (fine-tuning)."""
 
     def __post_init__(self) -> None:
         require(bool(self.source), "resume.source", "auto, never or a directory", repr(self.source), "auto")

@@ -99,17 +99,8 @@ def describe(config: Choice) -> dict[str, object]:
     return {"name": config.name, **asdict(config)}
 
 
-def carry_over(table: Mapping[str, type[K]], config: K, name: str) -> dict[str, object]:
-    """The values, for `from_values`, of the class called `name` with what `config` says beyond its own defaults."""
-    taken = {f.name for f in fields(table[name])} if name in table else set()
-    changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
-    return {"name": name} | {key: value for key, value in changed.items() if key in taken or name == config.name}
-
-
-def replace_kind(table: Mapping[str, type[K]], config: K, name: str) -> K:
-    """The class called `name`, with the fields that `config` has too and that are not at their default there.
-
-    Raises:
-        ConfigError: the name is unknown, or the class has fields without default that `config` lacks.
-    """
-    return from_values(table, carry_over(table, config, name))
+def carry_over(old: type[Choice], values: Mapping[str, object], new: type[Choice]) -> dict[str, object]:
+    """Of `values` for the fields of `old`, those that differ from its defaults and that `new` takes."""
+    defaults = {f.name: f.default for f in fields(old)}
+    taken = {f.name for f in fields(new)}
+    return {key: value for key, value in values.items() if key in taken and value != defaults.get(key, MISSING)}

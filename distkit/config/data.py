@@ -1,4 +1,4 @@
-"""Where samples come from, where they lie, and what happens to a damaged one."""
+"""Where samples come from, where they are held, and what happens to a damaged one."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ Placement = Literal["auto", "device", "host", "workers"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the samples come from and where they lie while training."""
+    """Where samples come from and where they are held during training."""
 
     source: Source = "cifar10"
-    """A set downloaded by name; folder: ROOT/SPLIT/CLASS/*; packed: OUT of `distkit data pack`; synthetic."""
+    """A data set downloaded by name; folder: ROOT/SPLIT/CLASS/*; packed: the output of `distkit data pack`;
+    synthetic."""
     root: Path = Path("data")
-    """Folder of the data: where sets are downloaded to, the ImageFolder tree, or the packed files."""
+    """Directory of the data: downloads, the image folder, or the packed files."""
     cache_dir: Path | None = None
-    """Where the decoded copy of a folder is kept; None: beside the folder."""
+    """Where the decoded copy of an image folder is kept; None: beside the folder."""
     placement: Placement = "auto"
-    """device: resident; host: gathered on the CPU ahead of the step; workers: map-style sets in worker processes."""
+    """device: all samples in the device's memory; host: batches gathered on the CPU ahead of the step; workers:
+    map-style data sets in worker processes."""
     num_workers: int | None = None
-    """Worker processes of one rank, >= 1; None: cores / ranks. Only for placement workers."""
+    """Worker processes per rank, >= 1; None: cores / ranks. Only for placement workers."""
     prefetch_depth: int = 2
-    """Batches made ready ahead of the step by host and by each worker, >= 1."""
+    """Batches prepared ahead of the step, by host and by each worker, >= 1."""
     on_corrupt: Literal["error", "skip"] = "error"
-    """A sample that cannot be read: end the run and name it, or take a deterministic replacement."""
+    """What to do about a sample that cannot be read: end the run and name it, or replace it by another one, always
+    the same."""
     max_corrupt: int = 100
-    """Replacements of one rank after which the run ends all the same, >= 1."""
+    """Replaced samples per rank after which the run ends anyway, >= 1."""
 
     def __post_init__(self) -> None:
         require(self.source in get_args(Source), "data.source", ", ".join(get_args(Source)), self.source, "folder")

@@ -54,13 +54,13 @@ class DDPConfig:
     """ddp: every rank holds the whole model (torch.nn.parallel.DistributedDataParallel)."""
 
     bucket_mb: int | None = None
-    """MiB of gradients that are exchanged together, >= 1; None: torch's 25."""
+    """MiB of gradients per all-reduce, >= 1; None: torch's 25."""
     bf16_gradients: bool = False
-    """Exchange gradients in bf16: half the traffic, and sums rounded to 8 bits."""
+    """All-reduce gradients in bf16: half the traffic, and sums rounded to 8 bits."""
     sync_batchnorm: bool = False
-    """BatchNorm over the microbatches of all ranks; GPUs only."""
+    """BatchNorm statistics over the microbatches of all ranks; GPUs only."""
     static_graph: bool = False
-    """The same parameters get gradients in every step: DDP looks once instead of each time."""
+    """Every step uses the same parameters: DDP checks once instead of in each step."""
 
     def __post_init__(self) -> None:
         require_number("ddp.bucket_mb", self.bucket_mb, least=1, example="25")
@@ -73,13 +73,14 @@ class FSDPConfig:
     wrap: tuple[str, ...] | None = None
     """Module classes that are gathered one at a time; None: the model's repeated blocks."""
     min_params: int | None = None
-    """Instead of classes: each module with at least this many parameters of its own, >= 1."""
+    """Instead of classes: every module with at least this many parameters of its own, >= 1."""
     reshard_after_forward: bool = True
-    """Drop gathered parameters between forward and backward; off: faster, and more memory."""
+    """Free gathered parameters between forward and backward; off: faster, but more memory."""
     cpu_offload: bool = False
-    """Keep shards, gradients and optimizer state in CPU memory."""
+    """Keep parameter shards, gradients and optimizer state in CPU memory."""
     replicas: int | None = None
-    """Copies of the sharded model (hybrid sharding), >= 2, a divisor of the ranks: the number of nodes, say."""
+    """Copies of the sharded model (hybrid sharding), >= 2 and a divisor of the ranks, such as the number of
+    nodes."""
     gather_precision: Low = "fp32"
     """Precision in which parameters are gathered; bf16: half the traffic, and rounds what autocast would not."""
     reduce_precision: Low = "fp32"
@@ -101,9 +102,9 @@ class ZeroConfig:
     """zero1, zero2, zero3: DeepSpeed."""
 
     offload: Offload = "none"
-    """What lies in CPU memory: none, the optimizer's state, or (zero3) the parameters too."""
+    """What is kept in CPU memory: none, the optimizer state, or (zero3) the parameters too."""
     config: Path | None = None
-    """A DeepSpeed configuration (JSON) that wins over the generated one."""
+    """A DeepSpeed configuration (JSON) that overrides the generated one."""
 
     def __post_init__(self) -> None:
         require(self.offload in get_args(Offload), "zero.offload", ", ".join(get_args(Offload)), self.offload, "none")
@@ -111,14 +112,15 @@ class ZeroConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationCheckpointingConfig:
-    """Activations that the backward computes again instead of keeping them (torch.utils.checkpoint)."""
+    """Activations that the backward recomputes instead of storing them (torch.utils.checkpoint)."""
 
     mode: Recomputed = "none"
-    """none; full: those of each of the model's repeated blocks; every: of each n-th one; blocks: of module classes."""
+    """none; full: recompute every repeated block of the model; every: every n-th block; blocks: modules of some
+    classes."""
     every: int | None = None
-    """With mode every: recompute every n-th block, n >= 2."""
+    """With mode every: recompute every n-th block, >= 2."""
     blocks: tuple[str, ...] | None = None
-    """With mode blocks: the classes."""
+    """With mode blocks: the names of the module classes."""
 
     def __post_init__(self) -> None:
         modes = get_args(Recomputed)

@@ -6,9 +6,9 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 from distkit.config.check import flag, require, require_number
 from distkit.config.checkpoint import CheckpointConfig, ResumeConfig
@@ -26,6 +26,8 @@ from distkit.config.strategy import (
 )
 from distkit.errors import ConfigError
 
+C = TypeVar("C", bound="TrainConfig")
+
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Split = Literal["train", "test"]
@@ -39,16 +41,16 @@ CHOICES: dict[str, Mapping[str, type[Choice]]] = {"optim": OPTIMIZERS, "schedule
 
 @dataclass(frozen=True, kw_only=True)
 class DebugConfig:
-    """Everything slow that explains a failure: one process, deterministic, anomaly detection, module by module."""
+    """Slow checks that explain a failure: one process, deterministic, anomaly detection, module by module."""
 
     enabled: bool = False
     """Run in debug mode; `--debug` alone does the same."""
     num_steps: int = 3
-    """Steps before it ends, >= 1."""
+    """Steps to run, >= 1."""
     overfit_batches: int | None = None
-    """Train on this many batches again and again until the loss is near zero, >= 1."""
+    """Train on this many batches over and over until the loss is near zero, >= 1."""
     pdb: bool = False
-    """Open the debugger where an exception was raised."""
+    """Open the debugger at the exception that ends the run."""
 
     def __post_init__(self) -> None:
         if self.overfit_batches is not None and self.num_steps != 3:
@@ -75,6 +77,10 @@ class ObserveConfig:
     """Further observers, by their names in the table of distkit/observers/__init__.py."""
 
 
+#: Metadata of the fields that debug mode sets back to their defaults: how a step is executed, not what it computes.
+_PLAIN = {"reset_by_debug": True}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What every recipe has."""
@@ -88,57 +94,60 @@ class TrainConfig:
     num_steps: int | None = None
     """Length of the run in steps, >= 1; set one of the two."""
     global_batch_size: int = 128
-    """Samples of one optimizer update, over all ranks and microbatches."""
+    """Samples per optimizer update, over all ranks and microbatches."""
     microbatch_size: int | None = None
-    """Samples of one forward and backward on one rank; None: global batch / ranks (no accumulation)."""
+    """Samples per forward and backward on one rank; None: global batch / ranks (no accumulation)."""
     precision: Precision = "fp32"
-    """fp32 (exact), tf32 (NVIDIA tensor cores for fp32), bf16 or fp16 autocast over fp32 weights."""
-    strategy: StrategyName = "auto"
-    """How the model is laid over the ranks; auto: single for one, ddp for several."""
+    """fp32; tf32: fp32 on NVIDIA's tensor cores; bf16 or fp16: autocast, with fp32 weights."""
+    strategy: StrategyName = field(default="auto", metadata=_PLAIN)
+    """How the model is laid out over the ranks; auto: single on one rank, ddp on several."""
     device: Device = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    deterministic: bool = True
-    """Only kernels that give the same bits every time; off: the fastest ones (cuDNN autotuning)."""
+    """auto: cuda where there is one, then mps, then cpu."""
+    deterministic: bool = field(default=True, metadata=_PLAIN)
+    """Use kernels that give the same bits every time; off: the fastest ones (cuDNN autotuning)."""
     channels_last: bool = False
-    """Lay out images as NHWC, and convolution weights where they stay whole (single, ddp); faster on most devices."""
-    compile: bool = False
+    """Store images as NHWC, and convolution weights too unless they are sharded; faster on most devices."""
+    compile: bool = field(default=False, metadata=_PLAIN)
     """Run the model through torch.compile."""
-    compile_scope: CompileScope = "auto"
-    """whole: the model as one. blocks: each repeated block, which starts sooner. auto: blocks under fsdp and zero."""
-    compile_backend: CompileBackend = "inductor"
+    compile_scope: CompileScope = field(default="auto", metadata=_PLAIN)
+    """whole: the model as one; blocks: each repeated block, which compiles sooner; auto: blocks under fsdp and
+    zero."""
+    compile_backend: CompileBackend = field(default="inductor", metadata=_PLAIN)
     """Backend of torch.compile."""
-    compile_mode: CompileMode = "default"
+    compile_mode: CompileMode = field(default="default", metadata=_PLAIN)
     """Mode of torch.compile."""
-    compile_fullgraph: bool = False
-    """Let torch.compile raise at a graph break instead of splitting the model there."""
-    compile_dynamic: bool = False
-    """Let torch.compile make kernels for any batch size instead of one kernel for each."""
+    compile_fullgraph: bool = field(default=False, metadata=_PLAIN)
+    """Raise at a graph break instead of splitting the model there."""
+    compile_dynamic: bool = field(default=False, metadata=_PLAIN)
+    """Compile kernels for any batch size instead of one kernel per size."""
     max_grad_norm: float | None = None
     """Scale gradients down to this global L2 norm, > 0; None: off."""
     max_grad_value: float | None = None
     """Clamp each gradient element to +- this value, > 0; None: off."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, which is then what is evaluated, in (0, 1); None: off."""
+    """Decay of the exponential moving average of the weights, which is then evaluated, in (0, 1); None: off."""
     peak_tflops: float | None = None
-    """Dense TFLOP/s of one rank's device in this precision, > 0, for mfu; None: as its data sheet says, if known."""
+    """Peak dense TFLOP/s of one rank's device in this precision, > 0, for mfu; None: its data sheet's, if known."""
     num_threads: int | None = None
-    """Threads of one rank's work on the CPU, >= 1; None: OMP_NUM_THREADS if above 1, else cores / ranks."""
+    """CPU threads per rank, >= 1; None: OMP_NUM_THREADS if above 1, else cores / ranks."""
     report_every: int = 50
-    """Steps between two train lines, >= 1."""
+    """Steps between train lines, >= 1."""
     eval_every: int | None = None
-    """Steps between two evaluations, >= 1; None: only at the end."""
+    """Steps between evaluations, >= 1; None: only at the end."""
     eval_batch_size: int | None = None
-    """Samples of one evaluation batch on one rank, >= 1; None: the microbatch size."""
+    """Samples per evaluation batch on one rank, >= 1; None: the microbatch size."""
     timeout_seconds: float = 1800.0
-    """A collective or a batch that takes longer ends the run, > 0."""
-    ddp: DDPConfig = field(default_factory=DDPConfig)
+    """The run ends when a collective or a batch takes longer than this, > 0."""
+    ddp: DDPConfig = field(default_factory=DDPConfig, metadata=_PLAIN)
     """Options of ddp."""
-    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig, metadata=_PLAIN)
     """Options of fsdp."""
-    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig, metadata=_PLAIN)
     """Options of zero1, zero2 and zero3."""
-    activation_checkpointing: ActivationCheckpointingConfig = field(default_factory=ActivationCheckpointingConfig)
-    """What the backward computes again."""
+    activation_checkpointing: ActivationCheckpointingConfig = field(
+        default_factory=ActivationCheckpointingConfig, metadata=_PLAIN
+    )
+    """Activations that the backward recomputes."""
     optim: OptimConfig = field(default_factory=SGD)
     """The optimizer."""
     schedule: ScheduleConfig = field(default_factory=Cosine)
@@ -146,11 +155,11 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When the state is saved."""
+    """When the state is saved, and what is kept."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
-    """Where the run begins."""
+    """Where the run starts from."""
     observe: ObserveConfig = field(default_factory=ObserveConfig)
-    """What is told the values of the run."""
+    """Where the values of the run are reported."""
     debug: DebugConfig = field(default_factory=DebugConfig)
     """Debug mode."""
 
@@ -199,6 +208,15 @@ class TrainConfig:
         set_ = [flag(name) for name, default in defaults.items() if getattr(self, name) != default]
         if set_ and not self.compile:
             raise ConfigError(f"{', '.join(set_)} without --compile", expected="--compile too", fix="--compile")
+
+
+def reset_for_debugging(config: C) -> C:
+    """`config` executed in the plainest way: one process, deterministic, not compiled, nothing recomputed."""
+    plain: dict[str, object] = {}
+    for f in fields(TrainConfig):
+        if f.metadata.get("reset_by_debug"):
+            plain[f.name] = f.default if f.default_factory is MISSING else f.default_factory()
+    return replace(config, **plain)  # type: ignore[arg-type]
 
 
 def to_json(config: TrainConfig) -> dict[str, object]:

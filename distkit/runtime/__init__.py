@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distkit.runtime.launcher import launched_strategy, merge_launcher_env
-from distkit.runtime.topology import Topology, read_topology
+from distkit.runtime.accelerate_env import read_accelerate_env
+from distkit.runtime.topology import Topology, rank_for_messages, read_topology
 
-__all__ = ["Topology", "launched_strategy", "merge_launcher_env", "read_topology"]
+__all__ = ["Topology", "rank_for_messages", "read_accelerate_env", "read_topology"]

@@ -19,7 +19,7 @@ from distkit.config import TrainConfig
 from distkit.errors import ConfigError, LaunchError, RankFailedError
 from distkit.runtime.heartbeat import Heartbeat, Position
 from distkit.runtime.seeding import derive_seed, seed_everything
-from distkit.runtime.topology import Topology
+from distkit.runtime.topology import Topology, threads_from_env
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -203,10 +203,7 @@ def choose_num_threads(num_threads: int | None, local_world_size: int) -> int:
 
     Launchers set OMP_NUM_THREADS=1 unasked, so 1 counts as not chosen; `num_threads` 1 says it on purpose.
     """
-    chosen = num_threads or int(os.environ.get("OMP_NUM_THREADS") or 1)
-    if num_threads is None and chosen <= 1:
-        chosen = available_cores(local_world_size)
-    return chosen
+    return num_threads or threads_from_env(os.environ) or available_cores(local_world_size)
 
 
 def available_cores(local_world_size: int = 1) -> int:

@@ -57,6 +57,28 @@ def read_topology(env: Mapping[str, str]) -> Topology:
     return Topology(launcher="accelerate" if "ACCELERATE_MIXED_PRECISION" in env else "python")
 
 
+def rank_for_messages(env: Mapping[str, str]) -> int:
+    """This process's rank as far as it can be told from variables that `read_topology` may refuse; else 0."""
+    for name in ("RANK", "SLURM_PROCID", *(names[1] for names in MPI_NAMES)):
+        if env.get(name, "").isdigit():
+            return int(env[name])
+    return 0
+
+
+def threads_from_env(env: Mapping[str, str]) -> int | None:
+    """OMP_NUM_THREADS; None where it is unset or 1, which launchers write unasked.
+
+    Raises:
+        LaunchError: it is not a number.
+    """
+    # OpenMP takes a list, one number per level of nesting
+    text = (env.get("OMP_NUM_THREADS") or "1").partition(",")[0].strip()
+    if not text.isdigit():
+        raise LaunchError(f"OMP_NUM_THREADS={text} is not a number", expected="a number of threads",
+                          fix="unset OMP_NUM_THREADS, or --num-threads 2")  # fmt: skip
+    return int(text) if int(text) > 1 else None
+
+
 def guard_single_process(env: Mapping[str, str]) -> None:
     """Raise LaunchError when a launcher was asked for several processes and started this one alone.
 

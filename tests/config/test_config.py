@@ -30,11 +30,12 @@ from distkit.config import (
     TrainConfig,
     fill_defaults,
     from_values,
-    replace_kind,
+    reset_for_debugging,
     split_batch,
     to_json,
 )
-from distkit.config.choice import Choice, describe
+from distkit.config.choice import Choice, carry_over, describe
+from distkit.config.strategy import TAKEN_BY
 from distkit.errors import ConfigError
 
 MODULES = (optim_module, schedule_module, train_module)
@@ -98,6 +99,15 @@ def test_defaults_are_those_of_torch(name: str) -> None:
         if field.name not in ("lr", "weight_decay", "decay_all") and name != "muon":
             assert arguments[row.renamed.get(field.name, field.name)].default == field.default, field.name
     assert ("weight_decay" in arguments) == row.has_weight_decay
+
+
+def test_debug_mode_resets_what_only_changes_how_a_step_is_executed() -> None:
+    config = make_config(strategy="fsdp", deterministic=False, compile=True, compile_mode="max-autotune", seed=3)
+    assert reset_for_debugging(config) == make_config(seed=3)
+    # a new option of compilation or of a strategy is not forgotten
+    reset = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata.get("reset_by_debug")}
+    assert reset >= {name for name in TrainConfig.__dataclass_fields__ if name.startswith("compile")}
+    assert reset >= {"strategy", *TAKEN_BY}
 
 
 # --- refusals
@@ -212,6 +222,11 @@ NEEDED = {
 }
 
 
+def become(table: Mapping[str, type[Choice]], made: Choice, name: str) -> Choice:
+    """The class called `name`, with what `made` was told and the class takes."""
+    return from_values(table, {"name": name, **carry_over(type(made), dataclasses.asdict(made), table[name])})
+
+
 @pytest.mark.parametrize(("table", "name"), EACH, ids=[name for _, name in EACH])
 def test_config_json_gives_the_same_back_also_with_null_for_defaults(
     table: Mapping[str, type[Choice]], name: str
@@ -223,7 +238,7 @@ def test_config_json_gives_the_same_back_also_with_null_for_defaults(
     assert from_values(table, {**dict.fromkeys(every), "name": name, **NEEDED.get(name, {})}) == made
     for other in table:
         if other not in NEEDED:
-            replaced = replace_kind(table, made, other)
+            replaced = become(table, made, other)
             assert replaced.name == other
             for field in dataclasses.fields(replaced):
                 # a default of one class is nothing to say to the next
@@ -233,8 +248,8 @@ def test_config_json_gives_the_same_back_also_with_null_for_defaults(
 
 def test_another_class_keeps_what_both_have() -> None:
     before = config.SGD(lr=0.3, momentum=0.8, nesterov=True, weight_decay=0.1)
-    assert replace_kind(OPTIMIZERS, before, "rmsprop") == config.RMSprop(lr=0.3, momentum=0.8, weight_decay=0.1)
-    assert replace_kind(OPTIMIZERS, before, "sgd") == before
+    assert become(OPTIMIZERS, before, "rmsprop") == config.RMSprop(lr=0.3, momentum=0.8, weight_decay=0.1)
+    assert become(OPTIMIZERS, before, "sgd") == before
 
 
 def test_null_in_a_saved_configuration_is_no_change() -> None:

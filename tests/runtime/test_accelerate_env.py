@@ -1,15 +1,16 @@
 """What `accelerate launch` says is honoured; a flag that contradicts it is refused and both are named."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from distkit.cli import parse
-from distkit.config import ActivationCheckpointingConfig, DDPConfig, FSDPConfig, TrainConfig, ZeroConfig
+from distkit.config import ActivationCheckpointingConfig, DDPConfig, FSDPConfig, TrainConfig, ZeroConfig, to_json
 from distkit.errors import ConfigError
-from distkit.runtime import launched_strategy, merge_launcher_env
+from distkit.runtime import read_accelerate_env
 
 PLAIN = TrainConfig(num_steps=10)
 #: What accelerate launch 1.15 writes for `use_fsdp: true` and nothing else.
@@ -27,7 +28,7 @@ FSDP = {
     "FSDP_ACTIVATION_CHECKPOINTING": "false",
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
 }
-FSDP1 = FSDP | {"FSDP_VERSION": "1"}
+FSDP1 = FSDP | {"FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
 REPLICAS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
@@ -36,7 +37,6 @@ REPLICAS = {
     "PARALLELISM_CONFIG_TP_SIZE": "1",
 }
 INDUCTOR = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
-DDP = TrainConfig(num_steps=10, strategy="ddp")
 #: What accelerate launch writes when nothing was chosen.
 NOTHING_CHOSEN = {
     "ACCELERATE_USE_CPU": "False",
@@ -49,10 +49,16 @@ NOTHING_CHOSEN = {
 }
 
 
+def launch(preset: TrainConfig, env: Mapping[str, str], world_size: int, *argv: str) -> TrainConfig:
+    """The configuration of a recipe with one preset, started by a launcher that leaves `env`."""
+    launched = read_accelerate_env(env, world_size)
+    return parse(TrainConfig, {"preset": preset}, argv, "x.py", "", launched, world_size)
+
+
 def test_nothing_chosen_changes_nothing() -> None:
     config = TrainConfig(num_steps=10, precision="bf16", compile=True, device="cpu")
-    assert merge_launcher_env(config, frozenset(), NOTHING_CHOSEN, 1) == config
-    assert merge_launcher_env(config, frozenset({"precision"}), NOTHING_CHOSEN, 1) == config
+    assert launch(config, NOTHING_CHOSEN, 1) == config
+    assert launch(config, NOTHING_CHOSEN, 1, "--precision", "bf16") == config
 
 
 def test_precision_cpu_and_dynamo_are_honoured() -> None:
@@ -63,7 +69,7 @@ def test_precision_cpu_and_dynamo_are_honoured() -> None:
         "ACCELERATE_DYNAMO_MODE": "max-autotune",
         "ACCELERATE_DYNAMO_USE_FULLGRAPH": "True",
     }
-    config = merge_launcher_env(PLAIN, frozenset(), env, 1)
+    config = launch(PLAIN, env, 1)
     assert (config.precision, config.device) == ("bf16", "cpu")
     assert (config.compile, config.compile_backend, config.compile_mode) == (True, "inductor", "max-autotune")
     assert config.compile_fullgraph
@@ -72,127 +78,114 @@ def test_precision_cpu_and_dynamo_are_honoured() -> None:
 
 def test_launcher_wins_over_a_preset() -> None:
     preset = TrainConfig(num_steps=10, precision="fp16")
-    assert merge_launcher_env(preset, frozenset(), {"ACCELERATE_MIXED_PRECISION": "bf16"}, 1).precision == "bf16"
+    assert launch(preset, {"ACCELERATE_MIXED_PRECISION": "bf16"}, 1).precision == "bf16"
 
 
 def test_accumulation_sets_the_microbatch() -> None:
     env = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
-    assert merge_launcher_env(PLAIN, frozenset(), env, 2).microbatch_size == 16
-    typed = TrainConfig(num_steps=10, microbatch_size=16)
-    assert merge_launcher_env(typed, frozenset({"microbatch_size"}), env, 2) == typed
+    assert launch(PLAIN, env, 2).microbatch_size == 16
+    assert launch(PLAIN, env, 2, "--microbatch-size", "16").microbatch_size == 16
 
 
 @pytest.mark.parametrize(
-    ("config", "typed", "env", "names"),
+    ("argv", "env", "names"),
     [
         (
-            TrainConfig(num_steps=1, precision="fp32"),
-            "precision",
+            ["--precision", "fp32"],
             {"ACCELERATE_MIXED_PRECISION": "bf16"},
             ("--precision fp32", "ACCELERATE_MIXED_PRECISION=bf16"),
         ),
         (
-            TrainConfig(num_steps=1, device="cuda"),
-            "device",
+            ["--device", "cuda"],
             {"ACCELERATE_USE_CPU": "True"},
             ("--device cuda", "ACCELERATE_USE_CPU=True"),
         ),
         (
-            TrainConfig(num_steps=1, compile=False),
-            "compile",
+            ["--no-compile"],
             {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
-            ("--compile False", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR"),
+            ("--no-compile", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR"),
         ),
         (
-            TrainConfig(num_steps=1, microbatch_size=64),
-            "microbatch_size",
+            ["--microbatch-size", "64"],
             {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
             ("--microbatch-size 64", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4"),
         ),
-        (PLAIN, "", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, ("128", "3")),
-        (PLAIN, "", {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "two"}, ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=two",)),
+        ([], {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, ("128", "3")),
+        ([], {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "two"}, ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=two",)),
         (
-            TrainConfig(num_steps=1, microbatch_size=8),
-            "microbatch_size",
+            ["--microbatch-size", "8"],
             {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
             ("--microbatch-size 8", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=1"),
         ),
-        (PLAIN, "", {"ACCELERATE_USE_MEGATRON_LM": "true"}, ("Megatron", "ACCELERATE_USE_MEGATRON_LM=true")),
-        (PLAIN, "", {"ACCELERATE_USE_SAGEMAKER": "true"}, ("ACCELERATE_USE_SAGEMAKER=true",)),
-        (PLAIN, "", {"ACCELERATE_CPU_AFFINITY": "1"}, ("ACCELERATE_CPU_AFFINITY=1", "numactl")),
-        (PLAIN, "", {"ACCELERATE_DEBUG_MODE": "true"}, ("ACCELERATE_DEBUG_MODE=true", "--debug")),
-        (PLAIN, "", {"ACCELERATE_USE_CPU": "perhaps"}, ("ACCELERATE_USE_CPU=perhaps", "true or false")),
-        (DDP, "strategy", FSDP, ("--strategy ddp", "ACCELERATE_USE_FSDP=true")),
-        (TrainConfig(num_steps=1, ddp=DDPConfig(bucket_mb=5)), "ddp.bucket_mb", FSDP, ("--ddp.bucket-mb 5", "fsdp")),
+        ([], {"ACCELERATE_USE_MEGATRON_LM": "true"}, ("Megatron", "ACCELERATE_USE_MEGATRON_LM=true")),
+        ([], {"ACCELERATE_USE_SAGEMAKER": "true"}, ("ACCELERATE_USE_SAGEMAKER=true",)),
+        ([], {"ACCELERATE_CPU_AFFINITY": "1"}, ("ACCELERATE_CPU_AFFINITY=1", "numactl")),
+        ([], {"ACCELERATE_DEBUG_MODE": "true"}, ("ACCELERATE_DEBUG_MODE=true", "--debug")),
+        ([], {"ACCELERATE_USE_CPU": "perhaps"}, ("ACCELERATE_USE_CPU=perhaps", "true or false")),
+        (["--strategy", "ddp"], FSDP, ("--strategy ddp", "ACCELERATE_USE_FSDP=true")),
+        (["--ddp.bucket-mb", "5"], FSDP, ("--ddp.bucket-mb 5", "fsdp")),
         (
-            TrainConfig(num_steps=1, strategy="fsdp", fsdp=FSDPConfig(replicas=4)),
-            "fsdp.replicas",
+            ["--fsdp.replicas", "4"],
             FSDP | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD", "LOCAL_WORLD_SIZE": "4"},
             ("--fsdp.replicas 4", "FSDP_SHARDING_STRATEGY=HYBRID_SHARD"),
         ),
-        (PLAIN, "", FSDP | {"FSDP_IGNORED_MODULES": "head"}, ("FSDP_IGNORED_MODULES=head",)),
-        (PLAIN, "", FSDP | {"FSDP_FORWARD_PREFETCH": "true"}, ("FSDP_FORWARD_PREFETCH=true",)),
-        (PLAIN, "", FSDP | {"FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}, ("CHECKPOINTING_OFFLOAD",)),
-        (PLAIN, "", FSDP | {"FSDP_SHARDING_STRATEGY": "NO_SHARD"}, ("FSDP_SHARDING_STRATEGY=NO_SHARD",)),
-        (PLAIN, "", FSDP | {"FSDP_AUTO_WRAP_POLICY": "MINE"}, ("FSDP_AUTO_WRAP_POLICY=MINE",)),
-        (PLAIN, "", FSDP | REPLICAS | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, ("PARALLELISM_CONFIG_TP_SIZE=2",)),
-        (PLAIN, "", FSDP | REPLICAS | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "3"}, ("2 x 3", "8 ranks")),
-        (PLAIN, "", FSDP | REPLICAS | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "x"}, ("DP_SHARD_SIZE=x",)),
-        (PLAIN, "", REPLICAS, ("without FSDP",)),
-        (PLAIN, "", FSDP | ZERO, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")),
-        (PLAIN, "", FSDP | {"FSDP_VERSION": "3"}, ("FSDP_VERSION=3",)),
-        (PLAIN, "", FSDP | {"FSDP_OFFLOAD_PARAMS": "maybe"}, ("FSDP_OFFLOAD_PARAMS=maybe",)),
-        (PLAIN, "", FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "later"}, ("FSDP_RESHARD_AFTER_FORWARD=later",)),
-        (PLAIN, "", FSDP | {"FSDP_BACKWARD_PREFETCH": "NO_PREFETCH"}, ("FSDP_BACKWARD_PREFETCH=NO_PREFETCH",)),
+        ([], FSDP | {"FSDP_IGNORED_MODULES": "head"}, ("FSDP_IGNORED_MODULES=head",)),
+        ([], FSDP | {"FSDP_FORWARD_PREFETCH": "true"}, ("FSDP_FORWARD_PREFETCH=true",)),
+        ([], FSDP | {"FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}, ("CHECKPOINTING_OFFLOAD",)),
+        ([], FSDP | {"FSDP_SHARDING_STRATEGY": "NO_SHARD"}, ("FSDP_SHARDING_STRATEGY=NO_SHARD",)),
+        ([], FSDP | {"FSDP_AUTO_WRAP_POLICY": "MINE"}, ("FSDP_AUTO_WRAP_POLICY=MINE",)),
+        ([], FSDP | REPLICAS | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, ("PARALLELISM_CONFIG_TP_SIZE=2",)),
+        ([], FSDP | REPLICAS | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "3"}, ("2 x 3", "8 ranks")),
+        ([], FSDP | REPLICAS | {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "x"}, ("DP_SHARD_SIZE=x",)),
+        ([], REPLICAS, ("without FSDP",)),
+        ([], FSDP | ZERO, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")),
+        ([], FSDP | {"FSDP_VERSION": "3"}, ("FSDP_VERSION=3",)),
+        ([], FSDP | {"FSDP_OFFLOAD_PARAMS": "maybe"}, ("FSDP_OFFLOAD_PARAMS=maybe",)),
+        ([], FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "later"}, ("FSDP_RESHARD_AFTER_FORWARD=later",)),
+        ([], FSDP | {"FSDP_BACKWARD_PREFETCH": "NO_PREFETCH"}, ("FSDP_BACKWARD_PREFETCH=NO_PREFETCH",)),
         (
-            PLAIN,
-            "",
+            [],
             FSDP | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "1e6"},
             ("FSDP_MIN_NUM_PARAMS=1e6",),
         ),
-        (PLAIN, "", ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, ("ZeRO stage 0",)),
-        (PLAIN, "", ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, ("OFFLOAD_OPTIMIZER_DEVICE",)),
-        (PLAIN, "", ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, ("/nowhere.json",)),
-        (PLAIN, "", ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "some"}, ("ACCELERATE_GRADIENT_CLIPPING=some",)),
-        (PLAIN, "", ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, ("OFFLOAD_PARAM_DEVICE", "stage 2")),
+        ([], ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, ("ZeRO stage 0",)),
+        ([], ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, ("OFFLOAD_OPTIMIZER_DEVICE",)),
+        ([], ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, ("/nowhere.json",)),
+        ([], ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "some"}, ("ACCELERATE_GRADIENT_CLIPPING=some",)),
+        ([], ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, ("OFFLOAD_PARAM_DEVICE", "stage 2")),
         (
-            PLAIN,
-            "",
+            [],
             ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
             ("OFFLOAD_PARAM_DEVICE", "offload_optimizer_device: cpu"),
         ),
         (
-            TrainConfig(num_steps=1, max_grad_norm=1.0),
-            "max_grad_norm",
+            ["--max-grad-norm", "1"],
             ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"},
             ("--max-grad-norm 1.0", "ACCELERATE_GRADIENT_CLIPPING=0.5"),
         ),
-        (PLAIN, "", {"ACCELERATE_MIXED_PRECISION": "fp8"}, ("fp8",)),
-        (PLAIN, "", {"ACCELERATE_DYNAMO_BACKEND": "TENSORRT"}, ("dynamo_backend",)),
-        (PLAIN, "", INDUCTOR | {"ACCELERATE_DYNAMO_MODE": "max-autotune-no-cudagraphs"}, ("dynamo_mode",)),
+        ([], {"ACCELERATE_MIXED_PRECISION": "fp8"}, ("fp8",)),
+        ([], {"ACCELERATE_DYNAMO_BACKEND": "TENSORRT"}, ("dynamo_backend",)),
+        ([], INDUCTOR | {"ACCELERATE_DYNAMO_MODE": "max-autotune-no-cudagraphs"}, ("dynamo_mode",)),
         (
-            TrainConfig(num_steps=1, compile=True, compile_mode="reduce-overhead"),
-            "compile_mode",
+            ["--compile", "--compile-mode", "reduce-overhead"],
             INDUCTOR | {"ACCELERATE_DYNAMO_MODE": "max-autotune"},
             ("--compile-mode reduce-overhead", "ACCELERATE_DYNAMO_MODE=max-autotune"),
         ),
         (
-            TrainConfig(num_steps=1, compile=True),
-            "compile_fullgraph",
+            ["--compile", "--no-compile-fullgraph"],
             INDUCTOR | {"ACCELERATE_DYNAMO_USE_FULLGRAPH": "True"},
-            ("--compile-fullgraph False", "ACCELERATE_DYNAMO_USE_FULLGRAPH=True"),
+            ("--no-compile-fullgraph", "ACCELERATE_DYNAMO_USE_FULLGRAPH=True"),
         ),
         (
-            TrainConfig(num_steps=1, compile=True, compile_scope="whole"),
-            "compile_scope",
+            ["--compile", "--compile-scope", "whole"],
             INDUCTOR | {"ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True"},
             ("--compile-scope whole", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=True"),
         ),
     ],
 )
-def test_contradictions_name_both(config: TrainConfig, typed: str, env: dict[str, str], names: tuple[str, ...]) -> None:
+def test_contradictions_name_both(argv: list[str], env: dict[str, str], names: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as caught:
-        merge_launcher_env(config, frozenset({typed}), env, 8)
+        launch(PLAIN, env, 8, *argv)
     for name in names:
         assert name in str(caught.value)
     assert len(str(caught.value).splitlines()) < 10
@@ -223,7 +216,7 @@ BLOCKS = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_C
     ],
 )  # fmt: skip
 def test_fsdp_is_honoured(env: dict[str, str], fsdp: FSDPConfig, again: str) -> None:
-    config = merge_launcher_env(PLAIN, frozenset(), env, 8)
+    config = launch(PLAIN, env, 8)
     assert (config.strategy, config.fsdp, config.activation_checkpointing.mode) == ("fsdp", fsdp, again)
     blocks = ("Block", "Head") if again == "blocks" else None
     assert config.activation_checkpointing.blocks == blocks
@@ -232,12 +225,11 @@ def test_fsdp_is_honoured(env: dict[str, str], fsdp: FSDPConfig, again: str) -> 
 def test_fsdp_wins_over_a_preset_and_leaves_its_other_options() -> None:
     preset = TrainConfig(num_steps=10, strategy="ddp", ddp=DDPConfig(bucket_mb=5),
                          activation_checkpointing=ActivationCheckpointingConfig(mode="full"))  # fmt: skip
-    config = merge_launcher_env(preset, frozenset(), FSDP, 8)
+    config = launch(preset, FSDP, 8)
     assert (config.strategy, config.ddp, config.activation_checkpointing.mode) == ("fsdp", DDPConfig(), "full")
     sharded = TrainConfig(num_steps=10, strategy="fsdp", fsdp=FSDPConfig(reduce_precision="bf16"))
-    assert merge_launcher_env(sharded, frozenset({"strategy", "fsdp.reduce_precision"}), FSDP, 8) == sharded
-    auto = TrainConfig(num_steps=10)
-    assert merge_launcher_env(auto, frozenset({"strategy"}), FSDP, 8).strategy == "fsdp"
+    assert launch(PLAIN, FSDP, 8, "--strategy", "fsdp", "--fsdp.reduce-precision", "bf16") == sharded
+    assert launch(PLAIN, FSDP, 8, "--strategy", "auto").strategy == "fsdp"
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
@@ -249,7 +241,7 @@ def test_deepspeed_is_honoured(stage: str) -> None:
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": parameters,
         "ACCELERATE_GRADIENT_CLIPPING": "0.5",
     }
-    config = merge_launcher_env(PLAIN, frozenset(), env, 8)
+    config = launch(PLAIN, env, 8)
     assert (config.strategy, config.max_grad_norm) == (f"zero{stage}", 0.5)
     assert config.zero == ZeroConfig(offload="parameters" if stage == "3" else "optimizer")
 
@@ -257,9 +249,7 @@ def test_deepspeed_is_honoured(stage: str) -> None:
 @pytest.mark.parametrize("nothing", ["auto", "0", "none"])
 def test_deepspeed_without_clipping_leaves_it_to_the_run(nothing: str) -> None:
     clips = TrainConfig(num_steps=10, max_grad_norm=1.0)
-    assert (
-        merge_launcher_env(clips, frozenset(), ZERO | {"ACCELERATE_GRADIENT_CLIPPING": nothing}, 8).max_grad_norm == 1
-    )
+    assert launch(clips, ZERO | {"ACCELERATE_GRADIENT_CLIPPING": nothing}, 8).max_grad_norm == 1
 
 
 def deepspeed_file(folder: Path, **said: object) -> dict[str, str]:
@@ -271,19 +261,19 @@ def deepspeed_file(folder: Path, **said: object) -> dict[str, str]:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_deepspeed_file_decides_like_the_lines_of_a_config(stage: int, tmp_path: Path) -> None:
     env = deepspeed_file(tmp_path, zero_optimization={"stage": stage})
-    config = merge_launcher_env(PLAIN, frozenset(), env, 8)
+    config = launch(PLAIN, env, 8)
     assert (config.strategy, config.zero) == (f"zero{stage}", ZeroConfig(config=tmp_path / "ds.json"))
     zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
     full = deepspeed_file(tmp_path, zero_optimization=zero, gradient_clipping=0.5, fp16={"enabled": True})
-    config = merge_launcher_env(PLAIN, frozenset(), full, 8)
+    config = launch(PLAIN, full, 8)
     assert (config.max_grad_norm, config.precision, config.zero.offload) == (0.5, "fp16", "optimizer")
     with pytest.raises(ConfigError, match="--precision fp32"):
-        merge_launcher_env(PLAIN, frozenset({"precision"}), full, 8)
+        launch(PLAIN, full, 8, "--precision", "fp32")
     other = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2" if stage == 1 else "1"}
     with pytest.raises(ConfigError, match=r"ZERO_STAGE=[12] and .*ds.json contradict"):
-        merge_launcher_env(PLAIN, frozenset(), full | other, 8)
+        launch(PLAIN, full | other, 8)
     auto = deepspeed_file(tmp_path, zero_optimization=zero, gradient_clipping="auto", bf16={"enabled": "auto"})
-    config = merge_launcher_env(PLAIN, frozenset(), auto, 8)
+    config = launch(PLAIN, auto, 8)
     assert (config.max_grad_norm, config.precision) == (None, "fp32")
 
 
@@ -292,45 +282,105 @@ def test_a_deepspeed_file_that_says_no_stage_is_refused(text: str, tmp_path: Pat
     env = deepspeed_file(tmp_path)
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ConfigError, match=r"ds.json|CONFIG_FILE"):
-        merge_launcher_env(PLAIN, frozenset(), env, 8)
+        launch(PLAIN, env, 8)
 
 
 def test_reshard_after_forward_takes_the_names_of_fsdp_1() -> None:
     env = FSDP1 | {"FSDP_RESHARD_AFTER_FORWARD": "SHARD_GRAD_OP"}
-    assert not merge_launcher_env(PLAIN, frozenset(), env, 8).fsdp.reshard_after_forward
+    assert not launch(PLAIN, env, 8).fsdp.reshard_after_forward
 
 
 def test_unasked_values_contradict_nothing() -> None:
     typed = TrainConfig(num_steps=10, compile=True, compile_mode="reduce-overhead", compile_fullgraph=False)
     env = NOTHING_CHOSEN | INDUCTOR
-    assert merge_launcher_env(typed, frozenset({"compile", "compile_mode", "compile_fullgraph"}), env, 1) == typed
+    argv = ["--compile", "--compile-mode", "reduce-overhead", "--no-compile-fullgraph"]
+    assert launch(PLAIN, env, 1, *argv) == typed
     preset = TrainConfig(num_steps=10, microbatch_size=16)
     for nothing in ("1", "auto"):
         env = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": nothing}
-        assert merge_launcher_env(preset, frozenset(), env, 2) == preset
+        assert launch(preset, env, 2) == preset
 
 
 def test_regional_compilation_is_by_block() -> None:
     env = INDUCTOR | {"ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True"}
-    assert merge_launcher_env(PLAIN, frozenset(), env, 1).compile_scope == "blocks"
+    assert launch(PLAIN, env, 1).compile_scope == "blocks"
 
 
 def test_options_of_the_launchers_strategy_may_be_typed() -> None:
     env = {"ACCELERATE_USE_FSDP": "true", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}
-    strategy = launched_strategy(env, 8)
-    assert strategy == "fsdp"
-    assert launched_strategy({}, 8) is None
-    parsed = parse(TrainConfig, {"plain": PLAIN}, ["--fsdp.cpu-offload"], "x.py", "", strategy)
-    config = merge_launcher_env(parsed.config, parsed.typed, env, 8)
+    config = launch(PLAIN, env, 8, "--fsdp.cpu-offload")
     assert (config.strategy, config.fsdp.cpu_offload, config.fsdp.wrap) == ("fsdp", True, ("Block",))
-    parsed = parse(TrainConfig, {"plain": PLAIN}, ["--fsdp.wrap", "MLP"], "x.py", "", strategy)
     with pytest.raises(ConfigError, match="contradicts what accelerate launch says"):
-        merge_launcher_env(parsed.config, parsed.typed, env, 8)
+        launch(PLAIN, env, 8, "--fsdp.wrap", "MLP")
     # another strategy's are still refused, and so is another strategy
     with pytest.raises(ConfigError, match=r"does not take --zero\.offload"):
-        parse(TrainConfig, {"plain": PLAIN}, ["--zero.offload", "optimizer"], "x.py", "", strategy)
-    parsed = parse(TrainConfig, {"plain": PLAIN}, ["--strategy", "ddp"], "x.py", "", strategy)
+        launch(PLAIN, env, 8, "--zero.offload", "optimizer")
     with pytest.raises(ConfigError, match="--strategy contradicts"):
-        merge_launcher_env(parsed.config, parsed.typed, env, 8)
+        launch(PLAIN, env, 8, "--strategy", "ddp")
     preset = replace(PLAIN, strategy="ddp", ddp=DDPConfig(bucket_mb=5))
-    assert parse(TrainConfig, {"plain": preset}, [], "x.py", "", "zero2").config.ddp == DDPConfig()
+    assert launch(preset, ZERO, 8).ddp == DDPConfig()
+
+
+def test_typed_clipping_by_value_contradicts_the_launchers_by_norm() -> None:
+    env = ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"}
+    clips = TrainConfig(num_steps=10, max_grad_value=1.0)
+    assert launch(clips, env, 8).max_grad_value is None
+    with pytest.raises(ConfigError, match="--max-grad-norm contradicts"):
+        launch(PLAIN, env, 8, "--max-grad-value", "1")
+
+
+def test_a_config_file_of_the_same_launch_is_taken_back(tmp_path: Path) -> None:
+    saved = launch(PLAIN, FSDP | BLOCKS, 8)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(saved)))
+    again = ["--config", str(tmp_path / "config.json")]
+    assert launch(PLAIN, FSDP | BLOCKS, 8, *again) == saved
+    with pytest.raises(ConfigError, match="ACCELERATE_MIXED_PRECISION=bf16"):
+        launch(PLAIN, FSDP | BLOCKS | {"ACCELERATE_MIXED_PRECISION": "bf16"}, 8, *again)
+
+
+# --- the same reading as Accelerate's own plugins
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        FSDP,
+        FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_OFFLOAD_PARAMS": "true"},
+        FSDP1 | {"FSDP_RESHARD_AFTER_FORWARD": "SHARD_GRAD_OP", "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"},
+        FSDP1 | {"FSDP_SHARDING_STRATEGY": "2"},
+        FSDP1 | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD_ZERO2"},
+        FSDP | BLOCKS | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+        FSDP | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "5000"},
+    ],
+)
+def test_fsdp_is_read_as_accelerate_reads_it(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    plugin = FullyShardedDataParallelPlugin()
+    config = launch(PLAIN, env, 8)
+    resharded = plugin.reshard_after_forward
+    if plugin.fsdp_version == 1:
+        resharded = plugin.sharding_strategy.name in ("FULL_SHARD", "HYBRID_SHARD")
+    assert config.fsdp.reshard_after_forward == resharded
+    fsdp2_offload = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
+    assert config.fsdp.cpu_offload == getattr(plugin.cpu_offload, "offload_params", fsdp2_offload)
+    assert [*(config.fsdp.wrap or ())] == [name.strip() for name in plugin.transformer_cls_names_to_wrap or ()]
+    assert config.fsdp.min_params == (plugin.min_num_params or None)
+    assert (config.activation_checkpointing.mode != "none") == plugin.activation_checkpointing
+
+
+def test_compilation_and_replicas_are_read_as_accelerate_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import ParallelismConfig
+    from accelerate.utils import TorchDynamoPlugin
+
+    dynamo = {"MODE": "max-autotune", "USE_FULLGRAPH": "True", "USE_REGIONAL_COMPILATION": "True"}
+    env = FSDP | REPLICAS | INDUCTOR | {f"ACCELERATE_DYNAMO_{name}": value for name, value in dynamo.items()}
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    plugin, parallelism, config = TorchDynamoPlugin(), ParallelismConfig(), launch(PLAIN, env, 8)
+    assert (config.compile_backend, config.compile_mode) == (plugin.backend.value.lower(), plugin.mode)
+    assert (config.compile_fullgraph, config.compile_dynamic) == (plugin.fullgraph, bool(plugin.dynamic))
+    assert (config.compile_scope == "blocks") == plugin.use_regional_compilation
+    assert config.fsdp.replicas == parallelism.dp_replicate_size

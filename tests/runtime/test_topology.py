@@ -3,7 +3,7 @@
 import pytest
 
 from distkit.errors import LaunchError
-from distkit.runtime.topology import Topology, read_topology, tasks_per_node
+from distkit.runtime.topology import Topology, rank_for_messages, read_topology, tasks_per_node, threads_from_env
 
 TORCHRUN = {
     "RANK": "3",
@@ -95,3 +95,19 @@ def test_refused(env: dict[str, str], says: str) -> None:
 
 def test_a_slurm_job_of_one_task_needs_no_srun() -> None:
     assert read_topology({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"}).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "rank"),
+    [({}, 0), ({"RANK": "3"}, 3), ({"RANK": "x", "SLURM_PROCID": "2"}, 2), ({"OMPI_COMM_WORLD_RANK": "1"}, 1)],
+)
+def test_the_rank_for_messages_is_read_from_a_launch_that_is_refused(env: dict[str, str], rank: int) -> None:
+    assert rank_for_messages(env) == rank
+
+
+def test_threads_from_the_environment() -> None:
+    texts = {"": None, "1": None, "4": 4, "4,2": 4, "0": None}
+    assert {text: threads_from_env({"OMP_NUM_THREADS": text}) for text in texts} == texts
+    assert threads_from_env({}) is None
+    with pytest.raises(LaunchError, match="OMP_NUM_THREADS=many"):
+        threads_from_env({"OMP_NUM_THREADS": "many"})

@@ -37,7 +37,6 @@ _context.set_forkserver_preload(
         "torch._dynamo",
         "torch.distributed.distributed_c10d",
         "torch.nn.parallel",
-        "tyro",
         "distkit.assemble",
         "distkit.debug",
         "distkit.engine.fit",
