@@ -113,5 +113,6 @@ def _keys(seed: int, epoch: int | Int64, n: int, num_rounds: int) -> UInt64:
 @lru_cache(maxsize=64)
 def _epoch_keys(seed: int, epoch: int, n: int, num_rounds: int) -> UInt64:
     message = b"".join(value.to_bytes(8, "little") for value in (seed, epoch, n))
-    digest = hashlib.shake_256(b"distkit.data.stream.permutation" + message).digest(8 * num_rounds)
+    # these words are part of the sample stream, whatever this module is called
+    digest = hashlib.shake_256(b"distkit.permutation" + message).digest(8 * num_rounds)
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
