@@ -51,7 +51,7 @@ def test_an_exact_resume_passes(nproc: str, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.distributed
 def test_what_is_forgotten_is_found_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "forgetful.py"
-    recipe.write_text(FORGETFUL.format(folder=str(TINY.parent)))
+    recipe.write_text(FORGETFUL.format(folder=str(TINY.parents[1])))
     argv = ["verify-resume", str(recipe), "--steps", "20", "--kill-at", "12", "--folder", str(tmp_path / "trial")]
     assert run([*argv, "--", "--checkpoint.enabled"]) == 1
     told = capsys.readouterr().err

@@ -111,7 +111,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("how", ["on", "off"])
 def test_a_disk_without_one_free_block_hides_nothing(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TINY", str(TINY.parent))
+    monkeypatch.setenv("TINY", str(TINY.parents[1]))
     (tmp_path / "fills.py").write_text(FILLS)
     mount = f"mount -t tmpfs -o size=300k tmpfs {tmp_path / 'disk'}"
     argv = [*FLAGS, "--checkpoint.async", how, "--checkpoint.max-failures", "9"]

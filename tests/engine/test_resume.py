@@ -129,7 +129,7 @@ def saved_then_killed(folder: str, config: TinyConfig, step: int) -> str:
     """On every rank: train `step` steps, save, and leave; the digest at that moment."""
     from distkit.checkpoint.digest import state_digest
     from distkit.engine.fit import opened, report, report_evaluation
-    from distkit.engine.save import save, settle
+    from distkit.engine.save import report_saves, save
     from distkit.engine.train_step import due, train_step
 
     run = build_run(Path(folder), config)
@@ -141,7 +141,7 @@ def saved_then_killed(folder: str, config: TinyConfig, step: int) -> str:
             if due(config.eval_every, run.progress.step, run.num_steps):
                 report_evaluation(run)
         save(run)
-        settle(run, wait=True)
+        report_saves(run, wait=True)
     digest = state_digest(run.learned_tensors())
     run.directory.release()
     run.runtime.close()
@@ -247,9 +247,9 @@ def test_begin_from_another_run(form: str, tmp_path: Path) -> None:
     config = replace(FULL, resume=ResumeConfig(source=str(source)))
     stop_at(tmp_path / "second", config, 20 if form != "step" else 15) if form == "step" else None
     second = build_run(tmp_path / "second", config)
-    assert second.restored_from is not None
+    assert second.resume.checkpoint is not None
     # its own checkpoints go before the source, so that the same command goes on after a kill
-    assert second.restored_from.manifest.step == (14 if form == "step" else 20)
+    assert second.resume.checkpoint.manifest.step == (14 if form == "step" else 20)
     fit(second)
     second.directory.release()
     assert all(torch.equal(t, everything(straight)[n]) for n, t in everything(second).items() if "rng" not in n)
@@ -270,8 +270,8 @@ def test_weights_only_takes_what_fits_and_starts_at_step_0(tmp_path: Path) -> No
     second = build_run(tmp_path / "second", config)
     from distkit.engine.resume import restore
 
-    assert second.restored_from is not None
-    restore(second, second.restored_from)
+    assert second.resume.checkpoint is not None
+    restore(second, second.resume.checkpoint)
     assert second.progress.step == 0
     assert torch.equal(second.model_tensors()["0.weight"], first.model_tensors()["0.weight"])
     assert second.ema is not None
@@ -354,7 +354,7 @@ def test_a_completed_run_without_checkpoints_is_not_begun_again(tmp_path: Path) 
     again = build_run(tmp_path, without)
     again.directory.release()
     assert again.finished
-    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+    with pytest.raises(ConfigError, match="no checkpoint to continue from"):
         build_run(tmp_path, replace(without, num_steps=30))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -373,7 +373,7 @@ def test_a_completed_run_whose_checkpoints_are_damaged_is_still_finished(tmp_pat
     again = build_run(tmp_path, FULL)
     again.directory.release()
     assert again.finished
-    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+    with pytest.raises(ConfigError, match="no checkpoint to continue from"):
         build_run(tmp_path, replace(FULL, num_steps=30))
 
 

@@ -171,6 +171,7 @@ def _main(recipe: str, argv: list[str], cwd: str, out: str, err: str, stdin: str
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # lives as long as the process
     sources.synthetic.__kwdefaults__.update(SMALL_SYNTHETIC)
     sys.argv = [recipe, *argv]
+    sys.path.insert(0, str(Path(recipe).resolve().parent))  # as `python FILE` does
     try:
         with contextlib.suppress(KeyboardInterrupt):
             runpy.run_path(recipe, run_name="__main__")

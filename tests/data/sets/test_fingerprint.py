@@ -46,7 +46,7 @@ def test_a_pixel_a_label_a_shape_and_the_order_count():
         images(pixels[:5], labels[:5]),
         images(pixels.flip(0), labels.flip(0)),
     ]
-    assert len({one, *(other.data.fingerprint for other in others)}) == 6
+    assert len({one, *(other.fingerprint for other in others)}) == 6
     assert images(pixels.clone(), labels.clone()).fingerprint == one
     assert images(pixels.contiguous(memory_format=torch.channels_last), labels).fingerprint == one
 
