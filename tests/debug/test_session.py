@@ -66,7 +66,8 @@ def test_a_nan_between_modules_and_in_the_loss_and_in_the_batch_are_told_apart(t
         change=(
             "    return load_images(config.data, split, seed=config.seed, augmentation=augmentation)",
             "    images = load_images(config.data, split, seed=config.seed, augmentation=augmentation)\n"
-            "    images.std = (float('nan'),) * 3\n    return images",
+            "    for device, pair in images._normalization.items():\n"
+            "        images._normalization[device] = tuple(tensor * float('nan') for tensor in pair)\n    return images",
         ),
     )
     assert "the batch itself is not finite: [0]" in batch.stderr
@@ -106,7 +107,7 @@ def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
 def test_labels_out_of_range_in_the_data_are_named(tmp_path: Path) -> None:
     ended = debug(tmp_path, change=("NUM_CLASSES = 10", "NUM_CLASSES = 7"))
     assert ended.returncode == 1
-    assert "batch [1] runs from 0 to 9; the model has 7 classes, so labels must be in 0 to 6" in ended.stderr
+    assert "to 9; the model has 7 classes, so labels must be in 0 to 6" in ended.stderr
 
 
 def test_a_wrong_input_shape_is_named(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ import torch
 from distkit.config import DataConfig, ObserveConfig, TrainConfig
 from distkit.losses import LossOutput
 from distkit.entry import main
-from distkit.recipe import Recipe
+from distkit import Recipe, main
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from torchvision.transforms import v2
 
+from distkit import Recipe
 from distkit.assemble import assemble
 from distkit.config import AdamW, DataConfig, ObserveConfig, Placement, Split, TrainConfig
 from distkit.data import IterableData, TensorSamples, TokenDataset
@@ -23,7 +24,6 @@ from distkit.data.sources import folder
 from distkit.engine.fit import fit
 from distkit.errors import ConfigError, DataError
 from distkit.losses import LossOutput
-from distkit.recipe import Recipe
 from distkit.runtime import Topology
 from distkit.runtime.process import start
 
@@ -100,7 +100,7 @@ import os
 from distkit.config import TrainConfig
 from distkit.data import synthetic
 from distkit.losses import LossOutput
-from distkit.recipe import Recipe
+from distkit import Recipe, main
 from torch import nn
 
 
