@@ -67,7 +67,7 @@ def test_a_nan_between_modules_and_in_the_loss_and_in_the_batch_are_told_apart(t
             "    return load_images(config.data, split, seed=config.seed, augmentation=augmentation)",
             "    images = load_images(config.data, split, seed=config.seed, augmentation=augmentation)\n"
             "    for device, pair in images._normalization.items():\n"
-            "        images._normalization[device] = tuple(tensor * float('nan') for tensor in pair)\n    return images",
+            "        images._normalization[device] = tuple(t * float('nan') for t in pair)\n    return images",
         ),
     )
     assert "the batch itself is not finite: [0]" in batch.stderr
