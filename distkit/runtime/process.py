@@ -8,12 +8,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import count
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from distkit.config import TrainConfig
 from distkit.errors import ConfigError, LaunchError, RankFailedError
@@ -257,11 +260,31 @@ def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta)
         MASTER_PORT=str(topology.master_port),
     )
     on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+    store = _store_of_run(topology)
+    store.set_timeout(timeout)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=topology.rank,
+                            world_size=topology.world_size, timeout=timeout,
+                            device_id=device if on_gpu else None)  # fmt: skip
     if dist.get_world_size() != topology.world_size:
         raise LaunchError("the process group has another size than the launcher said",
                           expected=f"{topology.world_size} ranks", got=f"{dist.get_world_size()} ranks",
                           fix="start every rank with the same launcher")  # fmt: skip
+
+
+def _store_of_run(topology: Topology) -> Store:
+    """The store of this run: a part of the launcher's store that no other run of the process uses."""
+    store, runs = _launchers_store(topology.master_addr, topology.master_port, topology.rank)
+    return PrefixStore(f"run-{next(runs)}", store)
+
+
+@cache
+def _launchers_store(*address: str | int | None) -> tuple[Store, Iterator[int]]:
+    """The store at `address`, kept for further runs of this process, and their numbers.
+
+    Were it closed with a run, a rank that is sooner in the next run would meet the old store and wait in it for ever.
+    """
+    store, _, _ = next(rendezvous("env://"))
+    return store, count()
 
 
 def _gloo_group(timeout: datetime.timedelta) -> ProcessGroup:
