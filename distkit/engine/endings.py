@@ -111,6 +111,8 @@ def ending_together(runtime: Runtime, *, may_exit: bool) -> Iterator[Ending]:
     try:
         yield ending
     except BaseException as error:
+        if may_exit:  # a launcher sends it to all when the first rank has left, and what happened is still being said
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         cause = first_cause(error, runtime)
         record(cause, runtime, ending.directory)
         runtime.heartbeat.wait_until_all_know(2 * PATIENCE_SECONDS)
@@ -337,7 +339,9 @@ def write_error_file(cause: Cause) -> None:
     """Tell the launcher, in the form of torch.distributed.elastic, so that it names the cause and not who waited."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not Path(path).exists():
-        extra = {"timestamp": str(int(time.time())), "py_callstack": traceback.format_exc(), "cause": cause.to_json()}
+        # the launcher prints it; of a wrong option there is nothing to learn from where it was refused
+        where = str(cause) if cause.is_configuration else traceback.format_exc()
+        extra = {"timestamp": str(int(time.time())), "py_callstack": where, "cause": cause.to_json()}
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": str(cause), "extraInfo": extra}}))
 

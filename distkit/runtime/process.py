@@ -273,17 +273,18 @@ def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta)
 
 def _store_of_run(topology: Topology) -> Store:
     """The store of this run: a part of the launcher's store that no other run of the process uses."""
-    store, runs = _launchers_store(topology.master_addr, topology.master_port, topology.rank)
+    store, runs = _launchers_store(str(topology.master_addr), str(topology.master_port), topology.rank)
     return PrefixStore(f"run-{next(runs)}", store)
 
 
 @cache
-def _launchers_store(*address: str | int | None) -> tuple[Store, Iterator[int]]:
-    """The store at `address`, kept for further runs of this process, and their numbers.
+def _launchers_store(host: str, port: str, rank: int) -> tuple[Store, Iterator[int]]:
+    """This rank's end of the store at `host` and `port`, kept for further runs of this process, and their numbers.
 
     Were it closed with a run, a rank that is sooner in the next run would meet the old store and wait in it for ever.
     """
     store, _, _ = next(rendezvous("env://"))
+    logger.debug("rank %d has joined the launcher's store at %s:%s", rank, host, port)
     return store, count()
 
 

@@ -106,7 +106,7 @@ REFUSED = {
     ),
     "a compiler": Refused(
         {**ALONE, "dynamo_config": {"dynamo_backend": "TVM"}},
-        ("--dynamo_backend tvm", "inductor"),
+        ("ACCELERATE_DYNAMO_BACKEND=TVM", "--dynamo_backend inductor"),
     ),
     "checks that are not there": Refused({**ALONE, "debug": True}, ("ACCELERATE_DEBUG_MODE=true", "debug: false")),
 }
