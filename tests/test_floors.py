@@ -65,7 +65,7 @@ FLOORS = (
     ),
     Floor(
         5,
-        ("entry", "commands", "__init__"),
+        ("entry", "commands", "__init__", "__main__"),
         "from a command line to an exit code; one file a command; the public names",
         "lazily",
     ),
@@ -88,7 +88,9 @@ def table() -> str:
     """The floors in Markdown."""
     lines = ["| floor | modules | what they are | may import torch |", "|---|---|---|---|"]
     for floor in FLOORS:
-        names = ", ".join(f"`{'distkit' if name == '__init__' else name}`" for name in floor.modules)
+        names = ", ".join(
+            f"`{'distkit' if name == '__init__' else name}`" for name in floor.modules if name != "__main__"
+        )
         lines.append(f"| {floor.number} | {names} | {floor.what} | {floor.torch} |")
     outside = ", ".join(f"`{name}/`" for name in OUTSIDE)
     lines.append(f"| {FLOORS[-1].number + 1} | {outside} | nothing in `distkit` imports these | yes |")

@@ -33,7 +33,7 @@ def call(words: Sequence[str], cwd: Path) -> str:
     """What a command prints. `python` and `distkit` are forked from a process that has imported torch already."""
     words = [word.replace("recipes/", f"{ROOT}/recipes/") if word.startswith("recipes/") else word for word in words]
     if words[0] in ("python", "distkit"):
-        script, *argv = words[1:] if words[0] == "python" else [str(ROOT / "distkit/commands/__main__.py"), *words[1:]]
+        script, *argv = words[1:] if words[0] == "python" else [str(ROOT / "distkit/__main__.py"), *words[1:]]
         (done,) = run_recipe_cli(argv, cwd, recipe=Path(script))
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -141,15 +141,19 @@ def test_make_targets_exist(command: str) -> None:
     call([*command.split(), "--dry-run"], ROOT)
 
 
-def test_the_recipe_in_the_readme_trains(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "mine.py").write_text(example)
+def test_the_recipe_in_the_readme_trains_on_the_command_line_and_from_python(tmp_path: Path) -> None:
+    recipe, search = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.py").write_text(recipe)
+    (tmp_path / "search.py").write_text(search)
     call(
         ["python", str(tmp_path / "mine.py"), "--run-dir", "run", "--device", "cpu", "--data.num-workers", "1"],
         tmp_path,
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["last"]["correct"] > 0.6
+    found = call(["python", str(tmp_path / "search.py")], tmp_path).splitlines()
+    assert [line.split()[0] for line in found if line.startswith("width")] == ["width"] * 3
+    assert any("hidden layer of 64" in line for line in found)
 
 
 def results(name: str) -> dict[str, dict[str, float]]:
@@ -210,3 +214,7 @@ def test_figures_stand_in_the_result_files() -> None:
     figures = [step[arm]["median"] for arm in ("engine - by hand", "by hand", "fabric", "accelerate")]
     added, hand, fabric, accelerate = (f"{figure:.1f}" for figure in figures)
     assert f"{added} µs a step (by hand {hand}, Lightning Fabric {fabric}, Accelerate {accelerate})" in README
+    gpu = results("gpu_gpt")
+    engine, hand = gpu["engine tokens/s"]["median"], gpu["by hand tokens/s"]["median"]
+    assert f"{engine:,.0f} tokens/s, {gpu['engine / by hand']:.3f} x the" in README
+    assert f"({hand:,.0f} tokens/s; {100 * gpu['engine mfu']:.1f} % of the peak)" in README  # type: ignore[operator]

@@ -76,6 +76,8 @@ def worker_errors() -> Iterator[None]:
             raise
         reason = text.strip().splitlines()[-1]
         hint = "its memory use (the kernel's log tells), or a crash in the data set's own code"
+        if torch.multiprocessing.get_start_method() != "fork":
+            hint += '; or this script trains when a worker imports it: put that under if __name__ == "__main__":'
         if shared_memory:
             free = shutil.disk_usage("/dev/shm").free / 2**20 if Path("/dev/shm").exists() else 0.0
             hint = f"/dev/shm is full ({free:.0f} MiB free): give it more room, or fewer --data.num-workers"

@@ -1,4 +1,4 @@
-"""`python -m distkit.commands`."""
+"""`python -m distkit`: the `distkit` command."""
 
 from distkit.commands import main
 
