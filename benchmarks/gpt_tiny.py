@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         results = train(flags.text.resolve(), run)
-        generate = [sys.executable, "-m", "distkit.commands", "generate", str(run), "--prompt", "ROMEO:"]
+        generate = [sys.executable, "-m", "distkit", "generate", str(run), "--prompt", "ROMEO:"]
         print(subprocess.run(generate, check=True, capture_output=True, text=True).stdout)
     for name, value in results.items():
         print(f"{name:20s} {value}")

@@ -32,7 +32,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_reader_that_has_seen_enough_is_no_error(argv: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    result = subprocess.run([sys.executable, "-m", "distkit.commands", *argv], stdout=writing, stderr=subprocess.PIPE)
+    result = subprocess.run([sys.executable, "-m", "distkit", *argv], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (result.returncode, result.stderr) == (0, b"")
 
@@ -257,6 +257,6 @@ def test_the_command_as_a_module_without_torch(saved: Path) -> None:
     code = "import sys, distkit.commands as c\ncode = c.run(sys.argv[1:])\nassert 'torch' not in sys.modules, code"
     for words in (["checkpoint", "list", str(saved)], ["checkpoint", "verify", str(saved)]):
         subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
-    argv = [sys.executable, "-m", "distkit.commands", "checkpoint", "--help"]
+    argv = [sys.executable, "-m", "distkit", "checkpoint", "--help"]
     text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
     assert all(verb in text for verb in ("list", "show", "verify", "diff", "digest", "prune", "export"))

@@ -138,7 +138,7 @@ def test_a_run_of_another_recipe_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_command_line_itself(trained: Path, tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "distkit.commands", "generate"]
+    argv = [sys.executable, "-m", "distkit", "generate"]
     done = subprocess.run([*argv, str(trained), "--max-tokens", "5"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) == 7
