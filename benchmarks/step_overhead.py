@@ -84,11 +84,11 @@ def config_for(run_dir: Path) -> TrainConfig:
     )
 
 
-def build_run(run_dir: Path) -> Run:
+def build_run(run_dir: Path, topology: Topology | None = None) -> Run:
     recipe = Recipe("overhead", TrainConfig, lambda _: nn.Linear(16, 4), build_dataset, compute_loss,
                     presets={"default": config_for(run_dir)})  # fmt: skip
     config = config_for(run_dir)
-    return assemble(recipe, config, start(config, Topology()))
+    return assemble(recipe, config, start(config, topology or Topology()))
 
 
 @dataclass
@@ -149,6 +149,7 @@ def engine(run: Run) -> Arm:
         last = run.progress.step + count
         begin = perf_counter()
         while run.progress.step < last:
+            run.runtime.heartbeat.next_unit()
             train_step(run)
             if faults.armed:
                 raise AssertionError("a fault is set")

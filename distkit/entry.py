@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -14,21 +15,29 @@ from distkit.errors import ConfigError
 from distkit.recipe import Recipe
 from distkit.runtime import Topology, rank_for_messages, read_accelerate_env, read_topology
 from distkit.runtime.faults import check_faults
+from distkit.runtime.signals import StopSignals
 
 C = TypeVar("C", bound=TrainConfig)
 
 
 def main(recipe: Recipe[C], argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 configuration, 75 stopped and resumable."""
-    code = launch(recipe, sys.argv[1:] if argv is None else argv)
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    signals = StopSignals(announces=rank_for_messages(os.environ) == 0) if on_main_thread else None
+    code = launch(recipe, sys.argv[1:] if argv is None else argv, signals)
     distributed = sys.modules.get("torch.distributed")
     if code and distributed is not None and distributed.is_initialized():
         leave(code)
     sys.exit(code)
 
 
-def launch(recipe: Recipe[C], argv: Sequence[str]) -> int:
-    """Parse, train, and say how it went as an exit code. Errors are one message on stderr."""
+def launch(recipe: Recipe[C], argv: Sequence[str], signals: StopSignals | None = None) -> int:
+    """Parse, train, and say how it went as an exit code. Errors are one message on stderr.
+
+    Args:
+        recipe, argv: what to train, and the flags.
+        signals: those that ask for a stop, noted so far; debug mode is ended by them as any program is.
+    """
     topology = Topology(rank=rank_for_messages(os.environ))
     debugger = False
     try:
@@ -38,9 +47,13 @@ def launch(recipe: Recipe[C], argv: Sequence[str]) -> int:
         prog, summary = f"{recipe.name}.py", recipe_summary(recipe)
         config = parse(recipe.config, recipe.presets, argv, prog, summary, launched, topology.world_size)
         debugger = config.debug.pdb
-        config = debug_config(config, topology) if config.debug.enabled else config
+        if config.debug.enabled:
+            config = debug_config(config, topology)
+            if signals is not None:
+                signals.close()
+                signals = None
         split_batch(config, topology.world_size)
-        run_recipe(recipe, config, topology, may_exit=True)
+        run_recipe(recipe, config, topology, signals)
     except Exception as error:
         code = complain(error, topology.rank, topology.world_size)
         if debugger:
@@ -105,18 +118,19 @@ def train(recipe: Recipe[C], config: C) -> dict[str, object]:
         config = debug_config(config, topology) if config.debug.enabled else config
         split_batch(config, topology.world_size)
         try:
-            return run_recipe(recipe, config, topology, may_exit=False)
+            return run_recipe(recipe, config, topology, None)
         except RunFailedError as failed:
             if failed.is_first:
                 raise failed.error  # noqa: B904  # its own traceback says more
             raise
 
 
-def run_recipe(recipe: Recipe[C], config: C, topology: Topology, *, may_exit: bool) -> dict[str, object]:
-    """Train `recipe` as `config` says in this process (`may_exit`: which is there for that); returns the summary.
+def run_recipe(recipe: Recipe[C], config: C, topology: Topology, signals: StopSignals | None) -> dict[str, object]:
+    """Train `recipe` as `config` says in this process; returns the summary.
 
     Raises:
         RunFailedError: with the first cause and its exit code.
+        Stopped: the run was told to stop, and can be continued.
     """
     from distkit.assemble import build_run, open_directory
     from distkit.debug import debug
@@ -125,7 +139,7 @@ def run_recipe(recipe: Recipe[C], config: C, topology: Topology, *, may_exit: bo
 
     runtime = start(config, topology)
     summary: dict[str, object] = {}
-    with ending_together(runtime, may_exit=may_exit) as ending:
+    with ending_together(runtime, signals) as ending:
         ending.directory = open_directory(recipe.name, config, runtime)
         run = build_run(recipe, config, runtime, ending.directory)
         if config.debug.enabled:

@@ -37,6 +37,16 @@ def test_the_engine_is_as_fast_as_a_loop_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
+def test_asking_whether_to_stop_costs_nothing_that_is_seen(tmp_path: Path) -> None:
+    run_benchmark("stop_check.py", "--rounds", "5", "--json", str(tmp_path / "r.json"))
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    # 10 µs of a step are for `--check` on a quiet machine; the call alone is steady
+    assert results["call in ns"] < 2_000
+    assert results["added"]["median"] < 50
+
+
+@pytest.mark.slow
+@pytest.mark.alone
 def test_the_data_path_runs_at_memory_speed(tmp_path: Path) -> None:
     out = run_benchmark("data.py", "--rounds", "3", "--json", str(tmp_path / "r.json"))
     assert "distkit's pixels are PIL's for the same draws" in out

@@ -57,6 +57,7 @@ class Job:
         own_state: what this rank alone knows.
         threads: files that this rank writes at once.
         clean: removes old checkpoints after the commit; called on rank 0.
+        replaces: the run has a checkpoint of this step, saved before the evaluation of the step was complete.
         error: why this rank has nothing to write, if it could not even copy its state.
     """
 
@@ -69,6 +70,7 @@ class Job:
     own_state: Mapping[str, object]
     threads: int
     clean: Callable[[], None]
+    replaces: bool = False
     error: str | None = None
 
 
@@ -237,10 +239,15 @@ def _publish(folder: Path, target: Path, job: Job, votes: list[Vote], point: Cal
     write_bytes(target / MANIFEST, text, mode=0o600)
     point("after_manifest")
     final = folder / step_name(job.step)
-    if os.path.lexists(final):  # it did not verify, or the run would have gone on from it
+    replaced = None
+    if job.replaces:
+        replaced = retention.take_name(folder, job.step)
+    elif os.path.lexists(final):  # it did not verify, or the run would have gone on from it
         retention.put_aside(folder, job.step)
     point("before_rename")
     os.rename(target, final)
+    if replaced is not None:
+        retention.delete(replaced)
 
 
 def _check_size(name: str, text: bytes, most: int) -> None:

@@ -103,12 +103,22 @@ def remove(folder: Path, step: int) -> None:
     Raises:
         OSError: it does not exist, or may not be removed.
     """
+    delete(take_name(folder, step))
+
+
+def take_name(folder: Path, step: int) -> Path:
+    """Rename the checkpoint of `step` so that it counts no more; where it is now. OSError where there is none."""
     name = f".trash-{step_name(step)}"
     trash, number = folder / name, 1
     while os.path.lexists(trash):  # of a run that was killed here
         trash, number = folder / f"{name}-{number}", number + 1
     os.rename(folder / step_name(step), trash)
     sync_folder(folder)
+    return trash
+
+
+def delete(trash: Path) -> None:
+    """Remove the files of a checkpoint that has lost its name."""
     if trash.is_symlink():
         trash.unlink()
     else:

@@ -61,6 +61,10 @@ class Saver:
         config: asynchronous and max_failures are used here.
         recipe, strategy: for the manifest.
         clean: removes old checkpoints after a commit of a step; called on rank 0, perhaps in the thread.
+        committed: the step of the checkpoint in `folder` that the run was restored from.
+
+    Attributes:
+        committed: the step that was committed last.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Saver:
         recipe: str,
         strategy: str,
         clean: Callable[[int], None],
+        committed: int | None = None,
     ) -> None:
         self.folder, self.config = folder, config
         self._runtime, self._side = runtime, runtime.with_own_group()
@@ -88,6 +93,7 @@ class Saver:
         # one more than its cores, because of the waits of fsync
         self._threads = min(THREADS, 1 + runtime.cores())
         self.behind: bool | None = None
+        self.committed = committed
 
     def save(self, step: int, snapshot: Snapshot) -> list[Outcome]:
         """Save `snapshot` of `step` finished steps; returns what has ended by now, this save or the one before.
@@ -116,6 +122,7 @@ class Saver:
             state=snapshot.values,
             own_state=snapshot.own_values,
             threads=self._threads,
+            replaces=self.committed == step,
             clean=partial(self._clean, step),
         )
         if not self.behind:
@@ -167,6 +174,7 @@ class Saver:
 
     def _count(self, outcome: Outcome) -> Outcome:
         self._failures = 0 if outcome.error is None else self._failures + 1
+        self.committed = outcome.step if outcome.error is None else self.committed
         self._last_error = outcome.error
         return outcome
 

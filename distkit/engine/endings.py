@@ -1,8 +1,8 @@
 """How a run ends when it fails (C6): one first cause for all ranks, in status.json and on the last line of stderr.
 
 A rank that can still speak publishes its cause before it closes anything. A rank whose collective failed looks for a
-published cause, then for a rank whose process is gone, stopped or silent, then for one that is behind. Preemption and a
-watchdog come here, too: both decide that a run ends, and leave the rest to this module.
+published cause, then for a rank whose process is gone, stopped or silent, then for one that is behind. A run that is
+stopped on purpose has not failed: see `distkit.engine.preemption`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from distkit.errors import ConfigError, DistkitError, RankFailedError, TrainingError
+from distkit.errors import ConfigError, DistkitError, RankFailedError, Stopped, TrainingError
 from distkit.runtime.heartbeat import PHASE, SAVING, STATE, STEP, Peer, Phase, State
 
 if TYPE_CHECKING:
     from distkit.engine.run_dir import RunDirectory
     from distkit.runtime.process import Runtime
+    from distkit.runtime.signals import StopSignals
 
 #: How long a rank looks for another's cause before it judges by what it sees: others need as long to publish theirs.
 PATIENCE_SECONDS = 3.0
@@ -63,10 +64,6 @@ class Cause:
         return {name: value for name, value in asdict(self).items() if name != "exit_code"}
 
 
-class Terminated(BaseException):
-    """SIGTERM came."""
-
-
 class RunFailedError(DistkitError):
     """A run ended with `cause`; `error` is what this rank raised."""
 
@@ -83,6 +80,17 @@ class Ending:
     runtime: Runtime
     directory: RunDirectory | None = None
 
+    def end_at_once(self, number: int) -> NoReturn:
+        """What the second signal does, in its thread: the last save stands."""
+        name, cells = signal.Signals(number).name, self.runtime.position.cells
+        who = "the run" if self.runtime.world_size == 1 else f"rank {self.runtime.rank} on {os.uname().nodename}"
+        phase, step = cells[PHASE], cells[STEP]
+        what = f"{who} was ended at once by a second {name} {phase_words(phase, step)}"
+        cause = Cause(self.runtime.rank, os.uname().nodename, phase_name(phase), step, what, RESUMES, 128 + number)
+        record(cause, self.runtime, self.directory, None if phase == Phase.START_UP else finished_steps(phase, step))
+        say(f"distkit: error: {cause}")
+        leave(cause.exit_code)
+
     def force(self) -> None:
         """End this process from the heartbeat's thread: all know the cause, and it still waits for something else."""
         cause, position = Cause(**json.loads(self.runtime.heartbeat.cause or "")), self.runtime.position.cells
@@ -93,26 +101,28 @@ class Ending:
 
 
 @contextmanager
-def ending_together(runtime: Runtime, *, may_exit: bool) -> Iterator[Ending]:
+def ending_together(runtime: Runtime, signals: StopSignals | None) -> Iterator[Ending]:
     """Inside, whatever ends this rank is told to all ranks and to status.json; afterwards the directory is released.
 
     Args:
         runtime: this process.
-        may_exit: a rank that hangs while all know the cause may be ended, and SIGTERM is an end like others; not for
-            a run that was started from Python.
+        signals: those that ask for a stop; None for a run that was started from Python. With them the process is there
+            for the run: it may be ended while it hangs and all know the cause.
 
     Raises:
-        RunFailedError: for anything raised inside.
+        RunFailedError: for anything raised inside but Stopped.
     """
     ending = Ending(runtime)
-    if may_exit:
+    if signals is not None:
         runtime.heartbeat.force = ending.force
-        signal.signal(signal.SIGTERM, raise_terminated)
+        signals.call(runtime.heartbeat.wish, ending.end_at_once)
     try:
         yield ending
+    except Stopped as stopped:
+        write_error_file(str(stopped), {})
+        runtime.close()
+        raise
     except BaseException as error:
-        if may_exit:  # a launcher sends it to all when the first rank has left, and what happened is still being said
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         cause = first_cause(error, runtime)
         record(cause, runtime, ending.directory)
         runtime.heartbeat.wait_until_all_know(2 * PATIENCE_SECONDS)
@@ -149,7 +159,7 @@ def waits_for_others(error: BaseException) -> tuple[bool, bool]:
     texts = [str(link).lower() for link in chain if isinstance(link, RuntimeError)]
     texts = [text for text in texts if any(words in text for words in COLLECTIVE)]
     late = any(words in text for text in texts for words in LATE)
-    return late, bool(texts) or isinstance(error, RankFailedError | Terminated)
+    return late, bool(texts) or isinstance(error, RankFailedError)
 
 
 def look_for_others(runtime: Runtime, late: bool) -> Cause | None:
@@ -253,8 +263,6 @@ def own_cause(error: BaseException, runtime: Runtime) -> Cause:
         what, code = f"{who} failed {where}: {first}", error.exit_code
         if error.on_all_ranks:
             return Cause(None, None, phase_name(phase), step, first, todo, code)
-    elif isinstance(error, Terminated):
-        what, todo, code = f"{who} was told to end by SIGTERM {where}", RESUMES, 128 + signal.SIGTERM
     elif isinstance(error, KeyboardInterrupt):
         what, todo, code = f"{who} was interrupted (SIGINT) {where}", RESUMES, 128 + signal.SIGINT
     elif isinstance(error, SystemExit):
@@ -318,7 +326,9 @@ def record(cause: Cause, runtime: Runtime, directory: RunDirectory | None, step:
     Rank 0 writes status.json; where rank 0 cannot, the lowest rank that can. A stopped rank 0 still holds the lease, so
     no other run can have begun there.
     """
-    write_error_file(cause)
+    # the launcher prints it; of a wrong option there is nothing to learn from where it was refused
+    where = str(cause) if cause.is_configuration else traceback.format_exc()
+    write_error_file(str(cause), {"py_callstack": where, "cause": cause.to_json()})
     if cause.is_configuration or directory is None:
         return
     able = runtime.is_main_process or runtime.rank == lowest_able(cause, runtime)
@@ -335,15 +345,13 @@ def lowest_able(cause: Cause, runtime: Runtime) -> int:
     return min(rank for rank in (*others, runtime.rank) if rank != cause.rank or rank == runtime.rank)
 
 
-def write_error_file(cause: Cause) -> None:
+def write_error_file(message: str, extra: Mapping[str, object]) -> None:
     """Tell the launcher, in the form of torch.distributed.elastic, so that it names the cause and not who waited."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not Path(path).exists():
-        # the launcher prints it; of a wrong option there is nothing to learn from where it was refused
-        where = str(cause) if cause.is_configuration else traceback.format_exc()
-        extra = {"timestamp": str(int(time.time())), "py_callstack": where, "cause": cause.to_json()}
+        info = {"timestamp": str(int(time.time())), "py_callstack": "", **extra}
         with suppress(OSError):
-            Path(path).write_text(json.dumps({"message": {"message": str(cause), "extraInfo": extra}}))
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": info}}))
 
 
 def complain(error: BaseException, rank: int, world_size: int) -> int:
@@ -352,21 +360,24 @@ def complain(error: BaseException, rank: int, world_size: int) -> int:
     error = error if failed is None else failed.error
     code = failed.cause.exit_code if failed is not None else getattr(error, "exit_code", 1)
     who = "" if world_size == 1 else f" (rank {rank})"
-    if isinstance(error, ConfigError) and (failed is None or failed.cause.is_configuration):
+    if isinstance(error, Stopped):
+        if rank == 0:
+            say(f"distkit: {error}")
+    elif isinstance(error, ConfigError) and (failed is None or failed.cause.is_configuration):
         if rank == 0:
             say(f"distkit: error: {error}")
         else:
             # every rank finds the same one; leaving first would let the launcher end rank 0 before it has spoken
             time.sleep(3)
     elif failed is None or not failed.is_first:
-        if not isinstance(error, DistkitError | Terminated) and not waits_for_others(error)[1]:
+        if not isinstance(error, DistkitError) and not waits_for_others(error)[1]:
             traceback.print_exception(error)
         say(f"distkit: error{who}: {failed or error}")
     elif isinstance(error, DistkitError) and (world_size == 1 or error.on_all_ranks):
         if rank == 0:
             say(f"distkit: error{who}: {error}")
     else:
-        if not isinstance(error, DistkitError | Terminated | KeyboardInterrupt):
+        if not isinstance(error, DistkitError | KeyboardInterrupt):
             traceback.print_exception(error)
         say(f"distkit: error{who}: {failed}")
     return code
@@ -383,9 +394,3 @@ def leave(code: int) -> NoReturn:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
-
-
-def raise_terminated(_number: int, _frame: object) -> None:
-    """The handler of SIGTERM: the run ends as by any other exception."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated

@@ -13,6 +13,8 @@ from distkit.engine.meter import Means, Meter
 from distkit.engine.run import Run
 from distkit.errors import TrainingError
 from distkit.runtime.faults import fault
+from distkit.runtime.heartbeat import StopRequested
+from distkit.runtime.seeding import capture_rng, restore_rng
 
 
 def rank_range(num_samples: int, rank: int, world_size: int) -> range:
@@ -25,8 +27,9 @@ def evaluate(run: Run, loader: EvaluationLoader) -> Means:
 
     Raises:
         TrainingError: not every sample was counted exactly once.
+        StopRequested: it was broken off; the random generators are as they were before.
     """
-    strategy = run.strategy
+    strategy, generators = run.strategy, capture_rng(run.runtime.device)
     meter = Meter(run.runtime, copies=strategy.reuses_outputs)
     run.synchronize_buffers_()
     modes = {module: module.training for module in strategy.module.modules()}
@@ -34,6 +37,9 @@ def evaluate(run: Run, loader: EvaluationLoader) -> Means:
     try:
         with strategy.evaluating(), torch.no_grad(), run.ema.applied() if run.ema is not None else nullcontext():
             count_batches(run, loader, meter)
+    except StopRequested:
+        restore_rng(generators, run.runtime.device)
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -59,6 +65,7 @@ def count_batches(run: Run, loader: EvaluationLoader, meter: Meter) -> None:
         fault("evaluation", run.runtime.rank, run.progress.step)
         batch = next(batches, None)
         while batch is not None:
+            run.runtime.heartbeat.next_unit()
             with run.strategy.precision():
                 output = run.compute_loss(run.strategy.eval_model, batch)
             if counts:

@@ -15,11 +15,12 @@ from distkit.checkpoint.retention import list_checkpoints
 from distkit.checkpoint.shard_file import save_weights
 from distkit.engine.endings import Cause, first_cause, record
 from distkit.engine.evaluate import evaluate
+from distkit.engine.preemption import stopping_together
 from distkit.engine.resume import restore, restore_generators, resume_notes
 from distkit.engine.run import Run
 from distkit.engine.save import report_saves, save, save_due
 from distkit.engine.train_step import due, train_step
-from distkit.errors import NonFiniteError, RankFailedError, TrainingError
+from distkit.errors import NonFiniteError, RankFailedError, Stopped, TrainingError
 from distkit.observers import RunInfo
 from distkit.runtime import faults
 from distkit.runtime.heartbeat import Phase
@@ -35,27 +36,44 @@ def fit(run: Run) -> Summary:
 
     Raises:
         NonFiniteError: the loss of a report is NaN or infinite, on all ranks alike.
+        Stopped: the run was told to stop, and is saved.
         CheckpointError: more saves in a row failed than `--checkpoint.max-failures` allows.
     """
     config, progress, clock = run.config, run.progress, run.clock
     if run.resume.checkpoint is not None:
         restore(run, run.resume.checkpoint)
-    with opened(run):
+    with opened(run), stopping_together(run):
         restore_generators(run)
         clock.begin()
+        if evaluation_is_owed(run):
+            evaluate_now(run)
+            save(run)
         while progress.step < run.num_steps:
+            run.runtime.heartbeat.next_unit()
             train_step(run)
             if faults.armed:
                 faults.fault("step", run.runtime.rank, progress.step)
             if due(config.report_every, progress.step, run.num_steps):
                 report(run)
             if due(config.eval_every, progress.step, run.num_steps):
-                run.runtime.wait()  # what is queued still belongs to training
-                with clock.excluded():
-                    report_evaluation(run)
+                evaluate_now(run)
             if save_due(run):
                 save(run)
         return finish(run)
+
+
+def evaluate_now(run: Run) -> None:
+    """Evaluate, out of training's time."""
+    run.runtime.wait()  # what is queued still belongs to training
+    with run.clock.excluded():
+        report_evaluation(run)
+
+
+def evaluation_is_owed(run: Run) -> bool:
+    """True when the run was stopped in the evaluation of its present step."""
+    step, last = run.progress.step, run.trackers.last
+    is_due = step > 0 and run.test_loader is not None and due(run.config.eval_every, step, run.num_steps)
+    return is_due and (last is None or last["step"] != step)
 
 
 @contextmanager
@@ -73,6 +91,10 @@ def opened(run: Run) -> Iterator[None]:
         run.loader.close()
         for observer in run.observers:
             observer.close("completed", "")
+    except Stopped as stopped:
+        close_parts(run, "preempted", str(stopped))
+        directory.write_status("preempted", progress.step, str(stopped))
+        raise
     except BaseException as failure:
         # the other ranks hear of it before anything is closed here
         cause = first_cause(failure, run.runtime)
@@ -89,12 +111,17 @@ def give_up(run: Run, cause: Cause) -> None:
     record(cause, run.runtime, directory, run.progress.step)
     if run.config.run_dir is None and directory.writes and list_checkpoints(directory.checkpoints):
         print(f"distkit: the same command with --run-dir {directory.path} goes on with this run", file=sys.stderr)
+    close_parts(run, "failed", cause.what_happened)
+
+
+def close_parts(run: Run, status: str, message: str) -> None:
+    """End threads and worker processes, and tell the observers how the run ended."""
     run.loader.close()
     if run.saver is not None:
         run.saver.close()
     for observer in run.observers:
         with suppress(TrainingError):
-            observer.close("failed", cause.what_happened)
+            observer.close(status, message)
 
 
 def report(run: Run) -> None:

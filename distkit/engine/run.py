@@ -21,6 +21,7 @@ from distkit.engine.clock import Clock
 from distkit.engine.flops import Utilization
 from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
+from distkit.engine.watch import Watch
 from distkit.errors import TrainingError
 from distkit.losses import ComputeLoss
 from distkit.observers import Event, Observer
@@ -193,6 +194,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     trackers: Trackers = field(default_factory=Trackers)
     clock: Clock = field(default_factory=Clock)
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def num_samples(self) -> int:

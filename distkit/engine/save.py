@@ -35,7 +35,7 @@ def build_saver(
 ) -> Saver:
     """What saves a run under `folder`; `source` is the step of the checkpoint of its own that it was restored from."""
     clean = partial(remove_old, folder, config, best, source)
-    return Saver(folder, runtime, config, recipe=recipe, strategy=strategy, clean=clean)
+    return Saver(folder, runtime, config, recipe=recipe, strategy=strategy, clean=clean, committed=source)
 
 
 def remove_old(folder: Path, config: CheckpointConfig, best: Best, source: int | None, step: int) -> None:
@@ -55,12 +55,17 @@ def remove_old(folder: Path, config: CheckpointConfig, best: Best, source: int |
 
 
 def save_due(run: Run) -> bool:
-    """True at every `save_every`-th step, at the last one, and right after the best evaluation so far."""
+    """True at every `save_every`-th step, at the last one, after the best evaluation so far, and when a file SAVE asks.
+
+    The file is looked at with the reports, where all ranks wait for each other anyway.
+    """
     if run.saver is None:
         return False
     config, step, best = run.config.checkpoint, run.progress.step, run.trackers.best
     is_best = config.keep_best is not None and best is not None and best["step"] == step
-    return is_best or due(config.save_every, step, run.num_steps)
+    if is_best or due(config.save_every, step, run.num_steps):
+        return True
+    return due(run.config.report_every, step, run.num_steps) and run.runtime.any_rank(run.watch.wants_save)()
 
 
 def save(run: Run) -> None:
@@ -72,6 +77,8 @@ def save(run: Run) -> None:
     if run.saver is not None:
         run.runtime.position.enter(Phase.SAVE, run.progress.step)
         fault("save", run.runtime.rank, run.progress.step)
+        if run.watch.wants_save:
+            run.watch.done_with("SAVE")
         check_buffer_specs(run.strategy.module, run.buffer_specs, run.progress.step)
         with run.clock.excluded():
             tell(run, run.saver.save(run.progress.step, snapshot(run)))
@@ -88,6 +95,7 @@ def tell(run: Run, outcomes: list[Outcome]) -> None:
     for outcome in outcomes:
         if outcome.error is None:
             line = {"bytes": outcome.nbytes, "seconds": outcome.seconds}
+            run.watch.save_seconds = max(run.watch.save_seconds, outcome.seconds)
             run.tell({"event": "checkpoint", "step": outcome.step, **line})
         else:
             run.tell({"event": "checkpoint", "step": outcome.step,

@@ -29,9 +29,11 @@ SAVE_POINTS = ("staging", "half_shard", "before_fsync", "before_vote", "before_m
 #: of a step and before its reports, `evaluation` and `save` at the beginning of one.
 POINTS = ("start-up", "data", "step", "evaluation", "save", *SAVE_POINTS)
 #: `exit` is sys.exit(3), `exit0` os._exit(0); `oom` asks for more memory than there may be; `hang_gil` holds Python's
-#: lock while it hangs.
-ACTIONS = ("kill", "raise", "hang", "slow", "enospc", "exit", "exit0", "segv", "stop", "oom", "hang_gil")
-SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}
+#: lock while it hangs; `term`, `int`, `usr1` and `hup` are signals that ask for a stop.
+ACTIONS = ("kill", "raise", "hang", "slow", "enospc", "exit", "exit0", "segv", "stop", "oom", "hang_gil", "term", "int",
+           "usr1", "hup")  # fmt: skip
+SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP, "term": signal.SIGTERM,
+           "int": signal.SIGINT, "usr1": signal.SIGUSR1, "hup": signal.SIGHUP}  # fmt: skip
 SLOW_SECONDS = 2.0
 
 

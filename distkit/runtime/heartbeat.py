@@ -3,6 +3,11 @@
 A rank notes its phase and step in a few bytes of anonymous shared memory, which costs a store to memory. A thread beats
 once a second: it reads the bytes of the ranks on its own host, which outlive the process that wrote them, and exchanges
 records with ranks elsewhere over the process group's TCPStore. There the first cause of a failure is published, too.
+
+The threads also agree where all ranks stop, without a collective. The main thread counts the units of work that it
+begins (a step, a batch of an evaluation; all ranks begin the same ones) and then looks at a flag. A thread that hears
+of a wish to stop raises the flag and then reads the count: no unit after that one and the next look begins without a
+decision. When the counts of all ranks are known, the largest is the last unit that is done, by every rank.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from distkit.errors import RankFailedError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -51,8 +58,12 @@ class State(IntEnum):
 
 
 #: Cells of a position.
-PHASE, STEP, SAVING, STATE, KNOWS, BEATS = range(6)
-NUM_CELLS = 6
+PHASE, STEP, SAVING, STATE, KNOWS, BEATS, UNIT, WISH, FROZEN = range(9)
+NUM_CELLS = 9
+#: Time between two beats while ranks agree where to stop.
+AGREEING_SECONDS = 0.05
+#: How long a rank waits for the others' counts.
+AGREE_SECONDS = 30.0
 
 
 class Position:
@@ -60,7 +71,8 @@ class Position:
 
     PHASE is a `Phase`. STEP is the step being done, and in evaluations and saves the last one that was done. SAVING is
     the step of a checkpoint that is being written behind the steps, or 0. STATE is a `State`. KNOWS is 1 when this rank
-    has read the first cause. BEATS counts the beats of its thread.
+    has read the first cause. BEATS counts the beats of its thread. UNIT counts the units of work that it has begun.
+    WISH is why it wants all ranks to stop, or 0. FROZEN is 1 + UNIT as it was when it heard of a wish, or 0.
     """
 
     __slots__ = ("cells", "descriptor")
@@ -140,15 +152,28 @@ def process_table() -> str:
         return ""
 
 
+class StopRequested(Exception):
+    """All ranks have agreed to begin nothing more; raised on each of them at the same place.
+
+    Attributes:
+        wishes: rank -> why, of the ranks that wanted it.
+    """
+
+    def __init__(self, wishes: dict[int, int]) -> None:
+        super().__init__("a stop was asked for")
+        self.wishes = wishes
+
+
 class Heartbeat:
-    """This rank's position, and the thread that shows it to the others; a single process has no thread.
+    """This rank's position, and the thread that shows it to the others.
 
     Args:
         rank, world_size: this process among all.
         store: the process group's store, or None for one process. All ranks construct theirs together.
+        beats: there is a thread; always with a store.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, store: Store | None = None) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, store: Store | None = None, *, beats: bool = False) -> None:
         self.position, self.rank, self.world_size = Position(shared=store is not None), rank, world_size
         self.peers: list[Peer] = []
         self.beat_seconds = BEAT_SECONDS * (1 + world_size // RANKS_A_BEAT)
@@ -156,6 +181,11 @@ class Heartbeat:
         #: Called in the thread when a cause has been known for `force_seconds` and this rank still does something else.
         self.force: Callable[[], None] | None = None
         self.force_seconds = 10.0
+        #: Called in the thread at each beat with the count of units; an answer other than 0 is a wish to stop.
+        self.watch: Callable[[int], int] | None = None
+        #: The main thread must wait for a decision before it begins a unit; which one is the last.
+        self.stopping = False
+        self._last_unit: int | None = None
         self._informed_at: float | None = None
         self._proposal: str | None = None
         self._rounds = [0, 0]  # begun, done
@@ -168,6 +198,7 @@ class Heartbeat:
         self._store = None if store is None else store.clone()
         if self._store is not None:
             self._meet(self._store)
+        if self._store is not None or beats:
             self._thread = threading.Thread(target=self._beat, name="distkit-heartbeat", daemon=True)
             self._thread.start()
 
@@ -198,7 +229,7 @@ class Heartbeat:
             last = self._closed
             self._rounds[0] += 1
             self.position.cells[BEATS] += 1
-            if self._host_is_rank_0 and self.peers[0].rank == 0 and self.peers[0].has_left():
+            if self._host_is_rank_0 and self.peers and self.peers[0].rank == 0 and self.peers[0].has_left():
                 self._store = None
             if self._store is not None:
                 try:
@@ -209,12 +240,14 @@ class Heartbeat:
             for peer in self.peers:
                 peer.look()
             self._adopt()
+            self._agree()
             with self._condition:
                 self._rounds[1] = self._rounds[0]
                 self._condition.notify_all()
             if last:
                 return
-            self._wake.wait(self.beat_seconds)
+            agreeing = self.stopping and self._last_unit is None
+            self._wake.wait(AGREEING_SECONDS if agreeing else self.beat_seconds)
             self._wake.clear()
 
     def _exchange(self, store: Store) -> None:
@@ -243,6 +276,59 @@ class Heartbeat:
             late = time.monotonic() > self._informed_at + self.force_seconds
             if late and self.force is not None:
                 self.force()
+
+    def _agree(self) -> None:
+        """Hear of a wish to stop, and decide when every rank has said how far it is."""
+        cells = self.position.cells
+        if self.watch is not None and not cells[WISH]:
+            cells[WISH] = self.watch(cells[UNIT])
+        if not self.stopping and self.wishes():
+            self.stopping = True  # before the count is read: the main thread counts before it looks here
+            cells[FROZEN] = 1 + cells[UNIT]
+        if self.stopping and self._last_unit is None:
+            counts = [cells[FROZEN], *(peer.cells[FROZEN] for peer in self.peers)]
+            if all(counts):
+                self._last_unit = max(counts) - 1
+
+    def wishes(self) -> dict[int, int]:
+        """Why which ranks want to stop."""
+        own = {self.rank: self.position.cells[WISH]}
+        every = own | {peer.rank: peer.cells[WISH] for peer in self.peers}
+        return {rank: every[rank] for rank in sorted(every) if every[rank]}
+
+    def wish(self, why: int) -> None:
+        """Ask all ranks to stop at their next unit; `why` is not 0. From any thread."""
+        self.position.cells[WISH] = self.position.cells[WISH] or why
+        self._wake.set()
+
+    def next_unit(self) -> None:
+        """Count a unit of work that begins; all ranks begin the same ones, in the same order.
+
+        Raises:
+            StopRequested: it must not begin, on any rank.
+            RankFailedError: another rank does not say how far it is.
+        """
+        cells = self.position.cells
+        done = cells[UNIT]
+        cells[UNIT] = done + 1
+        if self.stopping and done >= self._decision():
+            raise StopRequested(self.wishes())
+
+    def _decision(self) -> int:
+        """The last unit that is done; waits for the counts of all ranks."""
+        end = time.monotonic() + AGREE_SECONDS
+        with self._condition:
+            while self._last_unit is None:
+                silent = [peer.rank for peer in self.peers if not peer.cells[FROZEN]]
+                ending = [rank for rank in silent if self._is_ending(rank)]
+                if ending or self.cause is not None or time.monotonic() > end:
+                    raise RankFailedError(f"ranks {ending or silent} do not say where to stop")
+                self._condition.wait(AGREEING_SECONDS)
+            return self._last_unit
+
+    def _is_ending(self, rank: int) -> bool:
+        peer = next(peer for peer in self.peers if peer.rank == rank)
+        return peer.cells[STATE] == State.ENDING or peer.has_left()
 
     def ask(self, proposal: str | None = None) -> str | None:
         """The first cause as all ranks know it; where there is none yet, `proposal` becomes it.

@@ -34,6 +34,7 @@ class Runtime:
 
     `cpu_group` is a gloo group of its own beside the device group: what is agreed on it (votes, errors, names)
     never waits for the device and never mixes with the collectives of a step. It is None for one process.
+    `launcher` is the process that started this one, None where a person may have.
     """
 
     topology: Topology
@@ -41,6 +42,7 @@ class Runtime:
     cpu_group: ProcessGroup | None = None
     timeout: datetime.timedelta = datetime.timedelta(minutes=30)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    launcher: int | None = None
 
     @property
     def rank(self) -> int:
@@ -230,6 +232,7 @@ def set_determinism(on: bool) -> None:
 
 def start(config: TrainConfig, topology: Topology) -> Runtime:
     """Set the device, join the process groups, seed. Undo with `Runtime.close()`."""
+    launcher = os.getppid() if topology.launcher != "python" else None
     device = choose_device(config.device, topology)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -239,14 +242,17 @@ def start(config: TrainConfig, topology: Topology) -> Runtime:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
-    heartbeat, cpu_group = Heartbeat(), None
+    cpu_group = None
     if topology.world_size > 1:
         _join(topology, device, timeout)
         store = dist.distributed_c10d._get_default_store()
         heartbeat = Heartbeat(topology.rank, topology.world_size, store)
         cpu_group = _gloo_group(timeout)
+    else:
+        heartbeat = Heartbeat(beats=True)
     seed_everything(derive_seed(config.seed, "rank", topology.rank))
-    return Runtime(topology=topology, device=device, cpu_group=cpu_group, timeout=timeout, heartbeat=heartbeat)
+    return Runtime(topology=topology, device=device, cpu_group=cpu_group, timeout=timeout, heartbeat=heartbeat,
+                   launcher=launcher)  # fmt: skip
 
 
 def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta) -> None:

@@ -26,6 +26,7 @@ from distkit.data.stream.stream import microbatch_start
 from distkit.errors import ConfigError, DataError
 from distkit.runtime.local_ranks import die_with_parent
 from distkit.runtime.seeding import derive_seed
+from distkit.runtime.signals import ignore_stop_signals
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import (  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -210,6 +211,7 @@ class IterableSource:
 
 def _start_worker(owner: int, _worker_id: int) -> None:
     die_with_parent(owner)
+    ignore_stop_signals()
 
 
 def _not_json(got: object) -> DataError:

@@ -14,6 +14,7 @@ import torch
 
 from distkit.errors import TrainingError
 from distkit.runtime.local_ranks import die_with_parent
+from distkit.runtime.signals import ignore_stop_signals
 
 T = TypeVar("T")
 #: A mode ends when nothing refers to it any more.
@@ -31,6 +32,7 @@ def start_worker(owner: int, _worker_id: int) -> None:
         owner: the process that the worker belongs to, and must not outlive.
     """
     die_with_parent(owner)
+    ignore_stop_signals()
     gc.freeze()
     mode = torch.inference_mode()
     mode.__enter__()
@@ -51,11 +53,15 @@ def iterator_of(loader: Iterable[T]) -> Iterator[T]:
 def end_workers(iterator: object) -> None:
     """End the worker processes of a DataLoader's iterator and wait for them; nothing where it has none.
 
-    Dropping the iterator does the same, but a traceback may hold it for long.
+    Dropping the iterator does the same, but a traceback may hold it for long, and torch would send SIGTERM to a worker
+    that hangs, which ignores it.
     """
     shutdown = getattr(iterator, "_shutdown_workers", None)
     if shutdown is not None:
         shutdown()
+        for worker in iterator._workers:  # type: ignore[attr-defined]
+            if worker.is_alive():
+                worker.kill()
 
 
 @contextmanager
