@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from distkit.commands import checkpoint, data, generate, show, verify_resume
+from distkit.commands import checkpoint, data, generate, show, slurm, verify_resume
 from distkit.commands.parser import Answer, write_out
 from distkit.errors import ConfigError, DistkitError, nearest
 from distkit.version import __version__
@@ -28,6 +28,7 @@ usage: distkit COMMAND [ARGUMENTS]
   checkpoint export PATH OUT.safetensors
                           export the weights for other programs
   generate RUN            generate text with a trained language model
+  slurm options           print the options that this site wants, for sbatch slurm/train.sbatch
   verify-resume RECIPE    kill and resume a run, and compare it with one never killed
 
 PATH is a checkpoint or a run directory, which means its newest checkpoint.
@@ -77,5 +78,6 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], str | Answer]] = {
     "data": data.command,
     "checkpoint": checkpoint.command,
     "generate": generate.command,
+    "slurm": slurm.command,
     "verify-resume": verify_resume.command,
 }

@@ -1,0 +1,108 @@
+"""Whether a job goes on with its run, read from the run's directory: exit codes do not survive launchers."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from distkit.checkpoint.retention import list_checkpoints
+from distkit.commands.show import read_json
+from distkit.errors import Stopped
+
+DONE, FAILED, GO_ON = 0, 1, Stopped.exit_code
+#: How engine/endings.py names what may go better the next time: a rank that was killed, is gone, stopped, silent or
+#: behind. What a recipe raised is not among it, whatever its message says.
+RETRYABLE = re.compile(
+    r"(the run|rank \d+ on \S+?)"
+    r"(: no sign of life | was killed by | is gone, | is stopped | was told to end by | has been (in|after) )"
+)
+
+
+@dataclass(frozen=True)
+class Before:
+    """How a run stood when its job began: its last attempt and newest checkpoint; 0 and -1 where there were none."""
+
+    attempt: int = 0
+    step: int = -1
+
+    @classmethod
+    def parse(cls, text: str) -> Before:
+        """3:1500, as `str` gives it."""
+        found = re.fullmatch(r"(\d+):(-1|\d+)", text)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"{text} is not ATTEMPT:STEP")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.attempt}:{self.step}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """0 when nothing is left to do, 75 to go on, 1 not to; and why, in a line."""
+
+    exit_code: int
+    why: str
+
+
+def read_before(run_dir: Path) -> Before:
+    """How the run in `run_dir` stands; there may be none.
+
+    Raises:
+        ConfigError: its files cannot be read.
+    """
+    attempt = (read_json(run_dir / "status.json") or {}).get("attempt")
+    steps = list_checkpoints(run_dir / "checkpoints")
+    return Before(attempt if isinstance(attempt, int) else 0, steps[-1] if steps else -1)
+
+
+def decide(
+    run_dir: Path, before: Before, *, job: str, num_requeues: int, max_requeues: int, told: str = ""
+) -> Decision:
+    """Whether job `job`, whose ranks have ended, goes on with its run.
+
+    Args:
+        run_dir: the run's directory.
+        before: what `read_before` said when the job began.
+        job: SLURM_JOB_ID.
+        num_requeues: how often the job was requeued so far.
+        max_requeues: at most.
+        told: the signal that told the batch script to stop, if any.
+
+    Raises:
+        ConfigError: the run's files cannot be read.
+    """
+    status = read_json(run_dir / "status.json") or {}
+    state, step, now = status.get("state"), status.get("step"), read_before(run_dir)
+    if state == "completed":
+        return Decision(DONE, f"{run_dir} is completed, step {step}")
+    what, resumable = _ending(status, now.attempt > before.attempt, job, run_dir, told)
+    if not resumable:
+        return Decision(FAILED, f"{run_dir} {what}")
+    if num_requeues >= max_requeues:
+        return Decision(FAILED, f"{run_dir} {what}, and this job was requeued {num_requeues} times: not again")
+    if before.attempt and now.step <= before.step:
+        where = f"the newest is that of step {now.step}" if now.step >= 0 else "there is none"
+        return Decision(FAILED, f"{run_dir} {what}, without a new checkpoint since the attempt before: {where}")
+    return Decision(GO_ON, f"{run_dir} {what}: it goes on from the checkpoint of step {max(now.step, 0)}")
+
+
+def _ending(status: Mapping[str, object], begun: bool, job: str, run_dir: Path, told: str) -> tuple[str, bool]:
+    """How the attempt ended, and whether another one can do better."""
+    state, step = status.get("state"), status.get("step")
+    if not begun:
+        if told:
+            return f"was not begun yet when {told} came", True
+        return "was not begun by this job: its output says why", False
+    if state == "preempted":
+        return f"was preempted at step {step} ({status.get('reason')})", True
+    if state == "running":
+        holder = (read_json(run_dir / "lease.json") or {}).get("job", job)
+        if holder != job:
+            return f"is running in job {holder}", False
+        return "was killed", True
+    reason = str(status.get("reason"))
+    return f"failed at step {step}: {reason}", RETRYABLE.match(reason) is not None
