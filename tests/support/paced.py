@@ -28,8 +28,9 @@ def compute_loss(config: Config, model: nn.Module, batch: dict[str, Tensor]) -> 
     return tiny.compute_loss(config, model, batch)
 
 
-BASE = replace(Config(**{name: getattr(tiny.BASE, name) for name in tiny.BASE.__dataclass_fields__}),
-               checkpoint=CheckpointConfig(save_every=5), report_every=1, dropout=0.1, noise=0.1)  # fmt: skip
+TINY = Config(**{name: getattr(tiny.BASE, name) for name in tiny.BASE.__dataclass_fields__})
+BASE = replace(TINY, checkpoint=CheckpointConfig(save_every=5, asynchronous="off"), report_every=1, dropout=0.1,
+               noise=0.1)  # fmt: skip
 RECIPE = Recipe("paced", Config, tiny.build_model, tiny.build_dataset, compute_loss, presets={"default": BASE})
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
 from support.harness import ROOT, free_port
-from support.launching import environment
+from support.launching import alive, environment
+
+from distkit.runtime.local_ranks import die_with_parent
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 SEARCHED = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
@@ -60,8 +63,9 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {**environment(), "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{_bin()}{os.pathsep}{SEARCHED}",
-                    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}  # fmt: skip
+        path = os.pathsep.join([str(Path(sys.executable).parent), SEARCHED])
+        python_path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        self.env = {**environment(), "SLURM_CONF": str(folder / "slurm.conf"), "PATH": path, "PYTHONPATH": python_path}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -95,14 +99,14 @@ class Cluster:
     def _daemon(self, name: str, command: Sequence[str]) -> None:
         with open(self.folder / f"{name}.out", "ab") as out:
             self.daemons[name] = subprocess.Popen(command, env=self.env, stdout=out, stderr=out,
-                                                  stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+                                                  stdin=subprocess.DEVNULL, start_new_session=True,
+                                                  preexec_fn=partial(die_with_parent, os.getpid()))  # fmt: skip
 
     def stop(self) -> None:
         """Cancel what runs, take it down, and leave no process."""
         with contextlib.suppress(AssertionError, subprocess.SubprocessError):
-            self.call("scancel", "--full", "--user", getpass.getuser(), check=False)
-            wait_for(lambda: not self.call("squeue", "-h", check=False), "an empty queue", 30)
-        for name in [name for name in self.daemons if name.startswith("node")] + ["slurmctld", "munged"]:
+            self.cancel_all()
+        for name in reversed(self.daemons):
             for process in reversed(psutil.Process(self.daemons[name].pid).children(recursive=True)):
                 with contextlib.suppress(psutil.Error):
                     process.terminate()
@@ -113,7 +117,23 @@ class Cluster:
                 self.daemons[name].kill()
                 self.daemons[name].wait()
 
-    def call(self, *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, check: bool = True) -> str:
+    def cancel_all(self) -> None:
+        """Cancel what waits or runs, and wait until its last process is gone."""
+        self.call("scancel", "--user", getpass.getuser(), check=False)
+        wait_for(lambda: not self.call("squeue", "-h"), "an empty queue", 40)
+        wait_for(lambda: not any("slurmstepd" in process.name() for process in self.processes()), "end of all steps")
+
+    def processes(self) -> list[psutil.Process]:
+        """What runs on the nodes, in jobs or for them; no zombies."""
+        found = []
+        for name, daemon in self.daemons.items():
+            if name.startswith("node"):
+                found += [child for child in psutil.Process(daemon.pid).children(recursive=True) if alive(child)]
+        return found
+
+    def call(
+        self, *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, check: bool = True
+    ) -> str:
         """What a command of SLURM prints."""
         done = subprocess.run(words, env={**self.env, **(env or {})}, cwd=cwd, capture_output=True, text=True,
                               timeout=60)  # fmt: skip
@@ -130,7 +150,7 @@ class Cluster:
         return dict(word.partition("=")[::2] for word in text.split()).get(name, "")
 
     def wait(self, job: str, timeout: float = 90) -> str:
-        """The state in which a job ends, with its ends of requeueing cut short: a requeued job waits for a while."""
+        """The state in which a job ends; a requeued job, which SLURM holds for a while, starts at once."""
 
         def ended() -> bool:
             if self.field(job, "JobState") == "PENDING" and self.field(job, "Reason") == "BeginTime":
@@ -139,10 +159,6 @@ class Cluster:
 
         wait_for(ended, f"the end of job {job}", timeout)
         return self.field(job, "JobState")
-
-
-def _bin() -> Path:
-    return Path(sys.executable).parent
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout: float = 30) -> None:

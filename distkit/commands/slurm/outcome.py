@@ -87,7 +87,8 @@ def decide(
     if before.attempt and now.step <= before.step:
         where = f"the newest is that of step {now.step}" if now.step >= 0 else "there is none"
         return Decision(FAILED, f"{run_dir} {what}, without a new checkpoint since the attempt before: {where}")
-    return Decision(GO_ON, f"{run_dir} {what}: it goes on from the checkpoint of step {max(now.step, 0)}")
+    where = f"it goes on from the checkpoint of step {now.step}" if now.step >= 0 else "it begins again"
+    return Decision(GO_ON, f"{run_dir} {what}: {where}")
 
 
 def _ending(status: Mapping[str, object], begun: bool, job: str, run_dir: Path, told: str) -> tuple[str, bool]:

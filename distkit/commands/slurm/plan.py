@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 
 from distkit.commands.slurm.meeting import choose_meeting
@@ -194,7 +195,7 @@ def _with_run_dir(site: Site, env: Mapping[str, str], recipe: str, flags: Sequen
 def _run_dir_of(flags: Sequence[str]) -> str | None:
     """The last --run-dir among `flags`."""
     given = None
-    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, value in pairwise([*flags, ""]):
         if flag == "--run-dir" or flag.startswith("--run-dir="):
             given = value if flag == "--run-dir" else flag.partition("=")[2]
     return given
