@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.harness import ROOT
-from support.slurm import MISSING, Cluster, running_cluster
+from support.slurm import MISSING, Cluster, running_cluster, set_up
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +18,6 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def project(cluster: Cluster, tmp_path: Path) -> Iterator[Path]:
     """What a person submits from; when the test is over, no job runs any more."""
-    (tmp_path / "slurm").mkdir()
-    for file in (ROOT / "slurm").iterdir():
-        (tmp_path / "slurm" / file.name).symlink_to(file)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    set_up(tmp_path)
     yield tmp_path
     cluster.cancel_all()

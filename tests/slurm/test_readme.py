@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 from support.harness import ROOT
 from support.launching import TINY, write_text
-from support.slurm import Cluster
+from support.slurm import Cluster, set_up
 
 README = (ROOT / "slurm" / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -21,8 +22,8 @@ SMALL = {
 }  # fmt: skip
 
 
-def prepare(project: Path) -> None:
-    """What the README takes for granted: a text, a sweep, a packed data set, a site."""
+def prepare(project: Path, *site: str) -> None:
+    """What the README takes for granted: a text, a sweep, images, a site."""
     write_text(project).rename(project / "FILE")
     (project / "SWEEP").write_text(SWEEP)
     for split in ("train", "test"):
@@ -31,7 +32,7 @@ def prepare(project: Path) -> None:
             image.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (number, 0, 0)).save(image)
     (project / "slurm" / "site.toml").unlink()
-    lines = ['partition = "main"', 'gpus = ""', 'interface = "lo"', f'scratch = "{project}/disk"']
+    lines = ['partition = "main"', 'gpus = ""', 'interface = "lo"', f'scratch = "{project}/disk"', *site]
     (project / "slurm" / "site.toml").write_text("\n".join(lines))
 
 
@@ -65,13 +66,15 @@ def state(run: Path) -> tuple[str, int]:
 def test_the_commands_do_what_is_said(cluster: Cluster, project: Path) -> None:
     prepare(project)
     for split in ("train", "test"):
-        shell(cluster, project, f"python -m distkit data pack images packed --split {split} --workers 1")
+        shell(cluster, project, f"python -m distkit data pack images data/packed --split {split} --workers 1")
     (train,) = submit(cluster, project, one("--nodes=2"))
     (staged,) = submit(cluster, project, one("--stage"))
     (sweep,) = submit(cluster, project, one("sweep.sbatch"))
     (debug,) = submit(cluster, project, one("debug.sbatch"))
-    site = project / "slurm" / "site.toml"
-    first, *rest = submit(cluster, project, f"echo 'continuation = \"chain\"' >> {site}; {one('singleton')}")
+    chained = project / "chained"
+    set_up(chained)
+    prepare(chained, 'continuation = "chain"')
+    first, *rest = submit(cluster, chained, one("singleton"))
     assert train in shell(cluster, project, one("squeue --me"))
 
     done = [train, staged, *(f"{sweep}_{task}" for task in (1, 2, 3)), debug, first]
@@ -81,7 +84,7 @@ def test_the_commands_do_what_is_said(cluster: Cluster, project: Path) -> None:
     assert "is completed, step 4" in shell(cluster, project, one("tail").replace("JOB", train))
     assert "completed at step 4" in shell(cluster, project, one("distkit show").replace("JOB", train))
     assert json.loads((runs / "gpt" / f"slurm-{train}" / "environment.json").read_text())["world_size"] == 2
-    assert state(runs / "mine") == ("completed", 4)
+    assert state(chained / "runs" / "mine") == ("completed", 4)
     config = json.loads((runs / "cifar10" / f"slurm-{staged}" / "config.json").read_text())
     assert config["data"]["root"].startswith(f"{project}/disk/")
     configs = [json.loads((runs / "gpt" / f"slurm-{sweep}_{task}" / "config.json").read_text()) for task in (1, 2, 3)]
@@ -103,8 +106,6 @@ def test_the_scripts_are_clean() -> None:
 
 
 def test_shellcheck_finds_nothing() -> None:
-    import shutil
-
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
     scripts = [*map(str, (ROOT / "slurm").glob("*.sbatch")), str(ROOT / ".ci" / "run")]

@@ -55,7 +55,7 @@ def _add_plan(parser: Parser) -> None:
     _add_site(parser)
     parser.add_argument("--ranks", type=_at_least_1, metavar="N", help="ranks per node (its GPUs, or 1)")
     parser.add_argument("--max-requeues", type=_count, metavar="N", help="requeues of this job at most (the site's)")
-    parser.add_argument("--stage", type=Path, metavar="DIR", help="copy DIR to local scratch first, and use the copy")
+    parser.add_argument("--stage", metavar="DIR", help="copy DIR to local scratch first, and use the copy")
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="add the flags on the array task's line of FILE")
     _add_recipe(parser)
 

@@ -13,11 +13,13 @@ from distkit.commands.show import read_json
 from distkit.errors import Stopped
 
 DONE, FAILED, GO_ON = 0, 1, Stopped.exit_code
+#: In the reason of a run whose owner stopped it, as engine/preemption.py says it.
+STOP_FILE = "a file STOP"
 #: How engine/endings.py names what may go better the next time: a rank that was killed, is gone, stopped, silent or
 #: behind. What a recipe raised is not among it, whatever its message says.
 RETRYABLE = re.compile(
-    r"(the run|rank \d+ on \S+?)"
-    r"(: no sign of life | was killed by | is gone, | is stopped | was told to end by | has been (in|after) )"
+    r"rank \d+ on \S+?(: no sign of life | was killed by | is gone, | is stopped | has been (in|after) )"
+    r"|rank \d+ on \S+ failed [^:]*: ranks \[[\d, ]+\] do not say where to stop$"
 )
 
 
@@ -79,9 +81,9 @@ def decide(
     state, step, now = status.get("state"), status.get("step"), read_before(run_dir)
     if state == "completed":
         return Decision(DONE, f"{run_dir} is completed, step {step}")
-    what, resumable = _ending(status, now.attempt > before.attempt, job, run_dir, told)
-    if not resumable:
-        return Decision(FAILED, f"{run_dir} {what}")
+    what, code = _ending(status, now.attempt > before.attempt, job, run_dir, told)
+    if code != GO_ON:
+        return Decision(code, f"{run_dir} {what}")
     if num_requeues >= max_requeues:
         return Decision(FAILED, f"{run_dir} {what}, and this job was requeued {num_requeues} times: not again")
     if before.attempt and now.step <= before.step:
@@ -91,19 +93,15 @@ def decide(
     return Decision(GO_ON, f"{run_dir} {what}: {where}")
 
 
-def _ending(status: Mapping[str, object], begun: bool, job: str, run_dir: Path, told: str) -> tuple[str, bool]:
+def _ending(status: Mapping[str, object], begun: bool, job: str, run_dir: Path, told: str) -> tuple[str, int]:
     """How the attempt ended, and whether another one can do better."""
-    state, step = status.get("state"), status.get("step")
+    state, step, reason = status.get("state"), status.get("step"), str(status.get("reason"))
     if not begun:
-        if told:
-            return f"was not begun yet when {told} came", True
-        return "was not begun by this job: its output says why", False
+        unbegun = (f"was not begun yet when {told} came", GO_ON)
+        return unbegun if told else ("was not begun by this job: its output says why", FAILED)
     if state == "preempted":
-        return f"was preempted at step {step} ({status.get('reason')})", True
+        return f"was preempted at step {step} ({reason})", DONE if STOP_FILE in reason else GO_ON
     if state == "running":
         holder = (read_json(run_dir / "lease.json") or {}).get("job", job)
-        if holder != job:
-            return f"is running in job {holder}", False
-        return "was killed", True
-    reason = str(status.get("reason"))
-    return f"failed at step {step}: {reason}", RETRYABLE.match(reason) is not None
+        return ("was killed", GO_ON) if holder == job else (f"is running in job {holder}", FAILED)
+    return f"failed at step {step}: {reason}", GO_ON if RETRYABLE.match(reason) else FAILED

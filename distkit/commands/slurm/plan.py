@@ -25,6 +25,8 @@ ENVIRONMENT = (
     "PET_SIGNALS_TO_HANDLE", "DISTKIT_*", "HF_*", "WANDB_*", "SSL_CERT_*", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
     "http_proxy", "https_proxy", "no_proxy", "APPTAINER*", "SINGULARITY*", "ENROOT_*",
 )  # fmt: skip
+#: What a launcher starts for each rank.
+RANK = "distkit.commands.slurm.rank"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def train_plan(
     *,
     ranks: int | None = None,
     max_requeues: int | None = None,
-    stage_from: Path | None = None,
+    stage_from: str | None = None,
     sweep: Path | None = None,
 ) -> Plan:
     """The plan of slurm/train.sbatch.
@@ -82,8 +84,8 @@ def train_plan(
                               fix=f"--run-dir DIR on each line of {sweep}, or nowhere")  # fmt: skip
         flags = [*flags, *sweep_flags(sweep, int(task))]
     run_dir, flags = _with_run_dir(site, env, recipe, flags)
-    staged = _staged_copy(site, env, stage_from)
-    if stage_from is not None:
+    staged = None if stage_from is None else _staged_copy(site, env, stage_from)
+    if stage_from is not None and staged is not None:
         flags = _moved(flags, stage_from, staged)
     nodes = int(_in_job(env, "SLURM_JOB_NUM_NODES"))
     meeting = choose_meeting(nodes, site.interface)
@@ -91,7 +93,7 @@ def train_plan(
     per_node = str(ranks or env.get("SLURM_GPUS_ON_NODE") or 1)
     python = site.python or sys.executable
     launcher = [python, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={per_node}",
-                f"--master-addr={meeting.address}", f"--master-port={meeting.port}"]  # fmt: skip
+                f"--master-addr={meeting.address}", f"--master-port={meeting.port}", "--module", RANK]  # fmt: skip
     return Plan(
         {
             "job": f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in env else job,
@@ -201,18 +203,16 @@ def _run_dir_of(flags: Sequence[str]) -> str | None:
     return given
 
 
-def _staged_copy(site: Site, env: Mapping[str, str], source: Path | None) -> Path | None:
-    if source is None:
-        return None
+def _staged_copy(site: Site, env: Mapping[str, str], source: str) -> Path:
     scratch = os.path.expandvars(site.scratch)
     if not scratch or "$" in scratch:
         raise ConfigError(f"--stage {source}: which folder of a node?", expected="scratch in slurm/site.toml",
                           got=site.scratch or "nothing", fix='scratch = "/tmp"')  # fmt: skip
-    return Path(scratch) / f"distkit-{env.get('USER', os.getuid())}" / copy_name(source)
+    return Path(scratch) / f"distkit-{env.get('USER', os.getuid())}" / copy_name(Path(source))
 
 
-def _moved(flags: Sequence[str], source: Path, copy: Path | None) -> list[str]:
-    """`flags` with the copy in place of `source`.
+def _moved(flags: Sequence[str], source: str, copy: Path) -> list[str]:
+    """`flags` with the copy in place of `source`, where it is written like that.
 
     Raises:
         ConfigError: none of them names it.
@@ -220,13 +220,10 @@ def _moved(flags: Sequence[str], source: Path, copy: Path | None) -> list[str]:
     moved = []
     for flag in flags:
         option, sign, value = flag.rpartition("=") if flag.startswith("--") else ("", "", flag)
-        path = Path(value)
-        if value and path.is_relative_to(source):
-            moved.append(f"{option}{sign}{copy / path.relative_to(source)}" if copy else flag)
-        else:
-            moved.append(flag)
+        inside = value == source or value.startswith(f"{source.rstrip('/')}/")
+        moved.append(f"{option}{sign}{copy}{value.removeprefix(source.rstrip('/'))}" if inside else flag)
     if moved == list(flags):
-        raise ConfigError(f"--stage {source}, but no flag of the recipe names it", expected="the same folder in both",
+        raise ConfigError(f"--stage {source}, but no flag of the recipe names it", expected="the same words in both",
                           got=shorten(flags, 6), fix=f"--data.root {source}")  # fmt: skip
     return moved
 
@@ -234,8 +231,8 @@ def _moved(flags: Sequence[str], source: Path, copy: Path | None) -> list[str]:
 def _exports(env: Mapping[str, str], interface: str) -> dict[str, str]:
     """What the batch script adds to the environment.
 
-    The ranks get SLURM's signals themselves. A launcher that handled them, too, would send each a second time and kill
-    its ranks half a minute later: it handles one that nobody sends, and ignores what the batch script lets it ignore.
+    The launchers are told to handle a signal that nobody sends; the batch script lets them ignore the others. See
+    `distkit.commands.slurm.rank`.
     """
     exports = {"PET_SIGNALS_TO_HANDLE": "SIGQUIT"}
     if interface:

@@ -11,8 +11,10 @@ import torch
 
 from distkit.commands import run
 from distkit.commands.slurm.outcome import RETRYABLE, Before, decide, read_before
-from distkit.engine.endings import Cause, Terminated, dead, look_for_the_silent, own_cause
-from distkit.errors import ConfigError, TrainingError
+from distkit.engine.endings import Cause, dead, look_for_the_silent, own_cause
+from distkit.engine.preemption import why
+from distkit.engine.watch import STOP_FILE
+from distkit.errors import ConfigError, RankFailedError, TrainingError
 from distkit.runtime import Topology
 from distkit.runtime.heartbeat import PHASE, STATE, STEP, Peer, Phase, State
 from distkit.runtime.process import Runtime
@@ -44,6 +46,14 @@ def test_a_preempted_run_goes_on(tmp_path: Path) -> None:
     code, why = outcome(tmp_path, "2:9")
     assert code == 75
     assert "preempted at step 12 (SIGUSR1): it goes on from the checkpoint of step 12" in why
+
+
+def test_what_its_owner_stopped_stays_stopped(tmp_path: Path) -> None:
+    reason = f"stopped after step 12 ({why({0: STOP_FILE}, 2)}); saved"
+    write(tmp_path, {"state": "preempted", "attempt": 3, "reason": reason}, 12)
+    code, said = outcome(tmp_path, "2:9")
+    assert code == 0
+    assert reason in said
 
 
 def test_not_without_progress_except_after_the_first_attempt(tmp_path: Path) -> None:
@@ -115,7 +125,7 @@ def failed(error: BaseException) -> Cause:
     "cause",
     [
         dead(peer(), signal.SIGKILL), dead(peer(), signal.SIGSEGV), dead(peer(), None), silent(False, 100.0),
-        silent(True, 0.0), failed(Terminated()),
+        silent(True, 0.0), failed(RankFailedError("ranks [1, 3] do not say where to stop")),
     ],
     ids=str,
 )  # fmt: skip

@@ -28,10 +28,11 @@ def test_one_launcher_for_the_nodes_and_ranks_of_the_job(recipe: str) -> None:
     site = Site(interface="lo", python="python3", container=("apptainer", "exec", "i.sif"), srun=("--mpi=none",))
     env = {**JOB, "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "8", "HOME": "/h"}
     plan = train_plan(site, env, recipe, ["--seed", "1"])
-    *launcher, port, name, run_dir_flag, run_dir, seed, one = plan.variables["ranks"]
+    *launcher, port, module, rank, name, run_dir_flag, run_dir, seed, one = plan.variables["ranks"]
     assert launcher == ["apptainer", "exec", "i.sif", "python3", "-m", "torch.distributed.run", "--nnodes=2",
                         "--nproc-per-node=4", "--master-addr=127.0.0.1"]  # fmt: skip
     assert port.startswith("--master-port=")
+    assert (module, rank) == ("--module", "distkit.commands.slurm.rank")
     assert [name, run_dir_flag, run_dir, seed, one] == [recipe, "--run-dir", "runs/my recipe/slurm-7", "--seed", "1"]
     assert plan.variables["srun_options"] == [
         "--mpi=none", "--export=GLOO_SOCKET_IFNAME,HOME,NCCL_SOCKET_IFNAME,PET_SIGNALS_TO_HANDLE"
@@ -83,13 +84,20 @@ def test_staging_moves_the_flags_that_name_the_folder(recipe: str, tmp_path: Pat
     site = Site(scratch="$NODE_DISK/x")
     os.environ["NODE_DISK"] = str(tmp_path / "disk")
     try:
-        flags = ["--data.root=data", "--tokens", "data/train", "--note", "database"]
-        plan = train_plan(site, {**JOB, "USER": "me"}, recipe, flags, stage_from=Path("data"))
+        flags = ["--data.root=data", "--tokens", "data/train", "--note", "database", "--other=./data"]
+        plan = train_plan(site, {**JOB, "USER": "me"}, recipe, flags, stage_from="data")
     finally:
         del os.environ["NODE_DISK"]
     copy = str(plan.variables["stage_to"])
     assert copy.startswith(str(tmp_path / "disk/x/distkit-me/data-"))
-    assert plan.variables["ranks"][-5:] == [f"--data.root={copy}", "--tokens", f"{copy}/train", "--note", "database"]
+    assert plan.variables["ranks"][-6:] == [
+        f"--data.root={copy}",
+        "--tokens",
+        f"{copy}/train",
+        "--note",
+        "database",
+        "--other=./data",
+    ]
 
 
 def test_debugging_is_one_process_without_a_run_directory(recipe: str) -> None:
