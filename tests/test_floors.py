@@ -71,7 +71,7 @@ FLOORS = (
     ),
 )
 #: These are above everything: nothing in distkit imports them.
-OUTSIDE = ("recipes", "launch", "benchmarks", "tests")
+OUTSIDE = ("recipes", "launch", "slurm", "benchmarks", "tests")
 #: Library -> the packages or files that may import it, inside functions only.
 FENCES = {
     "accelerate": {"runtime", "strategies"},

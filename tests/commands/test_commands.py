@@ -71,6 +71,7 @@ def test_show_a_run_that_is_running_and_one_that_was_killed(tmp_path: Path, caps
         (["show"], "one run directory"),
         (["show", "nowhere"], "nowhere"),
         (["version", "x"], "no argument"),
+        (["slurm", "plna"], "invalid choice"),
         (["data"], "pack|show|verify"),
         (["data", "pakc"], "invalid choice"),
         (["data", "pack", "nowhere"], "OUT"),

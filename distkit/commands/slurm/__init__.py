@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from distkit.commands.parser import Answer, Parser
 from distkit.commands.slurm.outcome import Before, decide
-from distkit.commands.slurm.plan import debug_plan, train_plan
+from distkit.commands.slurm.plan import Plan, debug_plan, environment_list, train_plan
 from distkit.commands.slurm.site import SITE_FILE, read_site, sbatch_options
 from distkit.commands.slurm.stage import stage
 
@@ -31,6 +32,7 @@ def _parser() -> Parser:
     _add_site(debug)
     _add_recipe(debug)
     codes = "Exit codes: 0 nothing is left to do, 75 it goes on, 1 it does not."
+    _add_site(_add(verbs, "environment", "print the names of the variables that ranks inherit, for srun --export"))
     _add_requeue(_add(verbs, "requeue", f"decide whether a job goes on with its run. {codes}"))
     staging = _add(verbs, "stage", "copy a data set to local scratch, unless it is there")
     staging.add_argument("source", type=Path, metavar="DIR", help="the data set")
@@ -87,14 +89,21 @@ def _options(typed: argparse.Namespace) -> Answer:
 
 
 def _plan(typed: argparse.Namespace) -> Answer:
-    site = read_site(typed.site)
-    plan = train_plan(site, os.environ, typed.recipe, typed.flags, ranks=typed.ranks, max_requeues=typed.max_requeues,
-                      stage_from=typed.stage, sweep=typed.sweep)  # fmt: skip
-    return Answer(plan.to_bash(), 0)
+    plan = train_plan(read_site(typed.site), os.environ, typed.recipe, typed.flags, ranks=typed.ranks,
+                      max_requeues=typed.max_requeues, stage_from=typed.stage, sweep=typed.sweep)  # fmt: skip
+    return _print(plan, typed.site)
 
 
 def _debug_plan(typed: argparse.Namespace) -> Answer:
-    return Answer(debug_plan(read_site(typed.site), os.environ, typed.recipe, typed.flags).to_bash(), 0)
+    return _print(debug_plan(read_site(typed.site), os.environ, typed.recipe, typed.flags), typed.site)
+
+
+def _print(plan: Plan, site: Path) -> Answer:
+    return Answer(f"site={shlex.quote(str(site))}\n{plan.to_bash()}", 0)
+
+
+def _environment(typed: argparse.Namespace) -> Answer:
+    return Answer(environment_list(read_site(typed.site), os.environ), 0)
 
 
 def _requeue(typed: argparse.Namespace) -> Answer:
@@ -109,5 +118,6 @@ def _stage(typed: argparse.Namespace) -> Answer:
 
 
 VERBS: Mapping[str, Callable[[argparse.Namespace], Answer]] = {
-    "options": _options, "plan": _plan, "debug-plan": _debug_plan, "requeue": _requeue, "stage": _stage,
+    "options": _options, "plan": _plan, "debug-plan": _debug_plan, "environment": _environment, "requeue": _requeue,
+    "stage": _stage,
 }  # fmt: skip

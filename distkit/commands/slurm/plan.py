@@ -104,7 +104,7 @@ def train_plan(
             "modules": site.modules,
             "stage_from": str(stage_from or ""),
             "stage_to": str(staged or ""),
-            "srun_options": [*site.srun, f"--export={environment_list({**env, **exports}, site)}"],
+            "srun_options": site.srun,
             "container": site.container,
             "interpreter": python,
             "ranks": [*site.container, *launcher, recipe, *flags],
@@ -121,20 +121,19 @@ def debug_plan(site: Site, env: Mapping[str, str], recipe: str, flags: Sequence[
     """
     _check_recipe(recipe)
     _in_job(env, "SLURM_JOB_ID")
-    exports = _exports(env, "lo")
     command = [*site.container, site.python or sys.executable, recipe, *flags]
     return Plan(
         {
             "modules": site.modules,
-            "srun_options": [*site.srun, f"--export={environment_list({**env, **exports}, site)}"],
+            "srun_options": site.srun,
             "process": command if "--debug" in flags else [*command, "--debug"],
         },
-        exports,
+        _exports(env, "lo"),
     )
 
 
-def environment_list(env: Mapping[str, str], site: Site) -> str:
-    """The names of `env` that ranks inherit, as srun --export wants them."""
+def environment_list(site: Site, env: Mapping[str, str]) -> str:
+    """The names of `env` that ranks inherit, as srun --export wants them; to be asked when modules are loaded."""
     allowed = (*ENVIRONMENT, *site.environment)
     return ",".join(sorted(name for name in env if any(fnmatchcase(name, pattern) for pattern in allowed)))
 

@@ -26,7 +26,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_one_launcher_for_the_nodes_and_ranks_of_the_job(recipe: str) -> None:
     site = Site(interface="lo", python="python3", container=("apptainer", "exec", "i.sif"), srun=("--mpi=none",))
-    env = {**JOB, "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "8", "HOME": "/h"}
+    env = {**JOB, "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "8"}
     plan = train_plan(site, env, recipe, ["--seed", "1"])
     *launcher, port, module, rank, name, run_dir_flag, run_dir, seed, one = plan.variables["ranks"]
     assert launcher == ["apptainer", "exec", "i.sif", "python3", "-m", "torch.distributed.run", "--nnodes=2",
@@ -34,9 +34,7 @@ def test_one_launcher_for_the_nodes_and_ranks_of_the_job(recipe: str) -> None:
     assert port.startswith("--master-port=")
     assert (module, rank) == ("--module", "distkit.commands.slurm.rank")
     assert [name, run_dir_flag, run_dir, seed, one] == [recipe, "--run-dir", "runs/my recipe/slurm-7", "--seed", "1"]
-    assert plan.variables["srun_options"] == [
-        "--mpi=none", "--export=GLOO_SOCKET_IFNAME,HOME,NCCL_SOCKET_IFNAME,PET_SIGNALS_TO_HANDLE"
-    ]  # fmt: skip
+    assert plan.variables["srun_options"] == ("--mpi=none",)
     assert plan.exports["GLOO_SOCKET_IFNAME"] == plan.exports["NCCL_SOCKET_IFNAME"] == "lo"
     assert plan.exports["SRUN_CPUS_PER_TASK"] == "8"
     again = train_plan(site, {**env, "NCCL_SOCKET_IFNAME": "ib1"}, recipe, [], ranks=3)
@@ -55,7 +53,7 @@ def test_bash_reads_what_is_printed(recipe: str) -> None:
 
 def test_the_environment_of_ranks_is_a_list_of_names() -> None:
     env = dict.fromkeys(["PATH", "LC_ALL", "NCCL_DEBUG", "RANK", "MASTER_PORT", "AWS_SECRET", "MY_A", "TORCHELASTIC_X"])
-    assert environment_list(env, Site(environment=("MY_*",))) == "LC_ALL,MY_A,NCCL_DEBUG,PATH"  # type: ignore[arg-type]
+    assert environment_list(Site(environment=("MY_*",)), env) == "LC_ALL,MY_A,NCCL_DEBUG,PATH"  # type: ignore[arg-type]
 
 
 def test_the_run_directory_is_the_same_in_each_attempt(recipe: str) -> None:
@@ -164,6 +162,8 @@ def test_the_command_prints_a_plan(
     assert shlex.split(ranks)[-2:] == ["--ranks", "9)"]
     assert run(["slurm", "debug-plan", "--site", "site.toml", recipe]) == 0
     assert f"'{recipe}' --debug" in capsys.readouterr().out
+    assert run(["slurm", "environment", "--site", "site.toml"]) == 0
+    assert "PATH" in capsys.readouterr().out.strip().split(",")
     assert run(["slurm", "options", "--site", "site.toml", "--gpus", "2"]) == 0
     assert capsys.readouterr().out == "--gpus-per-node=2\n"
 
