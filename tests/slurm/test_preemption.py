@@ -116,10 +116,11 @@ def test_the_limit_holds_a_cancelled_job_stays_cancelled_and_a_stopped_one_stopp
 
 
 #: Options of sbatch, and why a run with them stops: SLURM signals up to a minute early, and looks every half minute.
+#: CONT means nothing to a script: the run itself watches the end of its job.
 LIMITS = {
     "--time=2 --signal=B:USR1@100": "(SIGUSR1)",
     "--time=2 --signal=USR1@100": "(SIGUSR1)",
-    "--time=1 --signal=B:USR1@1": "(the end of the SLURM job is near)",
+    "--time=1 --signal=B:CONT@1": "(the end of the SLURM job is near)",
 }
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,14 @@ def test_two_nodes_train_one_run_in_a_container_on_a_staged_copy(cluster: Cluste
 
 
 def test_what_fails_is_not_repeated_for_ever(cluster: Cluster, project: Path) -> None:
-    def submit(fault: str, *words: str) -> str:
+    def submit(fault: str, *words: str, options: Sequence[str] = ()) -> str:
         env = {"DISTKIT_FAULT": fault} if fault else {}
-        return cluster.submit("slurm/train.sbatch", *words, *CPU, cwd=project, env=env)
+        return cluster.submit(*options, "slurm/train.sbatch", *words, *CPU, cwd=project, env=env)
 
     raises, wrong = submit("step:0:7:raise", PACED), submit("", PACED, "--optim.lr", "much")
-    dies = submit("step:1:7:kill", "--ranks", "2", PACED)
+    # a rank for each of the job's two GPUs, which SLURM believes in
+    gpus = cluster.call("python", "-m", "distkit", "slurm", "options", "--gpus", "2", cwd=project).split()
+    dies = submit("step:1:7:kill", PACED, options=gpus)
     nowhere = submit("", "recipes/nowhere.py")
     ended = {job: (cluster.wait(job), cluster.field(job, "Restarts")) for job in (raises, wrong, dies, nowhere)}
     assert ended == {raises: ("FAILED", "0"), wrong: ("FAILED", "0"), dies: ("FAILED", "1"), nowhere: ("FAILED", "0")}

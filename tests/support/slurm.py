@@ -26,6 +26,8 @@ SEARCHED = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local
 MISSING = [name for name in PROGRAMS if shutil.which(name, path=SEARCHED) is None]
 #: The nodes are processes of their own PID namespaces, as on machines of their own, and die as such.
 NAMESPACES = os.geteuid() == 0
+#: Two GPUs on each node, as far as SLURM can tell.
+GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"
 CONFIG = """
 ClusterName=distkit
 SlurmctldHost={host}(127.0.0.1)
@@ -53,7 +55,8 @@ SlurmdParameters=config_overrides
 SlurmdTimeout=5
 ReturnToService=2
 KillWait=20
-NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]},{ports[2]}] CPUs=16
+GresTypes=gpu
+NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]},{ports[2]}] CPUs=16 Gres=gpu:2
 PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -77,6 +80,7 @@ class Cluster:
         ports = [free_port() for _ in range(3)]
         config = CONFIG.format(host=socket.gethostname(), user=getpass.getuser(), folder=self.folder, ports=ports)
         (self.folder / "slurm.conf").write_text(config)
+        (self.folder / "gres.conf").write_text(GPUS)
         files = [f"--{name}={self.folder}/{file}" for name, file in (
             ("key-file", "key"), ("socket", "munge.socket"), ("pid-file", "munged.pid"), ("seed-file", "munge.seed"),
         )]  # fmt: skip

@@ -81,12 +81,13 @@ def decide(
     state, step, now = status.get("state"), status.get("step"), read_before(run_dir)
     if state == "completed":
         return Decision(DONE, f"{run_dir} is completed, step {step}")
-    what, code = _ending(status, now.attempt > before.attempt, job, run_dir, told)
+    begun = now.attempt > before.attempt
+    what, code = _ending(status, begun, job, run_dir, told)
     if code != GO_ON:
         return Decision(code, f"{run_dir} {what}")
     if num_requeues >= max_requeues:
         return Decision(FAILED, f"{run_dir} {what}, and this job was requeued {num_requeues} times: not again")
-    if before.attempt and now.step <= before.step:
+    if begun and before.attempt and now.step <= before.step:
         where = f"the newest is that of step {now.step}" if now.step >= 0 else "there is none"
         return Decision(FAILED, f"{run_dir} {what}, without a new checkpoint since the attempt before: {where}")
     where = f"it goes on from the checkpoint of step {now.step}" if now.step >= 0 else "it begins again"

@@ -79,7 +79,7 @@ def test_not_beyond_the_limit(tmp_path: Path) -> None:
 
 def test_an_attempt_that_was_not_begun_is_not_repeated_unless_it_was_told_to_stop(tmp_path: Path) -> None:
     write(tmp_path, {"state": "preempted", "attempt": 3}, 12)
-    for run_dir, before in ((tmp_path, "3:9"), (tmp_path / "nowhere", "0:-1")):
+    for run_dir, before in ((tmp_path, "3:12"), (tmp_path / "nowhere", "0:-1")):
         code, why = outcome(run_dir, before)
         assert code == 1
         assert "its output says why" in why

@@ -4,9 +4,11 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from support.harness import ROOT
 
 from distkit.commands import run
 from distkit.commands.slurm.plan import Plan, debug_plan, environment_list, sweep_flags, train_plan
@@ -174,3 +176,13 @@ def test_a_line_of_a_sweep() -> None:
     assert sweep_flags(Path("sweep"), 2) == ["--d=e"]
     with pytest.raises(ConfigError):
         sweep_flags(Path("sweep"), 0)
+
+
+def test_it_needs_nothing_but_the_standard_library(recipe: str) -> None:
+    """The batch script's Python may be another one than the ranks', which is in a container."""
+    Path("site.toml").touch()
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **JOB}
+    for words in (["plan", "--site", "site.toml", recipe], ["requeue", "nowhere", "--max-requeues", "1"]):
+        command = [sys.executable, "-S", "-m", "distkit", "slurm", *words]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (int(words[0] == "requeue"), "")
