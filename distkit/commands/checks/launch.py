@@ -51,7 +51,7 @@ def _tasks(context: Context) -> list[Finding]:
         message = (
             f"SLURM was asked for {counted(per_node, 'task')} per node, and this node has {counted(local, 'rank')}"
         )
-        return [Finding(NAME, "error", message, f"--ntasks-per-node={local}, or {per_node} ranks per node")]
+        return [Finding(NAME, "warning", message, f"--ntasks-per-node={local}, or {per_node} ranks per node")]
     if asked and topology.launcher == "srun" and asked != topology.world_size:
         message = f"the job has {asked} tasks and this step {topology.world_size}: the others are idle"
         return [Finding(NAME, "warning", message, f"srun --ntasks={asked}, or --ntasks={topology.world_size} "

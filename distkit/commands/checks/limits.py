@@ -53,7 +53,7 @@ def cores(context: Context) -> list[Finding]:
     """Affinity and CPU quota against ranks and data workers."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, ranks, workers = cgroup.limits().cpus, context.local_world_size, workers_of(context)
-    message = f"{counted(allowed, 'core')} of {os.cpu_count()} for {_crew(ranks, workers)}"
+    message = f"{allowed} of {os.cpu_count()} cores for {_crew(ranks, workers)}"
     found = []
     if ranks > allowed:
         found.append(Finding("cores", "warning", message, f"--cpus-per-task, or at most {allowed} ranks per node"))
@@ -69,13 +69,13 @@ def cores(context: Context) -> list[Finding]:
 
 
 def memory(context: Context) -> list[Finding]:
-    """Memory of this node and of its control group against ranks, data workers and the copy of an async save."""
+    """Memory of this node and of its control group against ranks and data workers, then the copy of an async save."""
+    from distkit.checkpoint.saver import STAGING_SHARE
+
     ranks, workers = context.local_world_size, workers_of(context)
     each, total = psutil.Process().memory_info().rss, psutil.virtual_memory()
     limit = min(total.total, cgroup.limits().memory or total.total)
-    saved = 0 if context.footprint is None else context.footprint.nbytes * ranks // context.topology.world_size
-    need = ranks * (1 + workers) * each + saved
-    what = _crew(ranks, workers) + (" and the copy for a save" if saved else "")
+    need, what = ranks * (1 + workers) * each, _crew(ranks, workers)
     remedy = "fewer --data.num-workers, or more memory (--mem)"
     if need > limit:
         message = f"{what} need about {in_words(need)}, and the limit here is {in_words(limit)}"
@@ -83,6 +83,10 @@ def memory(context: Context) -> list[Finding]:
     if need > min(limit, total.available):
         message = f"{what} need about {in_words(need)}, and {in_words(total.available)} are free"
         return [Finding("memory", "warning", message, f"{remedy}, or end what else runs here")]
+    share = 0 if context.footprint is None else context.footprint.nbytes * ranks // context.topology.world_size
+    if share > STAGING_SHARE * (min(limit, total.available) - need):
+        message = f"the copy of {in_words(share)} for a save in the background does not fit into half of what is left"
+        return [Finding("memory", "warning", f"{message}: training waits for its saves", "more memory (--mem)")]
     return [Finding("memory", "ok", f"{in_words(limit)}; {what} need about {in_words(need)} before model and data")]
 
 

@@ -1,7 +1,7 @@
 """How ranks bring their findings to rank 0: through the store at MASTER_ADDR, so that a lost rank holds up nobody.
 
 Every rank puts what it found alone into the store. Rank 0 waits a bounded time for all of them, and decides whether
-they exchange something. If so they do, put what they found together into the store, and wait for the exit code.
+they exchange something. If so they do, put what they found together into the store, and wait for rank 0.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 #: What torch may take beyond its own timeout to say that it could not connect.
 CONNECT_SECONDS = 2.0
-#: How long rank 0 waits for the others once it has itself ended the exchange, and once it has given the verdict.
+#: How long rank 0 waits for the others once it has itself ended the exchange, and before it closes the store.
 GRACE_SECONDS = 10.0
+NOT_TRIED = Finding("all-reduce", "warning", "not tried, because of other errors", "mend those first")
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,22 @@ class Report:
 
 
 def meet(context: Context, alone: Sequence[Finding], judge: Callable[[Sequence[Report]], int]) -> int:
-    """Bring the findings of all ranks to rank 0, which calls `judge` with them; its exit code, on every rank.
+    """Bring the findings of all ranks to rank 0, which calls `judge` with them; the exit code.
 
-    A rank that cannot reach the others calls `judge` with what it found itself.
+    Rank 0's is what `judge` returns. The others end with 0, for a launcher ends rank 0 when another rank fails. A rank
+    that cannot reach the others calls `judge` with what it found itself.
     """
     mine = Report(context.topology.rank, context.node, alone)
     if context.topology.world_size == 1:
         return judge([mine])
+    if has_error(alone, "rendezvous"):
+        return judge([Report(mine.rank, mine.node, [*alone, NOT_TRIED])])
     try:
-        if has_error(alone, "rendezvous"):
-            raise ConnectionError("rank 0 cannot be met, as said above")
         store = connect(context)
         return _lead(context, store, mine, judge) if mine.rank == 0 else _follow(context, store, mine)
     except Exception as error:  # torch raises RuntimeError's children for a store that is gone
         message = f"rank {mine.rank} cannot meet the others: {str(error).splitlines()[0]}"
-        remedy = "MASTER_ADDR and MASTER_PORT must lead from every node to that of rank 0; ask for a firewall's rules"
+        remedy = "MASTER_ADDR and MASTER_PORT must lead from every node to that of rank 0; check the firewall"
         return judge([Report(mine.rank, mine.node, [*alone, Finding("rendezvous", "error", message, remedy)])])
 
 
@@ -104,7 +106,7 @@ def _lead(context: Context, store: Store, mine: Report, judge: Callable[[Sequenc
     if late:
         extra = [_silence(late, f"in {context.timeout_seconds:g} s")]
     elif apart:
-        extra = [Finding("all-reduce", "warning", "not tried, because of the errors above", "mend those first")]
+        extra = [NOT_TRIED]
     else:
         extra = exchange(context, store)
         # who is not stuck in it says so soon after this rank
@@ -113,8 +115,8 @@ def _lead(context: Context, store: Store, mine: Report, judge: Callable[[Sequenc
         extra += [_silence(late, "after the exchange began")] if late else []
     code = judge([*reports, Report(mine.rank, mine.node, extra)])
     with contextlib.suppress(RuntimeError):  # the others are gone, and have said so
-        store.set("verdict", str(code))
-    present = [f"read/{rank}" for rank in range(1, context.topology.world_size) if rank not in late]
+        store.set("judged", "")
+    present = [f"left/{rank}" for rank in range(1, context.topology.world_size) if rank not in late]
     _wait_for(store, present, GRACE_SECONDS)
     return code
 
@@ -131,10 +133,9 @@ def _follow(context: Context, store: Store, mine: Report) -> int:
     store.wait(["exchange"], patience)
     if store.get("exchange") == b"yes":
         _publish(store, "together", Report(mine.rank, mine.node, exchange(context, store)))
-    store.wait(["verdict"], patience)
-    code = int(store.get("verdict"))
-    store.set(f"read/{mine.rank}", "")
-    return code
+    store.wait(["judged"], patience)
+    store.set(f"left/{mine.rank}", "")
+    return 0
 
 
 def exchange(context: Context, store: Store) -> list[Finding]:

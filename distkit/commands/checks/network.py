@@ -26,14 +26,16 @@ def interface(context: Context) -> list[Finding]:
                                  f"{variable}={context.env[variable]}: no interface {', '.join(missing)} is up here",
                                  f"export {variable}={real[0] if real else 'lo'} (there are: {listed})"))  # fmt: skip
     if found or context.num_nodes == 1:
-        return found or [Finding("interface", "ok", f"{listed}; " + (_said(context.env) or "none is named"))]
+        return found or [
+            Finding("interface", "ok", f"{listed} ({_said(context.env) or 'none is named for the ranks'})")
+        ]
     if "GLOO_SOCKET_IFNAME" not in context.env and _own_name_is_loopback():
         message = "the name of this host stands for a loopback address: gloo on other nodes cannot reach it"
         return [Finding("interface", "error", message, f"export GLOO_SOCKET_IFNAME={real[0] if real else 'NAME'}")]
     if len(real) > 1 and not _said(context.env):
         message = f"this host has several networks ({listed}), and none is named for the ranks"
         return [Finding("interface", "warning", message, "export GLOO_SOCKET_IFNAME=NAME NCCL_SOCKET_IFNAME=NAME")]
-    return [Finding("interface", "ok", f"{listed}; " + (_said(context.env) or "none is named"))]
+    return [Finding("interface", "ok", f"{listed} ({_said(context.env) or 'none is named for the ranks'})")]
 
 
 def _said(env: Mapping[str, str]) -> str:

@@ -28,7 +28,7 @@ def signals(context: Context) -> list[Finding]:
     if ignored:
         message = f"{_names(ignored)}: ignored by what started this process (nohup, trap '', &): a run may not notice"
         found.append(Finding(NAME, "warning", message, "another way to start it, or SIGTERM to stop it"))
-    return [*found, *_torchrun(context)] or [Finding(NAME, "ok", f"{_names(ASKED)} come")]
+    return [*found, *_torchrun(context)] or [Finding(NAME, "ok", f"{_names(ASKED)} arrive")]
 
 
 def comes_back(number: signal.Signals) -> bool:
@@ -56,8 +56,8 @@ def _torchrun(context: Context) -> list[Finding]:
     if any("SIGUSR1" in line for line in above):
         return []
     return [Finding(NAME, "warning", "torchrun dies of SIGUSR1 and leaves its ranks behind",
-                    "export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 (torch 2.13 or so), "
-                    "or launch/local.sh")]  # fmt: skip
+                    "launch/local.sh, or torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2 (in torch "
+                    "2.13 and later)")]  # fmt: skip
 
 
 def _names(numbers: list[signal.Signals] | tuple[signal.Signals, ...]) -> str:

@@ -105,7 +105,9 @@ def judge_skew(ahead: dict[str, float]) -> list[Finding]:
     worst = max(ahead, key=lambda node: abs(ahead[node]))
     skew = abs(ahead[worst])
     if skew < SKEW_WARNING_SECONDS:
-        return [Finding("clocks", "ok", f"{counted(len(ahead), 'node')}, within {SKEW_WARNING_SECONDS:g} s of rank 0")]
+        return [
+            Finding("clocks", "ok", f"they agree within {SKEW_WARNING_SECONDS:g} s on {counted(len(ahead), 'node')}")
+        ]
     message = f"the clock of {worst} is {skew:.1f} s {'ahead of' if ahead[worst] > 0 else 'behind'} rank 0's"
     level: Level = "error" if skew >= SKEW_ERROR_SECONDS else "warning"
     return [Finding("clocks", level, f"{message}: file times and the end of a job are misjudged",

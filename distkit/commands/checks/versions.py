@@ -10,15 +10,17 @@ from distkit.commands.checks.finding import Context, Finding
 from distkit.version import __version__
 
 NAME = "versions"
-SHOWN = ("torch", "torchvision", "accelerate", "deepspeed", "safetensors", "numpy")
+SHOWN = ("torchvision", "accelerate", "deepspeed")
 
 
 def versions(context: Context) -> list[Finding]:
     """Requirements of distkit, and pairs of packages that break each other."""
     installed = {name: version for name in (*SHOWN, "transformers") if (version := _version(name))}
+    import torch
+
     found = [*_requirements(), *_pairs(installed), *_launcher(context, installed)]
     shown = ", ".join(f"{name} {installed[name]}" for name in SHOWN if name in installed)
-    listed = f"distkit {__version__}, Python {platform.python_version()}, {shown}"
+    listed = f"distkit {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {shown}"
     return found or [Finding(NAME, "ok", listed)]
 
 
