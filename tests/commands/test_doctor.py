@@ -267,9 +267,10 @@ def test_cpus_that_srun_did_not_take_from_the_job(tmp_path: Path) -> None:
 def test_little_shared_memory(tmp_path: Path) -> None:
     (seen,) = doctor(tmp_path, fault=partial(mount, "/dev/shm", "size=8m"))
     assert (seen.code, seen.problems()) == (1, [("shared memory", "error")])
-    assert "/dev/shm has 8 MiB free, less than one batch" in seen.of("shared memory", "error")
-    (seen,) = doctor(tmp_path, fault=partial(mount, "/dev/shm", "size=100m"))  # enough for one worker's first batch
+    assert "/dev/shm has 8 MiB free: data workers hand over" in seen.of("shared memory", "error")
+    (seen,) = doctor(tmp_path, fault=partial(mount, "/dev/shm", "size=100m"))
     assert (seen.code, seen.problems()) == (0, [("shared memory", "warning")])
+    assert "1 data worker may hold 128 MiB" in seen.of("shared memory", "warning")
 
 
 def one_core() -> None:
@@ -331,6 +332,12 @@ def test_workers_against_the_limit_of_memory(memory_group: Path, tmp_path: Path)
     assert seen.code == 1
     assert "1 rank with 16 data workers need about" in seen.of("memory", "error")
     assert "the limit here is 1 GiB" in seen.of("memory", "error")
+
+
+def test_a_save_in_the_background_that_memory_does_not_allow(tmp_path: Path) -> None:
+    (seen,) = doctor(tmp_path, "--params", "1T")
+    assert seen.problems() == [("memory", "warning"), ("checkpoints", "error")]
+    assert "the copy of 10.9 TiB for a save in the background" in seen.of("memory", "warning")
 
 
 @pytest.mark.parametrize(("path", "cpus", "memory"), [("/a/b", 1.5, 2**30), ("/elsewhere", None, None)])

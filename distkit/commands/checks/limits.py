@@ -15,6 +15,8 @@ from distkit.commands.checks.finding import Context, Finding, counted, in_words
 
 #: A batch in /dev/shm: a hundred images of 224 x 224 in fp32 have 57 MiB.
 BATCH_BYTES = 2**26
+#: With less in /dev/shm not even batches of small images pass.
+LEAST_BYTES = 2**24
 #: Batches that a worker prepares ahead (`--data.prefetch-depth`).
 PREFETCH_DEPTH = 2
 #: Descriptors that a DataLoader's worker takes in its rank: its pipes, its sentinel, batches on their way.
@@ -40,12 +42,12 @@ def shared_memory(context: Context) -> list[Finding]:
     free, workers = shutil.disk_usage(SHARED_MEMORY).free, workers_of(context) * context.local_world_size
     need = workers * PREFETCH_DEPTH * BATCH_BYTES
     message = f"/dev/shm has {in_words(free)} free"
-    if free >= need and free >= BATCH_BYTES:
+    if free >= max(need, LEAST_BYTES):
         return [Finding("shared memory", "ok", message)]
     remedy = "docker run --shm-size=16g (or --ipc=host), mount -o remount,size=16g /dev/shm, or fewer data workers"
-    if free < BATCH_BYTES:
-        return [Finding("shared memory", "error", f"{message}, less than one batch of {in_words(BATCH_BYTES)}", remedy)]
-    message += f"; {workers} data workers may hold {in_words(need)} in batches of {in_words(BATCH_BYTES)}"
+    if free < LEAST_BYTES:
+        return [Finding("shared memory", "error", f"{message}: data workers hand over their batches there", remedy)]
+    message += f"; {counted(workers, 'data worker')} may hold {in_words(need)} in batches of {in_words(BATCH_BYTES)}"
     return [Finding("shared memory", "warning", message, remedy)]
 
 
