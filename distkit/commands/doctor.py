@@ -73,7 +73,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--keep", type=positive, metavar="N", help="checkpoints kept at a time (as the run in "
                         "--run-dir, else 4: --checkpoint.keep-last and .keep-best)")  # fmt: skip
-    parser.add_argument("--data-workers", type=_count, metavar="N", help="data workers of a rank (one per core)")
+    parser.add_argument("--data-workers", type=_count, metavar="N", help="data workers of a rank (cores / ranks)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="as for a recipe (auto)")
     parser.add_argument("--timeout-seconds", type=positive, default=60, metavar="S", help="how long ranks wait for "
                         "each other (60)")  # fmt: skip

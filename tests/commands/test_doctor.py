@@ -243,6 +243,12 @@ def test_tasks_that_a_launcher_does_not_use(tmp_path: Path) -> None:
     assert "SLURM was asked for 8 tasks per node, and this node has 1 rank" in seen.of("launch", "warning")
 
 
+def test_nodes_that_a_step_does_not_use(tmp_path: Path) -> None:
+    (seen,) = doctor(tmp_path, env={**SLURM, "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS": "1"})
+    assert (seen.code, seen.problems()) == (0, [("launch", "warning")])
+    assert "this step uses 1 of the 4 nodes of its job" in seen.of("launch", "warning")
+
+
 def test_one_launcher_per_node_under_srun_is_right(tmp_path: Path) -> None:
     env = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURMD_NODENAME": "node9"}
     first, _ = doctor(tmp_path, world_size=2, env=env)
@@ -284,7 +290,7 @@ def test_too_few_cores_for_the_workers(tmp_path: Path) -> None:
     assert "1 of " in seen.of("cores", "warning")
     assert "--data.num-workers 1" in seen.of("cores", "warning")
     first, _ = doctor(tmp_path, world_size=2, fault=one_core)
-    assert "at most 1 ranks per node" in first.of("cores", "warning")
+    assert "at most 1 rank per node" in first.of("cores", "warning")
 
 
 def few_files() -> None:

@@ -45,17 +45,16 @@ def _tasks(context: Context) -> list[Finding]:
         message = f"{counted(nodes, 'node')} with {counted(local, 'rank')} each, and WORLD_SIZE={topology.world_size}"
         return [Finding(NAME, "error", message,
                         f"torchrun --nnodes {nodes} --nproc-per-node {local}, once on each node")]  # fmt: skip
-    asked = _count(env, "SLURM_NTASKS")
     per_node = _count(env, "SLURM_NTASKS_PER_NODE")
     if per_node and per_node != local and (topology.launcher == "srun" or per_node > 1):
         message = (
             f"SLURM was asked for {counted(per_node, 'task')} per node, and this node has {counted(local, 'rank')}"
         )
         return [Finding(NAME, "warning", message, f"--ntasks-per-node={local}, or {per_node} ranks per node")]
-    if asked and topology.launcher == "srun" and asked != topology.world_size:
-        message = f"the job has {asked} tasks and this step {topology.world_size}: the others are idle"
-        return [Finding(NAME, "warning", message, f"srun --ntasks={asked}, or --ntasks={topology.world_size} "
-                        "for the job")]  # fmt: skip
+    in_step, in_job = _count(env, "SLURM_STEP_NUM_NODES"), _count(env, "SLURM_JOB_NUM_NODES")
+    if in_step and in_job and in_step < in_job:
+        return [Finding(NAME, "warning", f"this step uses {in_step} of the {in_job} nodes of its job",
+                        f"srun --nodes={in_job}, unless other steps use them")]  # fmt: skip
     return []
 
 

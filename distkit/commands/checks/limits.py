@@ -58,7 +58,9 @@ def cores(context: Context) -> list[Finding]:
     message = f"{allowed} of {os.cpu_count()} cores for {_crew(ranks, workers)}"
     found = []
     if ranks > allowed:
-        found.append(Finding("cores", "warning", message, f"--cpus-per-task, or at most {allowed} ranks per node"))
+        found.append(
+            Finding("cores", "warning", message, f"--cpus-per-task, or at most {counted(allowed, 'rank')} per node")
+        )
     elif ranks * workers > allowed:
         found.append(Finding("cores", "warning", message, f"--data.num-workers {max(1, allowed // ranks)}, or more "
                              "cores (--cpus-per-task, taskset)"))  # fmt: skip

@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from distkit.commands.checks.finding import Context, Finding
-from distkit.commands.checks.table import NEEDED_TO_EXCHANGE, failed, find_together
+from distkit.commands.checks.table import NEEDED_TO_EXCHANGE, failed, find_together, first_line
 from distkit.errors import shorten
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def meet(context: Context, alone: Sequence[Finding], judge: Callable[[Sequence[R
         store = connect(context)
         return _lead(context, store, mine, judge) if mine.rank == 0 else _follow(context, store, mine)
     except Exception as error:  # torch raises RuntimeError's children for a store that is gone
-        message = f"rank {mine.rank} cannot meet the others: {str(error).splitlines()[0]}"
+        message = f"rank {mine.rank} cannot meet the others: {first_line(error)}"
         remedy = "MASTER_ADDR and MASTER_PORT must lead from every node to that of rank 0; check the firewall"
         return judge([Report(mine.rank, mine.node, [*alone, Finding("rendezvous", "error", message, remedy)])])
 

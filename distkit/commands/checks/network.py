@@ -25,11 +25,11 @@ def interface(context: Context) -> list[Finding]:
             found.append(Finding("interface", "error",
                                  f"{variable}={context.env[variable]}: no interface {', '.join(missing)} is up here",
                                  f"export {variable}={real[0] if real else 'lo'} (there are: {listed})"))  # fmt: skip
-    if found or context.num_nodes == 1:
+    if found or context.num_nodes == 1 or _is_loopback(str(context.topology.master_addr)):
         return found or [
             Finding("interface", "ok", f"{listed} ({_said(context.env) or 'none is named for the ranks'})")
         ]
-    if "GLOO_SOCKET_IFNAME" not in context.env and _own_name_is_loopback():
+    if "GLOO_SOCKET_IFNAME" not in context.env and _is_loopback(socket.gethostname(), unknown=True):
         message = "the name of this host stands for a loopback address: gloo on other nodes cannot reach it"
         return [Finding("interface", "error", message, f"export GLOO_SOCKET_IFNAME={real[0] if real else 'NAME'}")]
     if len(real) > 1 and not _said(context.env):
@@ -55,11 +55,12 @@ def _matches(variable: str, name: str, present: Mapping[str, bool]) -> bool:
     return any(up and there.startswith(name) for there, up in present.items())
 
 
-def _own_name_is_loopback() -> bool:
+def _is_loopback(host: str, *, unknown: bool = False) -> bool:
+    """Whether a name stands for this machine only; `unknown` where it has no address. gloo then takes the loopback."""
     try:
-        return socket.gethostbyname(socket.gethostname()).startswith("127.")
-    except OSError:  # gloo then takes the loopback address, too
-        return True
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return unknown
 
 
 def rendezvous(context: Context) -> list[Finding]:

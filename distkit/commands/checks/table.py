@@ -76,5 +76,11 @@ def find_together(context: Context) -> list[Finding]:
 
 def failed(name: str, error: Exception) -> Finding:
     """The finding of a check that raised."""
-    what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    return Finding(name, "error", f"the check itself failed: {what}", "mend what it names, and run it again")
+    return Finding(
+        name, "error", f"the check itself failed: {first_line(error)}", "mend what it names, and run it again"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """`RuntimeError: what it says first`; torch's go on for a screen."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -15,9 +15,9 @@ SHOWN = ("torchvision", "accelerate", "deepspeed")
 
 def versions(context: Context) -> list[Finding]:
     """Requirements of distkit, and pairs of packages that break each other."""
-    installed = {name: version for name in (*SHOWN, "transformers") if (version := _version(name))}
     import torch
 
+    installed = {name: version for name in (*SHOWN, "transformers") if (version := _version(name))}
     found = [*_requirements(), *_pairs(installed), *_launcher(context, installed)]
     shown = ", ".join(f"{name} {installed[name]}" for name in SHOWN if name in installed)
     listed = f"distkit {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {shown}"
