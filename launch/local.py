@@ -32,7 +32,7 @@ OUTER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run `-n N RECIPE [FLAG…]`; the exit code."""
+    """Run `-n N RECIPE [FLAG…]` or `-n N -m MODULE [ARGUMENT…]`; the exit code."""
     if argv and argv[0] in ("-h", "--help"):
         lines = Path(__file__).with_suffix(".sh").read_text().splitlines()
         print("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[1:] if line.startswith("#")))
@@ -50,7 +50,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[int, list[str]]:
-    """The number of ranks; the recipe and its flags.
+    """The number of ranks; the recipe, or -m and a module, and what follows.
 
     Raises:
         ConfigError: with what to type.
@@ -59,9 +59,10 @@ def parse(argv: Sequence[str]) -> tuple[int, list[str]]:
     if option != "-n" or not count.isdecimal() or not 1 <= int(count) <= 4096:
         raise ConfigError("how many ranks?", expected="-n N first, N at least 1", got=" ".join(argv[:2]) or "nothing",
                           fix=USAGE)  # fmt: skip
-    if not recipe or not Path(recipe[0]).is_file():
-        raise ConfigError("which recipe?", expected="a Python file after -n N", got=recipe[0] if recipe else "nothing",
-                          fix=USAGE)  # fmt: skip
+    module = recipe[:1] == ["-m"] and len(recipe) > 1
+    if not module and (not recipe or not Path(recipe[0]).is_file()):
+        raise ConfigError("which recipe?", expected="a Python file, or -m MODULE, after -n N",
+                          got=recipe[0] if recipe else "nothing", fix=USAGE)  # fmt: skip
     return int(count), recipe
 
 

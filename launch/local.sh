@@ -2,6 +2,7 @@
 # Starts N ranks of a recipe on this machine, on its GPUs or, where there are none or with --device cpu, on the CPU:
 #
 #     launch/local.sh -n 2 recipes/gpt.py --preset tiny --text FILE
+#     launch/local.sh -n 2 -m distkit doctor
 #
 # What torchrun does not: every rank gets SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP, the exit code is that of the
 # first rank that failed (75: stopped, and the same command goes on), and no process is left behind.

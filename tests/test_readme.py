@@ -127,6 +127,15 @@ def test_checkpoint_commands_run(tmp_path: Path) -> None:
     assert (tmp_path / "mine.safetensors").exists()
 
 
+def test_doctor_commands_run(tmp_path: Path) -> None:
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    commands = [c for c in COMMANDS if "doctor" in c]
+    assert [command.split()[0] for command in commands] == ["distkit", "launch/local.sh"]
+    one, two = (call(command.split(), tmp_path) for command in commands)
+    assert "0 errors" in one
+    assert "right sum over 2 ranks" in two
+
+
 @pytest.mark.skipif(not (ROOT / ".venv" / ".installed").exists(), reason="only in the environment that make makes")
 def test_make_train_runs(tmp_path: Path) -> None:
     flags = " ".join([*SHORT, "--run-dir", f"{tmp_path}/run"])

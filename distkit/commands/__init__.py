@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from distkit.commands import checkpoint, data, generate, show, slurm, verify_resume
+from distkit.commands import checkpoint, data, doctor, generate, show, slurm, verify_resume
 from distkit.commands.parser import Answer, write_out
 from distkit.errors import ConfigError, DistkitError, nearest
 from distkit.version import __version__
@@ -28,6 +28,7 @@ usage: distkit COMMAND [ARGUMENTS]
   checkpoint export PATH OUT.safetensors
                           export the weights for other programs
   generate RUN            generate text with a trained language model
+  doctor                  look for what would fail here: versions, devices, network, limits, disk, signals
   slurm options           print the options that this site wants, for sbatch slurm/train.sbatch
   verify-resume RECIPE    kill and resume a run, and compare it with one never killed
 
@@ -60,7 +61,8 @@ def run(argv: Sequence[str]) -> int:
         print(f"distkit: error: {error.filename} cannot be read: {error.strerror}", file=sys.stderr)
         return ConfigError.exit_code
     text, code = answer if isinstance(answer, Answer) else (answer, 0)
-    write_out(f"{text}\n")
+    if text:
+        write_out(f"{text}\n")
     return code
 
 
@@ -78,6 +80,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], str | Answer]] = {
     "data": data.command,
     "checkpoint": checkpoint.command,
     "generate": generate.command,
+    "doctor": doctor.command,
     "slurm": slurm.command,
     "verify-resume": verify_resume.command,
 }

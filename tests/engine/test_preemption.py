@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.harness import ROOT, Ended, run_recipe_cli
+from support.harness import ROOT, Ended, free_port, run_recipe_cli
 from support.launching import LAUNCH, environment, marked, run, started
 
 from distkit.checkpoint.format import step_name
@@ -216,9 +216,9 @@ if __name__ == "__main__":
 #: How to start two ranks (python: one), and the signals that the launcher passes on or that end it.
 LAUNCHERS = {
     "python": [sys.executable],
-    "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "0"],
+    "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "PORT"],
     "accelerate": ["accelerate", "launch", "--config_file", str(LAUNCH / "cpu_2_processes.yaml"),
-                   "--main_process_port", "0"],
+                   "--main_process_port", "PORT"],
     "local.sh": [str(LAUNCH / "local.sh"), "-n", "2"],
 }  # fmt: skip
 
@@ -235,8 +235,9 @@ def test_a_signal_to_anyone_under_any_launcher(
     tmp_path: Path, undisturbed: tuple[str, object], launcher: str, target: str, name: str
 ) -> None:
     env = environment({"SLOWLY": "0.4", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "GRACE_SECONDS": "20"})
-    command = [*LAUNCHERS[launcher], str(RECIPE), *FLAGS]
-    with started(command, tmp_path, env, tmp_path / "run", own_group=True) as process:
+    port = str(free_port())
+    words = [port if word == "PORT" else word for word in LAUNCHERS[launcher]]
+    with started([*words, str(RECIPE), *FLAGS], tmp_path, env, tmp_path / "run", own_group=True) as process:
         metrics = tmp_path / "run" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and '"step": 2' in metrics.read_text(), process, 100)
         ranks = {one.environ().get("RANK", "0"): one.pid for one in marked(env["DISTKIT_TEST_MARK"])

@@ -94,6 +94,14 @@ def test_both_ranks_run_and_their_output_is_theirs(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "out 0 [] None None\n", "err 0\n")
 
 
+def test_a_module_in_place_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("import os, sys\nprint(os.environ['RANK'], sys.argv[1:])")
+    done = run([LOCAL, "-n", "2", "-m", "module", "-x"], tmp_path, environment())
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, ["0 ['-x']", "1 ['-x']"])
+    done = run([LOCAL, "-n", "2", "-m"], tmp_path, environment())
+    assert (done.returncode, "-m MODULE" in done.stderr) == (2, True)
+
+
 def test_the_ranks_find_each_other_at_a_free_port_or_the_given_one(tmp_path: Path) -> None:
     (tmp_path / "port.py").write_text("import os\nprint(os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'])")
     ports = set()
