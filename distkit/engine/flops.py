@@ -195,7 +195,7 @@ def outline_utilization(config: TrainConfig, runtime: Runtime, model: nn.Module)
         return None
     found = Utilization(peak * runtime.world_size)
     if config.optim.needs_closure:
-        found.unknown = "lbfgs evaluates the loss several times a step"
+        found.unknown = f"{config.optim.name} evaluates the loss several times a step"
         return found
     try:
         found.outline = Outline(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distkit.config.optim import OPTIMIZERS, OptimConfig
+from distkit.config.optim import OptimConfig
 from distkit.errors import ConfigError
 from distkit.optim.groups import ParamGroup
 
@@ -51,15 +51,6 @@ def build_optimizer(config: OptimConfig, groups: Sequence[ParamGroup]) -> Optimi
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
-
-
-def config_class(optimizer: Optimizer) -> type[OptimConfig]:
-    """The configuration class of a built optimizer, for the facts in its class attributes.
-
-    For a class that no row of OPTIMIZERS names, OptimConfig itself, with the facts of most optimizers.
-    """
-    name = type(optimizer).__name__
-    return next((row for row in OPTIMIZERS.values() if row.torch_class.rpartition(".")[2] == name), OptimConfig)
 
 
 def can_fuse(config: OptimConfig | type[OptimConfig], groups: Sequence[ParamGroup]) -> bool:

@@ -26,9 +26,6 @@ from distkit.strategies.compiled import compile_
 from distkit.strategies.sharded import Sharded, refuse_scalars
 from distkit.tensors.shards import local_part
 
-#: One flattens all parameters into a vector, one takes sparse gradients, and one keeps means of whole rows and columns.
-NOT_IN_SHARDS = frozenset({"lbfgs", "sparse_adam", "adafactor"})
-
 
 class FullySharded(Sharded):
     """Parameters are gathered a unit at a time, and gradients leave the backward summed and in shards.
@@ -99,7 +96,7 @@ class FullySharded(Sharded):
         """Refuse what cannot be sharded."""
         super().check()
         config, world_size = self.config, self.runtime.world_size
-        if config.optim.name in NOT_IN_SHARDS:
+        if not config.optim.takes_shards:
             raise ConfigError(f"--optim.name {config.optim.name} cannot update shards of parameters",
                               expected="--strategy ddp, or another optimizer", got="--strategy fsdp",
                               fix="--strategy auto")  # fmt: skip

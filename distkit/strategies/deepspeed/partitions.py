@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from distkit.config import OptimConfig
 from distkit.errors import CheckpointError
 from distkit.optim import OptimizerState
 from distkit.tensors.flat_shard import FlatShard
@@ -211,9 +212,16 @@ class FlatOptimizerState(OptimizerState):
         inner: the optimizer that updates flat partitions.
         partitions: of this rank.
         groups: names of the parameters in each parameter group.
+        facts: as of OptimizerState.
     """
 
-    def __init__(self, inner: Optimizer, partitions: Sequence[Partition], groups: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self,
+        inner: Optimizer,
+        partitions: Sequence[Partition],
+        groups: Sequence[Sequence[str]],
+        facts: type[OptimConfig],
+    ) -> None:
         self._inner, self._partitions, self._groups = inner, partitions, groups
         shards: dict[str, Tensor] = {f.name: f.of(p.flat) for p in partitions for f in p.fragments}
         stand_in: Optimizer = object.__new__(type(inner))
@@ -229,7 +237,7 @@ class FlatOptimizerState(OptimizerState):
                         key: fragment.of(value) if _is_flat(value, partition.flat) else value
                         for key, value in state.items()
                     }
-        super().__init__(stand_in, shards)
+        super().__init__(stand_in, shards, facts)
 
     def compare(self, structure: Mapping[str, object]) -> list[str]:
         """Also: a saved state cannot be flat where some parameters of a group have state and some have none."""
