@@ -150,7 +150,10 @@ def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Data
 
 
 def check_sizes(train_set: Dataset, split: BatchSplit) -> None:
-    """A global batch must not hold a sample twice, so the set must be at least as large."""
+    """Refuse a training set with fewer samples than one global batch.
+
+    A global batch that straddles two epochs may still contain a sample twice.
+    """
     if len(train_set) < split.global_batch_size:
         raise DataError(
             f"the training set has {len(train_set)} samples, less than one global batch",

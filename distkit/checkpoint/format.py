@@ -1,11 +1,13 @@
-"""What a checkpoint is on disk: safetensors shards, state.json, and the manifest whose presence commits them.
+"""What a checkpoint is on disk: safetensors shards, state.json and the manifest; renaming the directory commits them.
 
     step-000000500/
       MANIFEST.json                        every file with its size and sha256, every tensor with its shards
       state.json                           everything that is not a tensor
       shard-00000-of-00002-000.safetensors what rank 0 of 2 wrote, file 0
 
-The manifest ends with a sha256 of itself. Nothing here is ever unpickled, and no name in it may leave the directory.
+A save writes into a directory with a temporary name and renames it last. Checkpoints are listed by directory name; one
+without a manifest is damaged. The manifest ends with a sha256 of itself. Nothing here is ever unpickled, and no name in
+it may leave the directory.
 """
 
 from __future__ import annotations

@@ -48,9 +48,10 @@ def permute(seed: int, epoch: int | Int64, n: int, places: Int64) -> Int64:
 
 
 def invert(seed: int, epoch: int | Int64, n: int, indices: Int64) -> Int64:
-    """At which place of an epoch each index stands: `invert(..., permute(..., places)) == places`.
+    """The place of each index in an epoch: `invert(..., permute(..., places)) == places`.
 
-    Arguments, result and errors as in `permute`, with places and indices exchanged.
+    Training does not need it; it tells which step reads a given sample, and tests use it. Arguments, result and errors
+    as in `permute`, with places and indices exchanged.
     """
     return _walk(seed, epoch, n, indices, -1)
 

@@ -80,7 +80,7 @@ class SampleStream:
         return np.array(self._block[0])
 
     def global_batch(self, step: int) -> Int64:
-        """Sample indices of one whole step, int64 [global_batch_size]: what the ranks share out between them."""
+        """Sample indices of one whole step, int64 [global_batch_size], over all ranks; tests compare with it."""
         return self.indices(step * self.global_batch_size, self.global_batch_size)
 
     def _at(self, positions: Int64) -> Int64:
