@@ -49,7 +49,7 @@ ALONE = Runtime(topology=Topology(), device=torch.device("cpu"))
 
 
 def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
-    """Build every part of a run; the run directory is written last, when nothing can be wrong any more.
+    """Build every part of a run; the run directory is written last, after every check.
 
     Raises:
         ConfigError: the parts do not fit each other, or the checkpoint; the message says what to type.
@@ -108,7 +108,7 @@ def open_data(recipe: Recipe[C], config: C, runtime: Runtime = ALONE) -> Data:
     """The recipe's data sets, the same on every rank.
 
     Raises:
-        DataError: they cannot be had, are too small for a global batch, or differ between ranks.
+        DataError: they cannot be read, are too small for a global batch, or differ between ranks.
         ConfigError: the configuration needs evaluations, and there is no test set.
     """
     train_set, test_set = build_datasets(recipe, config, runtime)
@@ -118,8 +118,8 @@ def open_data(recipe: Recipe[C], config: C, runtime: Runtime = ALONE) -> Data:
     with runtime.raise_on_all_ranks("comparing the data of the ranks"):
         for rank, other in enumerate(others, 1):
             if other != first:
-                raise DataError(f"rank {rank} has other data than rank 0", expected=_sizes(first), got=_sizes(other),
-                                fix="the same files on every machine")  # fmt: skip
+                raise DataError(f"rank {rank} has different data from rank 0", expected=_sizes(first),
+                                got=_sizes(other), fix="the same files on every machine")  # fmt: skip
     if not isinstance(train_set, IterableData):
         check_sizes(train_set, split_batch(config, runtime.world_size))
     check_evaluation(config, test_set)
@@ -166,10 +166,11 @@ def check_sizes(train_set: Dataset, split: BatchSplit) -> None:
 
 
 def check_evaluation(config: TrainConfig, test_set: Dataset | None) -> None:
-    """What waits for evaluations needs some."""
+    """Refuse evaluations without a test set, and a schedule that needs evaluations but gets none."""
     if test_set is None and config.eval_every is not None and not config.debug.enabled:
-        raise ConfigError("--eval-every, and the recipe has no test set", expected="a build_dataset for the split test",
-                          got=f"--eval-every {config.eval_every}", fix="--eval-every None")  # fmt: skip
+        raise ConfigError("--eval-every is set, but the recipe has no test set",
+                          expected="a test set from build_dataset", got=f"--eval-every {config.eval_every}",
+                          fix="--eval-every None")  # fmt: skip
     if config.schedule.needs_evaluations and (config.eval_every is None or test_set is None):
         raise ConfigError(f"--schedule.name {config.schedule.name} acts on evaluations",
                           expected="a test set, and evaluations of it", got=f"--eval-every {config.eval_every}",
@@ -321,14 +322,14 @@ def describe(
         f"started by {runtime.topology.launcher}",
         "precision": config.precision
         + (", compiled" if config.compile else "")
-        + (f"; {config.optim.name} waits for the device once a step to skip bad updates" if waits else ""),
+        + (f"; {config.optim.name} waits for the device once per step to skip bad updates" if waits else ""),
         "model": f"{strategy.model_name}, {parameters:,} parameters",
         "train_data": train.summary,
         "test_data": "none" if test is None else summary_of(test.dataset),
         "placement": train.placement,
         "global_batch": f"{split.global_batch_size} = {split.microbatch_size} x {ranks} x {split.accum_steps} "
         + ("microbatch" if split.accum_steps == 1 else "microbatches"),
-        "length": f"{num_steps:,} steps of {train.num_samples / split.global_batch_size:,.1f} an epoch",
+        "length": f"{num_steps:,} steps, {train.num_samples / split.global_batch_size:,.1f} per epoch",
         "checkpoints": describe_saves(config.checkpoint) if config.checkpoint.enabled else "none",
         "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name}",
     }

@@ -53,7 +53,7 @@ class DataError(ConfigError):
 
 
 class TrainingError(DistkitError):
-    """The run started and cannot go on."""
+    """The run started and cannot continue."""
 
 
 class NonFiniteError(TrainingError):
@@ -61,7 +61,7 @@ class NonFiniteError(TrainingError):
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint could not be written, or what lies there is not what was written."""
+    """A checkpoint could not be written, or what is on disk is not what was written."""
 
 
 class RankFailedError(TrainingError):

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 class Floor(NamedTuple):
-    """Modules and packages that may import those of lower floors, and each other as long as there is no circle."""
+    """Modules and packages that may import those of lower floors, and each other without import cycles."""
 
     number: int
     modules: tuple[str, ...]

@@ -177,13 +177,13 @@ def parse_manifest(data: bytes) -> Manifest:
         reason = "written by a newer distkit: update this one" if newer else "unknown"
         raise CheckpointError(f"{MANIFEST} has format version {version!r}, this distkit reads {VERSION} ({reason})")
     if value.get("digest") != _digest(value):
-        raise CheckpointError(f"{MANIFEST} does not have the digest that it names: it was changed after it was written")
+        raise CheckpointError(f"{MANIFEST} does not match the digest in it: it was changed after it was written")
     try:
         manifest = _manifest(value)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} is malformed: {type(error).__name__} {error}") from error
     if dump_manifest(manifest) != data:
-        raise CheckpointError(f"{MANIFEST} is not written as it would be: it was changed after it was written")
+        raise CheckpointError(f"{MANIFEST} is not in canonical form: it was changed after it was written")
     for name, entry in manifest.tensors.items():
         _check_tensor(name, entry, manifest.files)
     return manifest
@@ -264,11 +264,11 @@ def _check_tensor(name: str, entry: TensorEntry, files: Mapping[str, FileEntry])
     total = 0
     for shard in entry.shards:
         if shard.file not in files or shard.file == STATE:
-            raise CheckpointError(f"{MANIFEST}: tensor {name} lies in {shard.file}, which is not listed")
+            raise CheckpointError(f"{MANIFEST}: tensor {name} is in {shard.file}, which is not listed")
         box = list(zip(shard.offsets, shard.shape, entry.shape, strict=False))
         inside = all(offset + size <= whole for offset, size, whole in box)
         if not (len(shard.offsets) == len(shard.shape) == len(entry.shape)) or not inside:
-            raise CheckpointError(f"{MANIFEST}: a shard of tensor {name} does not lie inside of it")
+            raise CheckpointError(f"{MANIFEST}: a shard of tensor {name} is not inside it")
         total += math.prod(shard.shape)
     if total != math.prod(entry.shape) or _overlap(entry.shards):
         raise CheckpointError(f"{MANIFEST}: the shards of tensor {name} do not fill it exactly once")

@@ -103,7 +103,7 @@ def check_storable(tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"tensor {name} is {tensor.layout}, which a checkpoint cannot hold")
         local = local_part(tensor)
         if any(size > 1 and stride == 0 for size, stride in zip(local.shape, local.stride(), strict=True)):
-            raise CheckpointError(f"tensor {name} is expanded: several of its elements are one in memory")
+            raise CheckpointError(f"tensor {name} is expanded: several of its elements share memory")
 
 
 def check_model_storable(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

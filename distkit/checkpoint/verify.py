@@ -101,7 +101,7 @@ def open_file(directory: Path, name: str) -> Iterator[OpenFile]:
     """Open the regular file `name`; a symlink is not followed and a FIFO not waited for.
 
     Raises:
-        CheckpointError: it is missing or no regular file; also when reading fails while it is open.
+        CheckpointError: it is missing or not a regular file; also when reading fails while it is open.
     """
     try:
         # O_NONBLOCK: opening a FIFO would wait for its writer; regular files do not care
@@ -151,7 +151,7 @@ def read_manifest(directory: Path) -> Manifest:
         _damaged(directory, str(error))
     name = os.path.basename(os.path.abspath(directory))
     if name.startswith("step-") and name != step_name(manifest.step):
-        _damaged(directory, f"{MANIFEST} is that of step {manifest.step}: the directory was renamed")
+        _damaged(directory, f"{MANIFEST} is for step {manifest.step}: the directory was renamed")
     return manifest
 
 
@@ -170,7 +170,7 @@ def check_listing(directory: Path, manifest: Manifest) -> None:
         if name not in found:
             _damaged(directory, f"missing file {name}")
         if listed is None and name != MANIFEST:
-            _damaged(directory, f"additional file {name}")
+            _damaged(directory, f"unexpected file {name}")
         if not stat.S_ISREG(found[name].st_mode):
             link = stat.S_ISLNK(found[name].st_mode)
             _damaged(directory, f"{name} is " + ("a symlink" if link else "not a regular file"))
@@ -273,7 +273,7 @@ def _check_file(directory: Path, manifest: Manifest, contents: Contents, name: s
         while count := file.raw.readinto(buffer):
             digest.update(buffer[:count])
         if digest.hexdigest() != manifest.files[name].sha256:
-            file.damaged("does not have the sha256 that the manifest names: its bytes were changed")
+            file.damaged("does not match its sha256 in the manifest: its bytes were changed")
         if name != STATE:
             read_header(file, contents)
 

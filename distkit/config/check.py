@@ -17,7 +17,7 @@ def require(ok: bool, name: str, expected: str, got: object, example: str) -> No
     """Raise ConfigError unless `ok`; `example` is a value that works."""
     if not ok:
         raise ConfigError(
-            f"{flag(name)} has a value it cannot take",
+            f"{flag(name)} has an invalid value",
             expected=expected,
             got=got,
             fix=f"{flag(name)} {example}".rstrip(),

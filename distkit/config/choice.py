@@ -24,7 +24,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise TypeError(f"{type(self).__name__} is a base class: make one of those derived from it")
+            raise TypeError(f"{type(self).__name__} is a base class: use one of its subclasses")
         for f in fields(self):
             if "example" in f.metadata:
                 require_number(f"{self.section}.{f.name}", getattr(self, f.name), **f.metadata)

@@ -59,7 +59,7 @@ class OptimConfig(Choice):
     lr: float = number(0.1, above=0)
     """Peak learning rate, > 0; the schedule multiplies it."""
     weight_decay: float = number(0.0, least=0, example="5e-4")
-    """Weight decay, >= 0, as the chosen torch class understands it (decoupled in adamw, muon and adafactor)."""
+    """Weight decay, >= 0, as the chosen torch class applies it (decoupled in adamw, muon and adafactor)."""
     decay_all: bool = False
     """Also decay norms and biases (parameters with fewer than two dims)."""
 
@@ -121,7 +121,7 @@ class Adam(_Moments):
     state_depends_on = ("amsgrad",)
 
     amsgrad: bool = False
-    """Use the maximum of all second moments."""
+    """Use the maximum of all second moments so far (AMSGrad)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The learning-rate schedules: one class each, with the fields that it takes and its formula.
 
-A new schedule is a class here (or in a file of its own) and its entry in `SCHEDULES`. Multipliers of optim.lr lie in
+A new schedule is a class here (or in a file of its own) and its entry in `SCHEDULES`. Multipliers of optim.lr are in
 [0, 1]. Names in brackets are torch's schedulers, which tests compare with. Momentum is never changed, also not by
 one_cycle and cyclic.
 """
@@ -195,8 +195,8 @@ class MultiStep(_WithWarmup):
         if outside:
             middle = (span.warmup_steps + span.num_steps) // 2 / unit
             raise ConfigError(
-                f"{flag(f'schedule.{name}')} lies outside the part of the run after the warmup",
-                expected=f"{span.warmup_steps / unit:.10g} to {(span.num_steps - 1) / unit:.10g}, as the run is long",
+                f"{flag(f'schedule.{name}')} is outside the part of the run after the warmup",
+                expected=f"{span.warmup_steps / unit:.10g} to {(span.num_steps - 1) / unit:.10g} in this run",
                 got=", ".join(f"{mark / unit:.10g}" for mark in outside[:5]),
                 fix=f"{flag(f'schedule.{name}')} {middle:.10g}, or --num-steps {max(marks) + 1}",
             )
@@ -276,7 +276,7 @@ class Cyclic(ScheduleConfig):
     cycle_epochs: float | None = number(None, above=0, example="1")
     """The same in epochs, > 0; set one of the two."""
     cycle_mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
-    """Shape; gamma belongs to exp_range."""
+    """Shape of a cycle; only exp_range uses gamma."""
     gamma: float | None = number(None, above=0, most=1, example="0.9999")
     """Factor of each step with exp_range, in (0, 1]."""
     min_lr_ratio: float = number(0.0, least=0, most=1, example="0.1")

@@ -117,7 +117,7 @@ class Lease:
                                   got=error, fix="--run-dir DIR") from error  # fmt: skip
             _held[path] = lease
         if lease.taken_over_from is not None:
-            message = f"took {run_dir} over from {lease.taken_over_from}, which is gone"
+            message = f"took over {run_dir} from {lease.taken_over_from}, which no longer runs"
             print(f"distkit: warning: {message}", file=sys.stderr, flush=True)
         return lease
 
@@ -166,7 +166,7 @@ def holder(run_dir: Path) -> str | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            return f"perhaps another process: {error}"
+            return f"possibly another process: {error}"
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:

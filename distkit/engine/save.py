@@ -91,7 +91,7 @@ def tell(run: Run, outcomes: list[Outcome]) -> None:
             run.tell({"event": "checkpoint", "step": outcome.step, **line})
         else:
             run.tell({"event": "checkpoint", "step": outcome.step,
-                      "error": f"not saved, the one before stays: {outcome.error}"})  # fmt: skip
+                      "error": f"not saved; the previous one is kept: {outcome.error}"})  # fmt: skip
         if outcome.warning is not None:
             run.tell({"event": "note", "step": outcome.step, "message": f"saved, but then: {outcome.warning}"})
     if outcomes and run.saver is not None:

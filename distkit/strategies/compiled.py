@@ -35,8 +35,9 @@ def refuse_accumulation(config: TrainConfig, accum_steps: int) -> None:
     """
     if accum_steps > 1:
         option = "backend cudagraphs" if config.compile_backend == "cudagraphs" else f"mode {config.compile_mode}"
-        raise ConfigError(f"--compile-{option} captures CUDA graphs, which cannot add up gradients of {accum_steps} "
-                          "microbatches", expected="one microbatch a step on each rank", got=accum_steps,
+        raise ConfigError(f"--compile-{option} captures CUDA graphs, which cannot accumulate gradients "
+                          f"over {accum_steps} microbatches", got=accum_steps,
+                          expected="one microbatch per step on each rank",
                           fix="--compile-mode default --compile-backend inductor, or no --microbatch-size")  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def compile_(model: nn.Module, config: TrainConfig, scope: str, *, fix: str = "-
         return
     blocks = repeated_blocks(model)
     if not blocks:
-        raise ConfigError("--compile-scope blocks: the model repeats no block", fix=fix)
+        raise ConfigError("--compile-scope blocks: the model has no repeated blocks", fix=fix)
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend, mode=mode, fullgraph=fullgraph, dynamic=dynamic)
 

@@ -108,7 +108,7 @@ class FullySharded(Sharded):
                               expected=f"a divisor of {world_size}, smaller than it", got=replicas,
                               fix=f"--fsdp.replicas {near[0] if near else None}")  # fmt: skip
         if config.fsdp.gather_precision == "bf16" and config.precision != "bf16":
-            raise ConfigError("--fsdp.gather-precision bf16 gives the model weights that it computes with in bf16",
+            raise ConfigError("--fsdp.gather-precision bf16 gives the model bf16 weights to compute with",
                               expected="--precision bf16 too", got=f"--precision {config.precision}",
                               fix="--precision bf16, or --fsdp.gather-precision fp32")  # fmt: skip
         if config.fsdp.cpu_offload and config.precision == "fp16":
@@ -167,7 +167,7 @@ def units(module: nn.Module, config: FSDPConfig) -> list[nn.Module]:
     shared = [unit for unit in found if not _owns(module, unit)]
     if shared and config.wrap is not None:
         name = type(shared[0]).__name__
-        raise ConfigError(f"--fsdp.wrap {name}: its parameters are used outside of it, too", got=name,
+        raise ConfigError(f"--fsdp.wrap {name}: its parameters are also used outside of it", got=name,
                           expected="a class whose parameters are its own", fix="--fsdp.wrap Block")  # fmt: skip
     return [unit for unit in found if unit not in shared]
 
@@ -216,7 +216,7 @@ def check_same_everywhere(module: nn.Module, runtime: Runtime) -> None:
     first, *others = runtime.gather(sums)
     for name in first:
         if any(other.get(name) != first[name] for other in others):
-            raise ConfigError(f"build_model gave other values for {name} on some rank than on rank 0",
+            raise ConfigError(f"build_model produced other values for {name} on some rank than on rank 0",
                               expected="the same model on every rank: it is called under the same seed",
                               fix="draw weights from torch's global generator only")  # fmt: skip
 

@@ -63,7 +63,7 @@ class FlatShard(Tensor):
             TypeError: it needs the others.
         """
         if func not in _ELEMENTWISE:
-            raise TypeError(f"{func} of a tensor that lies in runs of elements on several ranks")
+            raise TypeError(f"{func} of a tensor whose elements are spread over several ranks")
         shard, *rest = args
         assert isinstance(shard, FlatShard)
         return FlatShard(func(shard.local, *rest, **(kwargs or {})), shard.shape, shard.start)

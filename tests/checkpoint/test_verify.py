@@ -114,12 +114,12 @@ def test_swapped_shards(directory: Path) -> None:
 def test_additional_files_and_folders(directory: Path) -> None:
     for name in ("x", ".hidden", shard_name(5, 6, 0), "a\x1b[31m\nb"):
         (directory / name).write_bytes(b"")
-        assert "additional file" in refusal(directory)
+        assert "unexpected file" in refusal(directory)
         (directory / name).unlink()
     (directory / "folder").mkdir()
-    assert refusal(directory) == "additional file folder"
+    assert refusal(directory) == "unexpected file folder"
     manifest = read_manifest(directory)
-    with pytest.raises(CheckpointError, match="additional file folder"):
+    with pytest.raises(CheckpointError, match="unexpected file folder"):
         check_listing(directory, manifest)
 
 
@@ -342,7 +342,7 @@ def test_a_smuggled_pickle_is_never_executed(directory: Path, tmp_path: Path) ->
     for name in ("model.pkl", "model.pt", ".metadata", "__0_0.distcp", "x.safetensors", shard_name(2, 3, 0)):
         for data in (payload, (tmp_path / "saved.pt").read_bytes()):
             (directory / name).write_bytes(data)
-            assert "additional file" in refusal(directory)
+            assert "unexpected file" in refusal(directory)
         (directory / name).unlink()
 
     for name, read in ((FIRST, load), (STATE, read_state), (MANIFEST, read_manifest)):

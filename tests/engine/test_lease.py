@@ -342,7 +342,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / LEASE).symlink_to("precious")
     with pytest.raises(ConfigError, match="cannot take the lease"):
         Lease.acquire(tmp_path)
-    assert "perhaps another process" in str(holder(tmp_path))
+    assert "possibly another process" in str(holder(tmp_path))
     assert (tmp_path / "precious").read_text() == "mine"
 
 

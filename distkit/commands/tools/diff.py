@@ -56,7 +56,7 @@ def diff(first: Path, second: Path, *, limit: int = 10) -> Diff:
         limit: lines of each kind, >= 1.
 
     Raises:
-        ConfigError: one is no checkpoint.
+        ConfigError: one is not a checkpoint.
         CheckpointError: one cannot be read, or they differ because one is damaged.
     """
     directories = find_checkpoint(first), find_checkpoint(second)
@@ -154,7 +154,7 @@ def digest(path: Path) -> str:
     checkpoint has those in state.json and as parts, and this digest covers its tensors only.
 
     Raises:
-        ConfigError: `path` is no checkpoint.
+        ConfigError: `path` is not a checkpoint.
         CheckpointError: it does not verify.
     """
     directory = find_checkpoint(path)

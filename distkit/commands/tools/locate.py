@@ -22,13 +22,13 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint `path`, or the newest one of the run directory or RUN/checkpoints that it is.
 
     Raises:
-        ConfigError: it is none of them, or there is no checkpoint yet.
+        ConfigError: it is none of them, or there is not a checkpoint yet.
     """
     if is_checkpoint(path):
         return path
     if _name(path).startswith(UNFINISHED) and path.is_dir():
         raise ConfigError(f"{path} is not a checkpoint", expected="a directory with MANIFEST.json",
-                          got="what a save or a removal left that was killed", fix=str(path.parent))  # fmt: skip
+                          got="what a killed save or removal left behind", fix=str(path.parent))  # fmt: skip
     folder = find_folder(path)
     steps = list_checkpoints(folder)
     if not steps:

@@ -145,7 +145,7 @@ def plan_folder(
         path = listing.folder / listing.files[index]
         decoded = decode(path)
         if shape is not None and decoded.shape[:2] != shape[1:]:
-            what = f"the image {path} has another size"
+            what = f"the image {path} differs in size"
             raise DataError(what, expected=words, got=shape_words(decoded.shape), fix=fix)
         return decoded.transpose(2, 0, 1).tobytes()
 

@@ -44,7 +44,7 @@ def open_packed(root: Path, split: Split) -> ImageDataset | PackedImages:
         unfinished = folder.is_dir() and any(folder.iterdir())
         present = ", ".join(packed_splits(root)) if root.is_dir() else "no such folder"
         raise DataError(
-            f"there is no packed split {folder}",
+            f"there is not a packed split {folder}",
             expected="a folder made by distkit data pack",
             got="files that were not packed to their end"
             if unfinished

@@ -150,7 +150,7 @@ class IterableSource:
         for name, now in self._layout().items():
             if state.get(name) != now:
                 raise ConfigError(
-                    f"an iterable data set cannot be continued with another {name}",
+                    f"an iterable data set cannot be resumed with a different {name}",
                     expected=f"{name} {state.get(name)}, as in the checkpoint",
                     got=f"{name} {now}",
                     fix=f"start it with {name} {state.get(name)}; only map-style and token sets can change it",

@@ -75,7 +75,7 @@ def worker_errors() -> Iterator[None]:
         if not died and not shared_memory:
             raise
         reason = text.strip().splitlines()[-1]
-        hint = "its memory use (the kernel's log tells), or a crash in the data set's own code"
+        hint = "its memory use (check the kernel log with dmesg), or a crash in the data set's own code"
         if torch.multiprocessing.get_start_method() != "fork":
             hint += '; or this script trains when a worker imports it: put that under if __name__ == "__main__":'
         if shared_memory:

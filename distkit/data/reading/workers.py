@@ -266,7 +266,7 @@ class _WorkerBatches:
                 "a sample cannot be read",
                 expected="a file that its data set can decode",
                 got=read.failure,
-                fix="mend or delete the file, or --data.on-corrupt skip",
+                fix="repair or delete the file, or --data.on-corrupt skip",
             )
         self._count(read.replaced)
         return self._fetcher.make.finish(unpacked_small(read.batch), self._asked.pop(0))
@@ -292,10 +292,10 @@ class _WorkerBatches:
         self._num_replaced += len(replaced)
         if self._num_replaced > self._fetcher.max_corrupt:
             raise DataError(
-                "too many samples cannot be read",
+                "too many samples are unreadable",
                 expected=f"at most --data.max-corrupt {self._fetcher.max_corrupt} on a rank",
                 got=f"{self._num_replaced}, the last {replaced[-1]}",
-                fix="mend the data, or a higher --data.max-corrupt",
+                fix="repair the data, or set a higher --data.max-corrupt",
             )
 
     def close(self) -> None:

@@ -108,7 +108,7 @@ def _images(folder: Path, prefix: str) -> Iterator[tuple[str, int, int]]:
             if stat.S_ISDIR(status.st_mode):
                 if entry.is_symlink() and folder.resolve().is_relative_to(Path(entry.path).resolve()):
                     what = f"the link {entry.path} leads back to a folder around it"
-                    raise DataError(what, expected="no circle", fix=f"rm {entry.path}")
+                    raise DataError(what, expected="no cycle of links", fix=f"rm {entry.path}")
                 yield from _images(folder / entry.name, name)
             elif entry.name.lower().endswith(SUFFIXES):
                 if not stat.S_ISREG(status.st_mode):

@@ -66,7 +66,7 @@ class Vocabulary:
         return tokens
 
     def decode(self, tokens: NDArray[np.integer]) -> str:
-        """Tokens [N] -> text; bytes that are no UTF-8 become U+FFFD."""
+        """Tokens [N] -> text; bytes that are not UTF-8 become U+FFFD."""
         if self.level == "byte":
             return np.asarray(tokens).astype(np.uint8).tobytes().decode(errors="replace")
         return "".join(self.characters[i] for i in np.asarray(tokens).tolist())
@@ -95,7 +95,7 @@ def encode_text_file(path: Path | str, out: Path | str, *, level: Level = "char"
         vocabulary = Vocabulary(level, "" if level == "byte" else _characters(path))
         _write_both(path, out, vocabulary)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8", expected="UTF-8, or level='byte'", got=error) from error
+        raise DataError(f"{path} is not UTF-8 text", expected="UTF-8, or level='byte'", got=error) from error
     except OSError as error:
         raise DataError(f"{path} cannot be encoded into {out}", expected="a text, and room", got=error) from error
     return vocabulary

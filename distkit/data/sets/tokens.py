@@ -31,7 +31,7 @@ class TokenFile:
 
     Raises:
         ConfigError: another dtype.
-        DataError: the file is missing or empty, or its size is no multiple of a token's.
+        DataError: the file is missing or empty, or its size is not a multiple of a token's.
     """
 
     def __init__(self, path: Path | str, dtype: TokenDtype = "uint16") -> None:

@@ -258,7 +258,7 @@ def resident_images(
             images = image.new_empty((len(view), *image.shape))
         if image.shape != images.shape[1:]:
             raise DataError(
-                f"image {i} of {source} has another size",
+                f"image {i} of {source} differs in size",
                 expected=f"{list(images.shape[1:])}, as image 0",
                 got=list(image.shape),
             )

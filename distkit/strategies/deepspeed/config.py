@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: a generated configuration, a user's JSON over it, and what the two may not contradict."""
+"""DeepSpeed's configuration: a generated one, a user's JSON that overrides it, and what the two must not contradict."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TAKEN = (
     "prescale_gradients", "steps_per_print", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
     "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
-#: Options of zero_optimization under which weights or optimizer state lie where a checkpoint does not find them.
+#: Options of zero_optimization under which weights or optimizer state are where a checkpoint does not find them.
 UNMAPPED = (
     "cpu_offload", "cpu_offload_params", "elastic_checkpoint", "mics_shard_size",
     "stage3_use_all_reduce_for_fetch_params", "zenflow", "zero_hpz_partition_size",
@@ -51,7 +51,7 @@ def deepspeed_config(config: TrainConfig, split: BatchSplit, stage: int, numel: 
         split: its batch sizes.
         stage: of ZeRO, 1, 2 or 3.
         numel: parameters of the model.
-        pinned: whether what is offloaded lies in pinned memory, for a GPU to copy from.
+        pinned: whether what is offloaded is in pinned memory, for a GPU to copy from.
 
     Raises:
         ConfigError: the user's JSON cannot be read, or contradicts the run; both are named.
@@ -121,7 +121,7 @@ def read(path: Path) -> Section:
 
 
 def merge(below: Mapping[str, object], above: Mapping[str, object]) -> Section:
-    """`above` over `below`, section by section; "auto" leaves what lies below."""
+    """`above` over `below`, section by section; "auto" leaves what is below."""
     merged = dict(below)
     for name, value in above.items():
         under = below.get(name)
@@ -174,7 +174,7 @@ def check(own: Section, config: TrainConfig, split: BatchSplit, stage: int) -> N
                               fix=f"{fix}, or leave it out of the file")  # fmt: skip
     for name, fix in OWN_FLAGS.items():
         if name in own:
-            raise ConfigError(f'{where}: "{name}" is for the run\'s own options to say', expected="a file without it",
+            raise ConfigError(f'{where}: "{name}" is set by the run\'s own options', expected="a file without it",
                               got=json.dumps(own[name])[:80], fix=fix)  # fmt: skip
     for name in BEHIND:
         section = own.get(name)
@@ -212,7 +212,7 @@ def _check_precision(own: Section, config: TrainConfig, where: str) -> None:
     autocast = _section(own, "torch_autocast", where)
     for name in ("enabled", "dtype"):
         if name in autocast:
-            raise ConfigError(f'{where}: "torch_autocast" holds {name}, which is for --precision to say',
+            raise ConfigError(f'{where}: "torch_autocast" holds {name}, which is set by --precision',
                               expected="lower_precision_safe_modules alone", got=autocast[name],
                               fix="--precision bf16")  # fmt: skip
     if autocast and config.precision not in ("bf16", "fp16"):
