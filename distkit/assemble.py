@@ -64,7 +64,7 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
 
 
 def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDirectory) -> Run:
-    """`assemble`, with the directory chosen; whoever chose it releases it."""
+    """`assemble` in a directory that is already chosen; the caller releases it."""
     fault("start-up", runtime.rank, 0)
     resume = choose_checkpoint(config, runtime, directory)
     strategy = build_strategy(config, runtime)
@@ -131,7 +131,7 @@ def _sizes(parts: list[tuple[int, str | None]]) -> str:
 
 
 def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Dataset | IterableData, Dataset | None]:
-    """The training and the test set; rank 0 first, so that a download or a cache is made once."""
+    """The training and the test set; rank 0 first, so that a download or a cache happens once."""
     train_set: Dataset | IterableData | None = None
     test_set: Dataset | None = None
     with runtime.raise_on_all_ranks("building the data"), runtime.main_process_first():
@@ -191,7 +191,7 @@ def build_model(recipe: Recipe[C], config: C, train_set: Dataset | IterableData 
         model = recipe.build_model(config)
         if recipe.init_model_ is not None and train_set is not None:
             recipe.init_model_(config, model, train_set)
-    # pretrained models come in evaluation mode; a layer that shall stay in it overrides `train`
+    # pretrained models come in evaluation mode; a layer that must stay in it overrides `train`
     model.train()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the model has no parameter to train", expected="at least one with requires_grad")

@@ -69,7 +69,7 @@ class RankFailedError(TrainingError):
 
 
 class Stopped(DistkitError):
-    """The run was told to stop and can be continued with the same command."""
+    """The run was asked to stop; the same command continues it."""
 
     exit_code: ClassVar[int] = 75
 

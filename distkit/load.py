@@ -1,4 +1,4 @@
-"""The way back from a run directory to a model: no process group, no lease, no optimizer."""
+"""From a run directory back to a model: no process group, no lease, no optimizer."""
 
 from __future__ import annotations
 

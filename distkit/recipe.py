@@ -1,4 +1,4 @@
-"""A recipe: what to train, on what, towards what."""
+"""A recipe: what to train, on which data, with which loss."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Recipe(Generic[C]):
             )
 
     def __getattr__(self, name: str) -> Never:
-        """A recipe file that was written for `recipe.main()` is told what to write."""
+        """Tells a recipe file written for `recipe.main()` what to write instead."""
         if name == "main":
             raise ConfigError("Recipe.main() is gone", fix="from distkit import main; main(recipe)")
         raise AttributeError(f"a Recipe has no {name}")

@@ -84,14 +84,14 @@ class Config(TrainConfig):
 
 
 def token_file(config: Config) -> Path:
-    """The tokens of the run: --tokens, or those of --text, which is encoded once into --data.root."""
+    """The tokens of the run: --tokens, or those of --text, encoded once into --data.root."""
     if config.tokens is not None:
         return config.tokens
     return encoded_text(config.text, config.data.root, config.level)
 
 
 def vocabulary_of(config: Config) -> Vocabulary | None:
-    """What the tokens stand for; None for --tokens, which do not say."""
+    """What the tokens mean; None for --tokens, which do not say."""
     return None if config.tokens is not None else read_vocabulary(token_file(config))
 
 
@@ -159,11 +159,11 @@ def sample(
     """
     vocabulary = vocabulary_of(config)
     if vocabulary is None:
-        raise DataError("--tokens does not say what its tokens stand for", expected="a model of --text",
+        raise DataError("--tokens does not say what its tokens mean", expected="a model of --text",
                         fix="distkit.models.generate, with the tokenizer of the file")  # fmt: skip
     tokens = vocabulary.encode(prompt)
     if not len(tokens):
-        raise DataError("the prompt is empty", expected="at least one character to go on from", got=repr(prompt))
+        raise DataError("the prompt is empty", expected="at least one character to continue", got=repr(prompt))
     device = model.embedding.weight.device
     out = generate(
         model,

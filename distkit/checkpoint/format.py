@@ -159,7 +159,7 @@ def _digest(value: Mapping[str, object]) -> str:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Read MANIFEST.json, and believe nothing it says.
+    """Read MANIFEST.json without trusting anything in it.
 
     Raises:
         CheckpointError: broken JSON, a digest that does not fit, a newer version, a file name that is not one of ours,
@@ -260,7 +260,7 @@ def _counts(value: object) -> tuple[int, ...]:
 
 
 def _check_tensor(name: str, entry: TensorEntry, files: Mapping[str, FileEntry]) -> None:
-    """Shards lie inside the tensor, do not overlap, and together fill it."""
+    """Check that shards are inside the tensor, do not overlap, and together fill it."""
     total = 0
     for shard in entry.shards:
         if shard.file not in files or shard.file == STATE:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it fits. Nothing of the run is touched here."""
+"""Which checkpoint a run continues from, and whether it fits. Nothing in the run is changed here."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def error_on_all_ranks(message: str) -> CheckpointError:
 
 
 def set_aside(folder: Path, step: int) -> list[str]:
-    """Put aside what is newer than `step`, and did not verify; the new names."""
+    """Rename checkpoints newer than `step`, which failed verification; returns the new names."""
     return [put_aside(folder, newer) for newer in list_checkpoints(folder) if newer > step]
 
 

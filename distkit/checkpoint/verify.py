@@ -1,4 +1,4 @@
-"""Whether a checkpoint on the disk is, to the bit, what was written; nothing in it is believed before that.
+"""Whether a checkpoint on disk is, to the bit, what was written; nothing in it is trusted before that.
 
 Read here are the manifest, the sizes, the sha256 of each file, and the headers of the shards (safetensors: 8 bytes of
 little-endian length, JSON that names each tensor's dtype, shape and place, then the tensors without gaps).
@@ -101,7 +101,7 @@ def open_file(directory: Path, name: str) -> Iterator[OpenFile]:
     """Open the regular file `name`; a symlink is not followed and a FIFO not waited for.
 
     Raises:
-        CheckpointError: it is missing or not a regular file; also when reading fails while it is open.
+        CheckpointError: it is missing or not a regular file; or reading fails while it is open.
     """
     try:
         # O_NONBLOCK: opening a FIFO would wait for its writer; regular files do not care
@@ -156,7 +156,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def check_listing(directory: Path, manifest: Manifest) -> None:
-    """Exactly the files of the manifest lie in `directory`, as regular files of the sizes that it names.
+    """Check that `directory` holds exactly the manifest's files, as regular files of the sizes it gives.
 
     Raises:
         CheckpointError: naming the first one, in the order of their names, that does not.

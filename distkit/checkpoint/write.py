@@ -1,4 +1,4 @@
-"""New files only, hashed while they are written, on the disk when the function returns."""
+"""Writes new files only, hashes them while writing, and returns when they are on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of a configuration class: their names, types and help texts, and the words that stand for a value."""
+"""The options of a configuration class: their names, types and help texts, and how a value is typed."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def read(option: Option, words: Sequence[str]) -> object:
     """The value that `words` stand for.
 
     Raises:
-        ConfigError: they are no value of this type; the message says what is and, for a choice, names the nearest.
+        ConfigError: they are not a value of this type; the message says what is and, for a choice, names the nearest.
     """
     # in a section of several classes, None is the default of the chosen class
     if words == ["None"] and option.name.partition(".")[0] in CHOICES:
@@ -147,7 +147,7 @@ def convert(words: Sequence[str], kind: object) -> object:
 
     Raises:
         ValueError: there is none.
-        TypeError: no words stand for this type.
+        TypeError: a value of this type cannot be typed.
     """
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):

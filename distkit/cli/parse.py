@@ -62,8 +62,8 @@ def parse(
         presets: by name; the first one is the default.
         argv: the command line, without the program's name.
         prog: the program's name, and `summary` what it does, for the help.
-        launched: what the launcher decides, option -> value and the words that said so. It may be repeated by file
-            and flags, but not changed. `accum_steps` there is no option; the microbatch size follows from it.
+        launched: what the launcher decides, option -> value and the words that set it. File and flags may repeat it
+            but not change it. `accum_steps` there is no option; the microbatch size follows from it.
         world_size: the number of ranks.
 
     Raises:

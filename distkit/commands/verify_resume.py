@@ -65,7 +65,7 @@ class Trial:
                                   fix=f"--folder {self.folder}-2")  # fmt: skip
 
     def save_every(self) -> int:
-        """Steps between saves, so that the kill lies between two."""
+        """Steps between saves, so that the kill is between two."""
         return max(1, self.kill_at * 2 // 3)
 
     def argv(self, name: str, saving: str) -> list[str]:

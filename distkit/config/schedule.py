@@ -1,7 +1,7 @@
 """The learning-rate schedules: one class each, with the fields that it takes and its formula.
 
 A new schedule is a class here (or in a file of its own) and its entry in `SCHEDULES`. Multipliers of optim.lr are in
-[0, 1]. Names in brackets are torch's schedulers, which tests compare with. Momentum is never changed, also not by
+[0, 1]. Names in brackets are torch's schedulers, which tests compare with. Momentum is never changed, not even by
 one_cycle and cyclic.
 """
 

@@ -1,4 +1,4 @@
-"""One run per run directory: the one that trains in it holds the lease. No torch: commands ask for the holder, too.
+"""One run per run directory: the one that trains in it holds the lease. No torch: commands also ask for the holder.
 
 The lease is a POSIX record lock (fcntl(2), F_SETLK) on `lease.json`. The kernel drops it however the
 holder dies; forked data workers do not inherit it; NFS supports it. The content of the file only names the holder.
@@ -226,7 +226,7 @@ def _lock(descriptor: int) -> int | None:
 def _claim_by_record(run_dir: Path, path: Path) -> Lease:
     """Without locks: write a record unless a living process has one, and check it again after RECHECK_SECONDS.
 
-    Of several that write at once the last one wins, and the others find its record. A process that is suspended for
+    Of several that write at once, the last one wins and the others find its record. A process that is suspended for
     longer than that between reading and writing could become a second holder; only locks exclude this.
     """
     before = _read(path)

@@ -1,4 +1,4 @@
-"""Where a run begins (C3): choose a checkpoint, check that it fits, restore it, and say what changed.
+"""Where a run starts from (C3): choose a checkpoint, check that it fits, restore it, and report what changed.
 
 A run begins from nothing, from its own newest checkpoint, or from another run's. Nothing of the run is changed before
 the checkpoint is known to fit.
@@ -161,7 +161,7 @@ def check_fits(run: Run, checkpoint: VerifiedCheckpoint) -> None:
                               got=f"{name} {here}", fix="the data it was trained on, or another --run-dir")  # fmt: skip
     position = _data_position(run, checkpoint)
     if (position is None) != (run.data_state is None):
-        kinds = ("data with numbers", "an iterable data set")
+        kinds = ("a map-style data set", "an iterable data set")
         raise ConfigError(f"{where} was trained on a different kind of data", expected=kinds[position is not None],
                           got=kinds[run.data_state is not None], fix="another --run-dir")  # fmt: skip
     if position is not None and run.data_state is not None:

@@ -45,6 +45,6 @@ def choose(name: str, world_size: int) -> str:
 
 
 def _restore_linear() -> None:
-    """Undo what an earlier zero3 did to this process: it replaces torch's linear by one that rounds otherwise."""
+    """Undo what an earlier zero3 did to this process: it replaces torch's linear with one that rounds differently."""
     if torch.nn.functional.linear.__module__.startswith("deepspeed."):
         torch.nn.functional.linear = _LINEAR

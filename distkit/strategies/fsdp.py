@@ -1,7 +1,7 @@
 """fsdp: each rank holds a shard of every parameter, its gradient and its optimizer state (FSDP2).
 
 torch's `fully_shard` is called directly, with what Accelerate's launcher and configuration files say (they arrive in
-`config.fsdp`). Accelerate's own preparation is not used: with `cpu=True` it becomes DDP without a word, it wants the
+`config.fsdp`). Accelerate's own preparation is not used: with `cpu=True` it silently becomes DDP, it wants the
 optimizer before the shards exist and swaps its parameters by address, puts embeddings and the final norm into units of
 their own from some version on, and replaces buffers by way of the meta device.
 """

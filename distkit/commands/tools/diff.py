@@ -18,7 +18,7 @@ from distkit.commands.tools.list import one_line
 from distkit.commands.tools.locate import find_checkpoint
 from distkit.tensors.spec import spec_text
 
-#: What of state.json is no state: how a run was configured, named and timed. It differs between runs that are equal.
+#: Parts of state.json that are not state: how a run was configured, named and timed. Equal runs differ in them.
 ASIDE = ("config.", "parts.clock.", "parts.observers.")
 #: Characters of a value in a line.
 SHOWN = 60
@@ -42,7 +42,7 @@ class Diff:
 
     @property
     def equal(self) -> bool:
-        """True when a run would go on from both in the same way."""
+        """True when a run would continue from both in the same way."""
         return not self.tensors and not self.values
 
 
@@ -118,7 +118,7 @@ def _pairs(first: Side, second: Side, names: Iterable[str]) -> Iterator[tuple[st
 
 
 def _advance(tensors: Iterator[tuple[str, Tensor]], name: str) -> Tensor:
-    """The tensor called `name`, which lies ahead."""
+    """The tensor called `name`, which has not been reached yet."""
     for found, tensor in tensors:
         if found == name:
             return tensor

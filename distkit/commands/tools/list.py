@@ -1,4 +1,4 @@
-"""What lies in a run directory or a checkpoint, in lines: `distkit checkpoint list|show|verify`. No torch."""
+"""What a run directory or a checkpoint contains, in lines: `distkit checkpoint list|show|verify`. No torch."""
 
 from __future__ import annotations
 

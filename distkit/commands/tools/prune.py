@@ -67,7 +67,7 @@ def prune(
 
 
 def refuse_live(folder: Path) -> None:
-    """Refuse while a run holds the lease of the run directory that `folder` lies in.
+    """Refuse while a run holds the lease of the run directory that contains `folder`.
 
     Raises:
         ConfigError: naming the run.

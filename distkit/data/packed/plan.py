@@ -55,7 +55,7 @@ class Plan:
         return range(self.starts[shard], self.starts[shard + 1])
 
     def head(self, shard: int, plan_digest: str) -> bytes:
-        """Everything in the file of a shard that stands before its images."""
+        """Everything in a shard's file before its images."""
         samples = self.samples(shard)
         offsets = self.offsets[samples.start : samples.stop + 1] - self.offsets[samples.start]
         tables: dict[str, NDArray[np.generic]] = {"labels": self.labels[samples.start : samples.stop]}

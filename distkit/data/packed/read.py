@@ -196,7 +196,7 @@ class PackedSplit:
         """Compare every byte with its checksum; yields a line for each damaged file, with the images that are damaged.
 
         Args:
-            advance: told of bytes that are done.
+            advance: called with the number of bytes done.
         """
         for shard, end in zip(self._shards, self._ends, strict=True):
             if shard.file_sha256(advance) != shard.entry.sha256:
@@ -348,7 +348,7 @@ class PackedImages:
             )
 
     def resident(self) -> ImageDataset:
-        """The images of a raw split, not copied: they lie in the mapped files until something reads them.
+        """The images of a raw split, not copied: they stay in the mapped files until something reads them.
 
         Raises:
             DataError: the split holds encoded images.

@@ -28,7 +28,7 @@ from distkit.files import atomic_file, locked, remove_temporaries, write_json
 logger = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
-#: Shows a title and a number of bytes; its context is told of bytes that are done.
+#: Shows a title and a number of bytes; its context is called with the number of bytes done.
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
 
 
@@ -54,7 +54,7 @@ def write_packed(
         plan: what to write.
         num_workers: threads that read images.
         overwrite: replace whatever else is there, damaged shards too.
-        report: told what is unusual, a line at a time.
+        report: called with anything unusual, a line at a time.
         progress: shows the bytes that are written.
 
     Raises:

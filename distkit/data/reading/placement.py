@@ -1,4 +1,4 @@
-"""Where samples lie while training, and who reads them: chosen from kind, size and free memory, and said why."""
+"""Where samples are kept during training and who reads them: chosen by kind, size and free memory, with a reason."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def open_training(dataset: Dataset | IterableData, reading: Reading, split: Batc
         loader = Loader(placed.fetcher, stream, split, rank)
         return TrainSource(loader=loader, num_samples=size, summary=line, placement=how)
     if reading.data.placement not in ("auto", "workers"):
-        raise ConfigError(f"--data.placement {reading.data.placement} needs data with numbers", expected="workers",
+        raise ConfigError(f"--data.placement {reading.data.placement} needs a map-style data set", expected="workers",
                           got="an iterable data set", fix="--data.placement workers")  # fmt: skip
     source = IterableSource(
         build=dataset.build,
@@ -107,7 +107,7 @@ def summary_of(dataset: object) -> str:
 
 
 def place(dataset: Dataset, reading: Reading) -> Placed:
-    """Decide how `dataset` is read: map-style sets by workers; vectorised ones lie on the device or on the host.
+    """Decide how `dataset` is read: map-style sets by workers; vectorised ones are on the device or on the host.
 
     Raises:
         ConfigError: the wished placement does not fit the data set.

@@ -71,7 +71,7 @@ def list_pairs(root: Path, split: Split) -> list[Pair]:
     """Image and mask of every name, ordered by name.
 
     Raises:
-        DataError: a folder is missing or empty, a name stands twice, or a partner is missing.
+        DataError: a folder is missing or empty, a name occurs twice, or a partner is missing.
     """
     images, masks = (_by_name(root / split / kind) for kind in ("images", "masks"))
     lone = sorted(images.keys() ^ masks.keys())

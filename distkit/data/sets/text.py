@@ -26,7 +26,7 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the numbers of an encoded text stand for.
+    """What the numbers of an encoded text mean.
 
     Args:
         level: byte: token i is the byte i of UTF-8. char: token i is the character `characters[i]`.

@@ -46,7 +46,7 @@ class Partition:
     Attributes:
         flat: fp32 weights [elements], some of them padding.
         group: its parameter group.
-        fragments: every parameter of it, also those of which no element is on this rank.
+        fragments: every parameter of it, including those with no element on this rank.
     """
 
     flat: Tensor
@@ -187,7 +187,7 @@ def _range_here(parameter: Any) -> tuple[int, int]:
 
 
 def whole_numel(parameter: Any) -> int:
-    """Elements of a parameter, also where ZeRO 3 has cut it."""
+    """Elements of a parameter, even if ZeRO 3 has cut it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
