@@ -45,7 +45,7 @@ class ConfigError(DistkitError):
 
 
 class LaunchError(ConfigError):
-    """The processes that were started are not the ones that were asked for."""
+    """The processes that were started are not the ones that were requested."""
 
 
 class DataError(ConfigError):

@@ -181,7 +181,7 @@ def _lock(descriptor: int, path: Path, on_wait: Callable[[], None]) -> bool:
 
 
 def _temporary(path: Path) -> Path:
-    """A name of its own: two processes that write the same file must not rename each other's half."""
+    """A unique temporary name: two processes writing the same file must not rename each other's half."""
     return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
 
 

@@ -46,7 +46,7 @@ def load_run(
         run_dir: the run's directory.
         which: "last", "best" (chosen as the recipe says; its checkpoint must have been kept), or a saved step.
         recipe: the recipe, or its file; None: the file that the run was started with, from where it was. "copy" takes
-            the copy in the run directory: code from a directory that may be somebody else's, so it must be asked for.
+            the copy in the run directory: code from a directory that may be somebody else's, so it must be requested.
         ema: take the moving average of the weights; None: where the run keeps one, as its evaluations do.
 
     Returns:

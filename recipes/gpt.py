@@ -100,7 +100,7 @@ def vocab_size_of(config: Config) -> int:
     vocabulary = vocabulary_of(config)
     if vocabulary is None or config.vocab_size is None:
         size = config.vocab_size if vocabulary is None else vocabulary.size
-        assert size is not None  # Config asks for it beside --tokens
+        assert size is not None  # Config requires it with --tokens
         return size
     ok = config.vocab_size >= vocabulary.size
     require(ok, "vocab_size", f"at least {vocabulary.size}, for {config.text}", config.vocab_size, "None")

@@ -155,7 +155,7 @@ def _item(name: str, tensor: Tensor, start: int, rows: int | None) -> WriteItem:
 
 
 def global_layout(plans: Sequence[SavePlan]) -> Layout:
-    """Decide over the plans of all ranks, in their order; every rank comes to the same result by itself.
+    """Decide over the plans of all ranks, in their order; every rank computes the same result on its own.
 
     What several ranks could write goes to the one with the least so far (torch's dedup_save_plans).
     """

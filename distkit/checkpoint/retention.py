@@ -98,7 +98,7 @@ def last_evaluation(state: Mapping[str, object]) -> Mapping[str, object] | None:
 
 
 def remove(folder: Path, step: int) -> None:
-    """Remove the checkpoint of `step`: it loses its name at once and for good, then its files go.
+    """Remove the checkpoint of `step`: it loses its name at once, then its files are deleted.
 
     Raises:
         OSError: it does not exist, or may not be removed.

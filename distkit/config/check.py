@@ -47,7 +47,7 @@ def require_number(
 
 
 def require_unused(owner: str, values: dict[str, object], taken: Iterable[str]) -> None:
-    """Raise ConfigError when a field that `owner` (such as `--optim.name adam`) does not take was set.
+    """Raise ConfigError when a field that `owner` (`--optim.name adam`, for example) does not take was set.
 
     `values` maps full option names to their values; None means not set.
     """

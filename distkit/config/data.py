@@ -22,7 +22,7 @@ class DataConfig:
     root: Path = Path("data")
     """Directory of the data: downloads, the image folder, or the packed files."""
     cache_dir: Path | None = None
-    """Where the decoded copy of an image folder is kept; None: beside the folder."""
+    """Where the decoded copy of an image folder is kept; None: inside the image folder."""
     placement: Placement = "auto"
     """device: all samples in the device's memory; host: batches gathered on the CPU ahead of the step; workers:
     map-style data sets in worker processes."""

@@ -17,7 +17,7 @@ from distkit.config.choice import Choice, number
 from distkit.errors import ConfigError
 from distkit.schedules import Anneal, PlateauTracker, Schedule, move, with_warmup
 
-#: Fields that say the same in steps and in epochs: at most one of the two is set.
+#: Pairs of fields, in steps and in epochs: at most one of each pair is set.
 PAIRS = (("warmup_steps", "warmup_epochs"), ("cycle_steps", "cycle_epochs"), ("milestones", "milestone_epochs"))
 
 
@@ -72,7 +72,7 @@ class ScheduleConfig(Choice, ABC):
         return self.shape(Span(num_steps, 0, steps_per_epoch))
 
     def tracker(self) -> PlateauTracker | None:
-        """What follows the evaluations, as a factor beside the multiplier; None where nothing does."""
+        """The factor that follows the evaluations, besides the multiplier; None if there is none."""
         return None
 
 

@@ -1,7 +1,7 @@
 """FLOPs of a sample, counted once on a copy of the model without memory, and the share of the peak that is used (MFU).
 
 What is counted are the model's own FLOPs: each product once in the forward and, for each gradient, once in the
-backward, whatever a run computes again (activation checkpointing, attention kernels) or lays out otherwise. Attention
+backward, whatever a run computes again (activation checkpointing, attention kernels) or lays out differently. Attention
 counts in full, causal or not, as in Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 """
 

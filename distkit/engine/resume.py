@@ -85,7 +85,7 @@ def choose_checkpoint(config: TrainConfig, runtime: Runtime, directory: RunDirec
 
 
 def check_own_goes_first(source: str, directory: RunDirectory, newest: int) -> None:
-    """Refuse to begin a run from an older checkpoint of its own: the newer ones would be in its way.
+    """Refuse to start a run from an older checkpoint of its own: the newer ones would be in the way.
 
     Raises:
         ConfigError: saying how to branch off.

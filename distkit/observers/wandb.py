@@ -30,7 +30,7 @@ class WandbObserver(Observer):
     A resumed run continues the same wandb run. Terminal output is not captured: the console observer draws there.
 
     Raises:
-        ConfigError: from start, when wandb refuses, such as without a login.
+        ConfigError: from start, when wandb refuses, for example without a login.
     """
 
     def __init__(self, run_dir: Path) -> None:

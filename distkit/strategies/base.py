@@ -205,7 +205,7 @@ class Strategy(ABC):
         return {"scale": scale, "growth_tracker": growth_tracker, "skipped": self.skipped}
 
     def refresh_copies_(self) -> None:  # noqa: B027  # the default does nothing
-        """Copy weights that were written into `model_tensors` to wherever the strategy keeps them too; all ranks."""
+        """Copy weights that were written into `model_tensors` to wherever else the strategy keeps them; all ranks."""
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's state dict in whole tensors on rank 0, {} elsewhere; all ranks together."""
@@ -215,7 +215,7 @@ class Strategy(ABC):
         """Whole `tensors` (names in the same order everywhere) on rank 0, {} elsewhere; all ranks together."""
         return dict(tensors) if self.runtime.is_main_process else {}
 
-    # --- what is said about it
+    # --- descriptions
 
     @property
     def model_name(self) -> str:

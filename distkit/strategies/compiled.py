@@ -1,4 +1,4 @@
-"""torch.compile: what it is applied to, and what it did unasked (broken graphs, code compiled again)."""
+"""torch.compile: what it is applied to, and reports of graph breaks and recompilations."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def compile_(model: nn.Module, config: TrainConfig, scope: str, *, fix: str = "-
 
 
 class CompilerWatch:
-    """Reads dynamo's records when it is asked; a step pays nothing.
+    """Reads dynamo's records on request; a step pays nothing.
 
     They are those of the whole process, from the moment at which the watch is made.
     """

@@ -85,7 +85,7 @@ class DataParallel(Strategy):
 
 
 def settle_buckets(ddp: DistributedDataParallel) -> None:
-    """Have DDP lay out its buckets for good, in the reverse order of registration; all ranks call it together.
+    """Have DDP lay out its final buckets, in the reverse order of registration; all ranks call it together.
 
     DDP lays them out again after its first backward, in the order in which the gradients became ready. The first step
     of a resumed run would be summed in other buckets than the same step of the run never killed, and with three ranks

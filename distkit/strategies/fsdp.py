@@ -140,7 +140,7 @@ def shard_(module: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
     low, reduce = config.gather_precision == "bf16", config.reduce_precision
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if low else None,
-        # said beside param_dtype: left out, torch before 2.15 would sum in that
+        # set together with param_dtype: without it, torch before 2.15 would sum in that dtype
         reduce_dtype=torch.bfloat16 if reduce == "bf16" else torch.float32 if low else None,
         # autocast casts where it should, and nothing else
         cast_forward_inputs=False,

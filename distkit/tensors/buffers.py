@@ -75,7 +75,7 @@ def check_buffer_specs(module: nn.Module, at_start: Mapping[str, TensorSpec], st
 
 
 def extra_states(module: nn.Module) -> dict[str, object]:
-    """What modules keep beside parameters and buffers, by module (torch.nn.Module.get_extra_state)."""
+    """What modules keep besides parameters and buffers, by module (torch.nn.Module.get_extra_state)."""
     return {name: owner.get_extra_state() for name, owner in _with_extra_state(module).items()}
 
 

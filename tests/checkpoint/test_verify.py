@@ -224,7 +224,7 @@ def test_a_share_of_the_files(directory: Path) -> None:
     assert SECOND in refusal(directory, files=[SECOND])
     assert "does not list" in refusal(directory, files=["../x"])
     (directory / "x").touch()
-    assert "additional" in refusal(directory, files=[])
+    assert "unexpected" in refusal(directory, files=[])
 
 
 def test_many_threads_and_one_bad_file(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def show(path: Path, *, tensors: bool = False) -> str:
         tensors: also each tensor with dtype, shape and shards.
 
     Raises:
-        ConfigError: there is not a checkpoint.
+        ConfigError: there is no checkpoint.
         CheckpointError: its manifest is damaged; the other files are not looked at.
     """
     directory = find_checkpoint(path)
@@ -172,7 +172,7 @@ def check(path: Path, *, every: bool = False) -> tuple[str, bool]:
         The lines, and whether all of them verify.
 
     Raises:
-        ConfigError: there is not a checkpoint, or `every` one of a single one is asked for.
+        ConfigError: there is no checkpoint, or `every` one of a single one is asked for.
     """
     directories = [find_checkpoint(path)]
     if every:

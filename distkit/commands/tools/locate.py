@@ -22,7 +22,7 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint `path`, or the newest one of the run directory or RUN/checkpoints that it is.
 
     Raises:
-        ConfigError: it is none of them, or there is not a checkpoint yet.
+        ConfigError: it is none of them, or there is no checkpoint yet.
     """
     if is_checkpoint(path):
         return path

@@ -170,7 +170,7 @@ def verify(folder: Path) -> str:
 
 
 def report(line: str) -> None:
-    """A line for people, beside the result on stdout."""
+    """A line for people, in addition to the result on stdout."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -44,7 +44,7 @@ def open_packed(root: Path, split: Split) -> ImageDataset | PackedImages:
         unfinished = folder.is_dir() and any(folder.iterdir())
         present = ", ".join(packed_splits(root)) if root.is_dir() else "no such folder"
         raise DataError(
-            f"there is not a packed split {folder}",
+            f"there is no packed split {folder}",
             expected="a folder made by distkit data pack",
             got="files that were not packed to their end"
             if unfinished
@@ -243,7 +243,7 @@ class _Shard:
             ) from error
         if plan != index.plan_digest() or not self._fits(index):
             raise DataError(
-                f"{self.path} does not belong to the index beside it",
+                f"{self.path} does not belong to the index next to it",
                 expected="a file that was packed with it",
                 got="another plan" if plan != index.plan_digest() else "tensors of other shapes",
                 fix=f"{PACK} --overwrite",

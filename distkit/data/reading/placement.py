@@ -36,7 +36,7 @@ class Reading:
     """What every data set of a run is read with.
 
     Args:
-        data: the wish (`placement`) and its numbers.
+        data: the requested placement and its settings.
         seed: of every per-sample draw.
         device: where batches are wanted.
         channels_last: lay out 4-dim tensors as NHWC.
@@ -60,7 +60,7 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSource:
-    """Where a run's microbatches come from, and what is said about it."""
+    """Where a run's microbatches come from, and how that is described."""
 
     loader: Loader | IterableSource
     num_samples: int
@@ -72,7 +72,7 @@ def open_training(dataset: Dataset | IterableData, reading: Reading, split: Batc
     """The training data of one rank: the sample stream over a placed set, or an iterable set in its own order.
 
     Raises:
-        ConfigError: the wished placement does not fit the data set.
+        ConfigError: the requested placement does not fit the data set.
     """
     size, line = len(dataset), summary_of(dataset)
     if not isinstance(dataset, IterableData):
@@ -110,7 +110,7 @@ def place(dataset: Dataset, reading: Reading) -> Placed:
     """Decide how `dataset` is read: map-style sets by workers; vectorised ones are on the device or on the host.
 
     Raises:
-        ConfigError: the wished placement does not fit the data set.
+        ConfigError: the requested placement does not fit the data set.
     """
     data, device = reading.data, reading.device
     placement, reason = choose(dataset, data.placement, device, reading.local_world_size)

@@ -1,4 +1,4 @@
-"""Placement `workers`: map-style data sets read in worker processes that are told which samples to read.
+"""Placement `workers`: map-style data sets read in worker processes, which are sent the samples to read.
 
 Each sample is read with python's, numpy's and torch's global generators seeded by a key of (seed, position), so that
 augmentations written against them (torchvision v2) are a function of the position: the number of workers, ranks and
@@ -67,7 +67,7 @@ class Read:
 
 @dataclass(frozen=True)
 class KeyedSamples(Dataset[object]):
-    """A map-style data set that is asked for (index, key) pairs, a batch at a time."""
+    """A map-style data set that is indexed by (index, key) pairs, a batch at a time."""
 
     samples: Indexable
     on_corrupt: Literal["error", "skip"]

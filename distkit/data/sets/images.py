@@ -162,7 +162,7 @@ class ResidentDataset(ABC, Generic[A]):
         return self.images.index_select(0, indices), self.targets.index_select(0, indices)
 
     def normalized(self, samples: range) -> Tensor:
-        """The images numbered `samples`, as far as there are so many, without random changes: float32 [n, C, H, W]."""
+        """The images numbered `samples`, as far as they exist, without random changes: float32 [n, C, H, W]."""
         chosen = torch.tensor([i for i in samples if i < len(self)], device=self.device)
         return self._normalize(self.images.index_select(0, chosen))
 

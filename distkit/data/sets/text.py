@@ -1,4 +1,4 @@
-"""Text as token files: bytes or characters, with a JSON file beside them that says which number is what."""
+"""Text as token files: bytes or characters, with a JSON file next to them that says what each number means."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def encoded_text(path: Path, folder: Path, level: Level) -> Path:
 
 
 def read_vocabulary(token_file: Path | str) -> Vocabulary:
-    """The vocabulary that `encode_text_file` wrote beside a token file.
+    """The vocabulary that `encode_text_file` wrote next to a token file.
 
     Raises:
         DataError: there is none, it is damaged, or it belongs to a token file of another length.

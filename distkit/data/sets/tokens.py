@@ -18,7 +18,7 @@ from distkit.errors import DataError
 
 TokenDtype = Literal["uint16", "uint32"]
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
-#: What a fingerprint reads of a file: at most so many blocks of 64 KiB.
+#: What a fingerprint reads of a file: at most this many blocks of 64 KiB.
 FINGERPRINT_BLOCKS = 256
 
 

@@ -14,7 +14,7 @@ Section = dict[str, object]
 
 #: Gradients in one bucket and gathered parameters in one go, at most (DeepSpeed's defaults need 2 GB for tiny models).
 BUCKET_NUMEL = 50_000_000
-#: Sections that would do again, or otherwise, what the run's own options say.
+#: Sections that would repeat or contradict the run's own options.
 OWN_FLAGS = {
     "activation_checkpointing": "--activation-checkpointing.mode full",
     "optimizer": "--optim.name adamw",
@@ -73,7 +73,7 @@ def generate(config: TrainConfig, split: BatchSplit, stage: int, numel: int, *, 
     if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": bucket // 4,
-            # parameters as small as a norm's stay gathered; averaged weights would have to be gathered anew
+            # parameters as small as a norm's stay gathered; averaged weights would have to be gathered again
             "stage3_param_persistence_threshold": 0 if config.ema_decay is not None else numel // 10_000,
             "stage3_max_reuse_distance": bucket // 4,
             "stage3_max_live_parameters": max(bucket, numel // 4),
@@ -137,7 +137,7 @@ def _without_auto(section: Section) -> Section:
 
 
 def check(own: Section, config: TrainConfig, split: BatchSplit, stage: int) -> None:
-    """Refuse a user's configuration that says something else than the run.
+    """Refuse a user's configuration that contradicts the run.
 
     Raises:
         ConfigError: naming both.

@@ -41,7 +41,7 @@ def start_engine(
     Raises:
         ConfigError: DeepSpeed knows no such option, or not with this value.
     """
-    # for good: DeepSpeed reads it now and later
+    # left set: DeepSpeed reads it now and later
     os.environ["DS_ACCELERATOR"] = device.type
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState

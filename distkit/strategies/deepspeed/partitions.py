@@ -169,7 +169,7 @@ class Zero3Optimizer(ZeroOptimizer):
             self.zero.grad_partitions_flat_buffer.zero_()
 
     def reshard(self) -> None:
-        """Drop what a forward without a backward has left gathered, with the weights of then."""
+        """Drop what a forward without a backward left gathered, whose weights are out of date."""
         self.zero._partition_all_parameters()
 
     def refresh_copies_(self) -> None:
