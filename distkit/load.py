@@ -103,7 +103,7 @@ def load_recipe(run_dir: Path, file: Path | str | None = None) -> AnyRecipe:
                               fix="recipe=FILE (--recipe FILE)")  # fmt: skip
         file = Path(str(source["file"]))
         if not file.is_file() or file.resolve().is_relative_to(run_dir.resolve()):
-            raise ConfigError(f"the recipe of {run_dir} is not at {file} any more", expected="the file it was run with",
+            raise ConfigError(f"the recipe of {run_dir} is no longer at {file}", expected="the file it was run with",
                               fix=f"recipe=FILE (--recipe FILE); or {trust}")  # fmt: skip
         if hashlib.sha256(file.read_bytes()).hexdigest() != source.get("sha256"):
             print(f"distkit: warning: {file} has changed since the run was started; {trust}", file=sys.stderr)

@@ -62,5 +62,5 @@ class Recipe(Generic[C]):
     def __getattr__(self, name: str) -> Never:
         """Tells a recipe file written for `recipe.main()` what to write instead."""
         if name == "main":
-            raise ConfigError("Recipe.main() is gone", fix="from distkit import main; main(recipe)")
+            raise ConfigError("Recipe.main() no longer exists", fix="from distkit import main; main(recipe)")
         raise AttributeError(f"a Recipe has no {name}")

@@ -125,7 +125,8 @@ def read(option: Option, words: Sequence[str]) -> object:
     try:
         return convert(words, option.kind)
     except TypeError as error:
-        raise ConfigError(f"{typed} cannot be typed", expected="number, text, path, choice or tuple", got=expected,
+        raise ConfigError(f"{typed} cannot be set on the command line", got=expected,
+                          expected="number, text, path, choice or tuple",
                           fix="set it in a preset of the recipe") from error  # fmt: skip
     except ValueError as error:
         if not words:
@@ -147,7 +148,7 @@ def convert(words: Sequence[str], kind: object) -> object:
 
     Raises:
         ValueError: there is none.
-        TypeError: a value of this type cannot be typed.
+        TypeError: a value of this type cannot be given on the command line.
     """
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):

@@ -48,7 +48,7 @@ def _parser() -> Parser:
         "distkit generate",
         description="Text from a run, the same each time for the same seed. RUN is its directory: the weights of its "
         "last step or, where it has not ended, those of its newest checkpoint that verifies; or one checkpoint. "
-        "Options of the recipe come last, after --, such as -- --text FILE where the text has moved.",
+        "Options of the recipe come last, after --, such as -- --text FILE if the text has moved.",
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the run directory, or a checkpoint in it")

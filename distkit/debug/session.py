@@ -179,7 +179,7 @@ def check_first_loss(loss: float, expected: float | None) -> int:
         print(f"\nfirst loss {loss:.4f}, expected about {expected:.4f} from an untrained model: fine")
     else:
         print(f"\nWARNING: first loss {loss:.4f}, expected about {expected:.4f} from an untrained model")
-        print("  look at: initial weights of the last layer, normalisation of the inputs, reduction of the loss")
+        print("  check: initial weights of the last layer, normalisation of the inputs, reduction of the loss")
         return 1
     return 0
 
@@ -205,7 +205,7 @@ def conclude_overfit(losses: list[float], num_batches: int) -> None:
         raise TrainingError(
             f"the model did not memorise {num_batches} batch(es): loss {first:.4f} -> {last:.4f} "
             f"in {len(losses)} steps\n"
-            "  look at: the learning rate, labels that do not belong to their samples, strong augmentation or dropout, "
+            "  check: the learning rate, labels that do not belong to their samples, strong augmentation or dropout, "
             "a loss that is detached from the model"
         )
     print(f"loss {first:.4f} -> {last:.4f} in {len(losses)} steps")

@@ -108,7 +108,7 @@ class Lease:
         with _guard:
             other = _held_here(path)
             if other is not None:
-                raise ConfigError(f"this process has a run in {run_dir} already", expected="one run per directory",
+                raise ConfigError(f"this process already has a run in {run_dir}", expected="one run per directory",
                                   got=other.holder, fix=f"--run-dir {run_dir}-2, or end that run first")  # fmt: skip
             try:
                 lease = _take(run_dir, path)

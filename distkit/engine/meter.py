@@ -45,7 +45,7 @@ def check_output(output: LossOutput) -> None:
             raise TrainingError(f"compute_loss: {name} must be a tensor without dims, got {got}")
     if taken := RESERVED & output.sums.keys():
         raise TrainingError(
-            f"compute_loss: sums must not be named {', '.join(sorted(taken))}: an event has these itself"
+            f"compute_loss: sums must not be named {', '.join(sorted(taken))}: events already have these fields"
         )
 
 

@@ -161,7 +161,7 @@ def check_fits(run: Run, checkpoint: VerifiedCheckpoint) -> None:
                               got=f"{name} {here}", fix="the data it was trained on, or another --run-dir")  # fmt: skip
     position = _data_position(run, checkpoint)
     if (position is None) != (run.data_state is None):
-        kinds = ("a map-style data set", "an iterable data set")
+        kinds = ("an indexable data set", "an iterable data set")
         raise ConfigError(f"{where} was trained on a different kind of data", expected=kinds[position is not None],
                           got=kinds[run.data_state is not None], fix="another --run-dir")  # fmt: skip
     if position is not None and run.data_state is not None:
@@ -294,7 +294,7 @@ def resume_notes(run: Run) -> list[str]:
     before, after = checkpoint.manifest.world_size, run.runtime.world_size
     if before != after:
         notes.append(
-            f"saved on {before} ranks, resumed on {after}: the samples are the same, but sums are added in another "
+            f"saved on {before} ranks, resumed on {after}: the samples are the same, but sums run in a different "
             "order, so losses agree to rounding; per-rank randomness (dropout) and BatchNorm statistics differ"
         )
     kinds = {name.removeprefix("rng/00000/") for name in checkpoint.manifest.tensors if name.startswith("rng/00000/")}

@@ -216,7 +216,7 @@ def check_same_everywhere(module: nn.Module, runtime: Runtime) -> None:
     first, *others = runtime.gather(sums)
     for name in first:
         if any(other.get(name) != first[name] for other in others):
-            raise ConfigError(f"build_model produced other values for {name} on some rank than on rank 0",
+            raise ConfigError(f"build_model produced different values for {name} on some rank than on rank 0",
                               expected="the same model on every rank: it is called under the same seed",
                               fix="draw weights from torch's global generator only")  # fmt: skip
 

@@ -42,9 +42,9 @@ def list_run(path: Path, *, as_json: bool = False) -> str:
     if rows:
         lines += _table([HEAD, *map(_cells, rows)])
     if unfinished := leftovers(folder):
-        lines.append(f"unfinished, gone when the run starts again: {one_line(', '.join(unfinished))}")
+        lines.append(f"unfinished, removed when the run starts again: {one_line(', '.join(unfinished))}")
     if aside:
-        lines.append(f"put aside because they did not verify: {one_line(', '.join(aside))}")
+        lines.append(f"set aside because they failed verification: {one_line(', '.join(aside))}")
     return "\n".join(lines)
 
 

@@ -46,9 +46,7 @@ def open_packed(root: Path, split: Split) -> ImageDataset | PackedImages:
         raise DataError(
             f"there is no packed split {folder}",
             expected="a folder made by distkit data pack",
-            got="files that were not packed to their end"
-            if unfinished
-            else present or "a folder without packed splits",
+            got="files of an unfinished pack" if unfinished else present or "a folder without packed splits",
             fix=f"distkit data pack FOLDER {root}",
         )
     images = PackedImages(folder)

@@ -170,7 +170,7 @@ class _AheadBatches:
             self._hangs = True
             raise TrainingError(
                 f"reading a batch took longer than {self._timeout_seconds:g} s\n"
-                "  look at: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
+                "  check: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
             ) from error
         if isinstance(item, _End):
             self._ready.put(item)  # asking again gives the same answer

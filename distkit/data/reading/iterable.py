@@ -111,7 +111,7 @@ class IterableSource:
         number = step * self.split.accum_steps + accum_index
         if number != self._next:
             raise ConfigError(
-                "an iterable data set can be read in order only",
+                "an iterable data set can only be read in order",
                 expected=f"step {self._next // self.split.accum_steps}, or the state saved before that step",
                 got=f"step {step}, microbatch {accum_index}",
             )

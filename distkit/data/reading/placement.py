@@ -82,7 +82,7 @@ def open_training(dataset: Dataset | IterableData, reading: Reading, split: Batc
         loader = Loader(placed.fetcher, stream, split, rank)
         return TrainSource(loader=loader, num_samples=size, summary=line, placement=how)
     if reading.data.placement not in ("auto", "workers"):
-        raise ConfigError(f"--data.placement {reading.data.placement} needs a map-style data set", expected="workers",
+        raise ConfigError(f"--data.placement {reading.data.placement} needs an indexable data set", expected="workers",
                           got="an iterable data set", fix="--data.placement workers")  # fmt: skip
     source = IterableSource(
         build=dataset.build,

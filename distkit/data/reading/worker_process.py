@@ -69,8 +69,8 @@ def worker_errors() -> Iterator[None]:
         shared_memory = "shared memory" in text or "No space left" in text or "Bus error" in text
         if "DataLoader timed out" in text:
             raise TrainingError(
-                f"no data worker gave a batch: {text.strip()}\n"
-                "  look at: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
+                f"no data worker returned a batch: {text.strip()}\n"
+                "  check: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
             ) from error
         if not died and not shared_memory:
             raise
@@ -81,4 +81,4 @@ def worker_errors() -> Iterator[None]:
         if shared_memory:
             free = shutil.disk_usage("/dev/shm").free / 2**20 if Path("/dev/shm").exists() else 0.0
             hint = f"/dev/shm is full ({free:.0f} MiB free): give it more room, or fewer --data.num-workers"
-        raise TrainingError(f"a data worker died: {reason}\n  look at: {hint}") from error
+        raise TrainingError(f"a data worker died: {reason}\n  check: {hint}") from error

@@ -97,7 +97,9 @@ def encode_text_file(path: Path | str, out: Path | str, *, level: Level = "char"
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text", expected="UTF-8, or level='byte'", got=error) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be encoded into {out}", expected="a text, and room", got=error) from error
+        raise DataError(
+            f"{path} cannot be encoded into {out}", expected="a text file, and free space", got=error
+        ) from error
     return vocabulary
 
 

@@ -170,7 +170,7 @@ def check(own: Section, config: TrainConfig, split: BatchSplit, stage: int) -> N
     for name, (theirs, ours, fix) in said.items():
         if theirs is not None and theirs != "auto" and theirs != ours:
             raise ConfigError(f"{where} and the run contradict each other in {name}",
-                              expected=f"{ours}, as the run has", got=f"{theirs}",
+                              expected=f"{ours}, as in the run", got=f"{theirs}",
                               fix=f"{fix}, or leave it out of the file")  # fmt: skip
     for name, fix in OWN_FLAGS.items():
         if name in own:

@@ -303,7 +303,7 @@ def test_other_folders_are_told_apart(encoded, tmp_path):
         PackedSplit(encoded)
     assert f"version {VERSION + 1}" in str(caught.value)
     (encoded / "index.json").unlink()
-    with pytest.raises(DataError, match="not packed to their end"):
+    with pytest.raises(DataError, match="files of an unfinished pack"):
         open_packed(encoded.parent, "train")
 
 

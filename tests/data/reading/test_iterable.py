@@ -183,7 +183,7 @@ def test_a_set_with_a_state_is_not_read_again():
 def test_reading_is_in_order_only():
     one = source(Plain, accum_steps=2)
     for step, accum_index in [(1, 0), (0, 1)]:
-        with pytest.raises(ConfigError, match="in order only"):
+        with pytest.raises(ConfigError, match="only be read in order"):
             one.microbatch(step, accum_index)
     first = one.microbatch(0, 0)
     with pytest.raises(ConfigError, match="got: .*step 0, microbatch 0"):  # noqa: RUF043
