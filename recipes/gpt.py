@@ -125,7 +125,7 @@ def build_dataset(config: Config, split: Split) -> TokenDataset:
 def build_param_groups(config: Config, model: nn.Module) -> list[ParamGroup]:
     """The head is the embedding, so with Muon the last nn.Linear is a hidden matrix like all others."""
     groups = default_param_groups(model, config.optim)
-    if config.optim.name == "muon":
+    if config.optim.splits_matrices:
         last = [module for module in model.modules() if isinstance(module, Block)][-1].mlp.down.weight
         for group in groups[1:]:
             for place in [i for i, parameter in enumerate(group["params"]) if parameter is last]:
