@@ -1,6 +1,6 @@
 """From a recipe and a configuration to a run, in stages: data, model, loop, directory.
 
-Each stage can be called by itself. Everything is checked before anything is written.
+Each stage can be called on its own. Everything is checked before anything is written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from distkit.strategies.parameters import state_dict_names
 from distkit.tensors.buffers import buffer_specs
 
 C = TypeVar("C", bound=TrainConfig)
-#: One process on the CPU without a process group: what a stage is called with from a notebook.
+#: One process on the CPU without a process group: the default for calling a stage from a notebook.
 ALONE = Runtime(topology=Topology(), device=torch.device("cpu"))
 
 
@@ -52,7 +52,7 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
     """Build every part of a run; the run directory is written last, after every check.
 
     Raises:
-        ConfigError: the parts do not fit each other, or the checkpoint; the message says what to type.
+        ConfigError: the parts do not fit together, or do not fit the checkpoint; the message says what to type.
     """
     split_batch(config, runtime.world_size)
     directory = open_directory(recipe.name, config, runtime)
@@ -79,10 +79,10 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
 
 
 def open_directory(recipe: str, config: TrainConfig, runtime: Runtime) -> RunDirectory:
-    """--run-dir, or a new runs/RECIPE/DATE_TIME that all ranks agree on; its lease is taken where it exists.
+    """--run-dir, or a new runs/RECIPE/DATE_TIME that all ranks agree on; its lease is taken if it exists.
 
     Raises:
-        ConfigError: the directory cannot hold this run, or another process has it.
+        ConfigError: the directory cannot hold this run, or another process is using it.
     """
     path = config.run_dir
     if path is None:
@@ -109,7 +109,7 @@ def open_data(recipe: Recipe[C], config: C, runtime: Runtime = ALONE) -> Data:
 
     Raises:
         DataError: they cannot be read, are too small for a global batch, or differ between ranks.
-        ConfigError: the configuration needs evaluations, and there is no test set.
+        ConfigError: the configuration needs evaluations, but there is no test set.
     """
     train_set, test_set = build_datasets(recipe, config, runtime)
     with runtime.raise_on_all_ranks("reading the data"):
@@ -135,7 +135,7 @@ def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Data
     train_set: Dataset | IterableData | None = None
     test_set: Dataset | None = None
     with runtime.raise_on_all_ranks("building the data"), runtime.main_process_first():
-        # the same generators for both splits and every rank: a recipe may well divide one set by chance
+        # the same generators for both splits and every rank: a recipe may split one set at random
         with seeded(derive_seed(config.seed, "data")):
             train = recipe.build_dataset(config, "train")
         with seeded(derive_seed(config.seed, "data")):

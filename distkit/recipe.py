@@ -24,7 +24,7 @@ C = TypeVar("C", bound=TrainConfig)
 
 @dataclass(frozen=True)
 class Recipe(Generic[C]):
-    """Plain functions and values that say what to train; the engine does the rest.
+    """Plain functions and values that define what to train; the engine does the rest.
 
     Args:
         name: the first folder under `runs/`.

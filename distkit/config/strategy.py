@@ -13,7 +13,7 @@ from distkit.errors import ConfigError, nearest
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyRow:
-    """What the rest of distkit knows of one strategy."""
+    """What the rest of distkit knows about one strategy."""
 
     implementation: str = ""
     """Its class, with the module; empty for auto, which means one of the others."""

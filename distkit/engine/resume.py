@@ -1,6 +1,6 @@
 """Where a run starts from (C3): choose a checkpoint, check that it fits, restore it, and report what changed.
 
-A run begins from nothing, from its own newest checkpoint, or from another run's. Nothing of the run is changed before
+A run starts from scratch, from its own newest checkpoint, or from another run's. Nothing in the run is changed before
 the checkpoint is known to fit.
 """
 
@@ -41,12 +41,12 @@ FIXED = ("seed", "global_batch_size")
 
 
 def choose_checkpoint(config: TrainConfig, runtime: Runtime, directory: RunDirectory) -> ResumePoint:
-    """Choose and verify the checkpoint to begin from; a run in `directory` takes precedence over `--resume DIR`.
+    """Choose and verify the checkpoint to start from; a run in `directory` takes precedence over `--resume DIR`.
 
-    So the same command continues after a kill, even a run that began from somewhere else.
+    So the same command continues after a kill, even for a run that started from another one.
 
     Raises:
-        ConfigError: --resume names no checkpoint.
+        ConfigError: --resume does not name a checkpoint.
         CheckpointError: there are checkpoints, and none verifies.
     """
     source = config.resume.source
@@ -112,7 +112,7 @@ def check_resume(run: Run) -> None:
         with read_strictly(checkpoint):
             check_fits(run, checkpoint)
     elif done >= 0:
-        # begun again at step 0, its metrics and weights would be lost
+        # restarting at step 0 would lose its metrics and weights
         path = run.directory.path
         raise ConfigError(f"--run-dir {path} holds a run of {done} steps and no checkpoint to continue from",
                           expected="a checkpoint, or another directory", fix=f"--run-dir {path}-2")  # fmt: skip
@@ -127,7 +127,7 @@ def put_damaged_aside(run: Run) -> None:
 
 
 def check_fits(run: Run, checkpoint: VerifiedCheckpoint) -> None:
-    """Refuse a checkpoint that is not of this run, before anything of the run is changed.
+    """Refuse a checkpoint that does not belong to this run, before anything in the run is changed.
 
     Raises:
         ConfigError: listing what is missing, unexpected and mismatched, and what to type.

@@ -59,7 +59,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """Where a run begins.
+    """Where a run starts from.
 
     Attributes:
         checkpoint: what it is restored from; None for a new run.

@@ -2,8 +2,8 @@
 
 Tensors: model/NAME, extra/MODULE, optimizer/PARAMETER/KEY, ema/NAME, scaler/NAME, and for each rank rng/RANK/NAME and
 meter/RANK/NAME. Values: progress, trackers, clock, plateau, observers, extra states that are not tensors, and the
-structure of the optimizer's state. Data and learning rate have none: both are functions of the step. Only an iterable
-data set has a position, one for each rank.
+structure of the optimizer's state. Data and learning rate have no state: both are functions of the step. Only an
+iterable data set has a position, one for each rank.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ Event = Mapping[str, Scalar]
 train: loss, lr, grad_norm, samples, samples_per_second, data_wait_seconds, mfu, the recipe's sums as fractions.
 eval: loss, samples, the recipe's metrics by name, as fractions.
 note: message.
-checkpoint and others: any names.
+checkpoint: bytes and seconds, or error.
+Other kinds may have any names.
 """
 
 
