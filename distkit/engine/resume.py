@@ -140,7 +140,7 @@ def check_fits(run: Run, checkpoint: VerifiedCheckpoint) -> None:
         return
     step = checkpoint.manifest.step
     if checkpoint.state.get("step") != step or checkpoint.parts()["progress"] != {"step": step}:
-        raise CheckpointError(f"{checkpoint.directory}: state.json is not that of step {step}")
+        raise CheckpointError(f"{checkpoint.directory}: state.json is not for step {step}")
     if step > run.num_steps:
         raise ConfigError(f"{where} is beyond the end of this run", expected=f"at least {step} steps",
                           got=f"{run.num_steps} steps", fix=f"--num-steps {step}, or another --run-dir")  # fmt: skip

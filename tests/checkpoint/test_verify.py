@@ -191,10 +191,10 @@ def test_the_directory_is_one(directory: Path) -> None:
 def test_a_renamed_step(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("step-000000008", "step-7", "step-"):
         renamed = directory.rename(directory.with_name(name))
-        assert "that of step 7" in refusal(renamed)
+        assert "is for step 7" in refusal(renamed)
         directory = renamed
     monkeypatch.chdir(directory)
-    assert "that of step 7" in refusal(Path("."))
+    assert "is for step 7" in refusal(Path("."))
     copy = shutil.copytree(directory, directory.with_name("keep-this"))
     assert verify(copy).step == 7
 

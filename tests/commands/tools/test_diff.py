@@ -211,7 +211,7 @@ def test_verify(run: Path) -> None:
     assert not sound
     lost, damaged, verified = text.splitlines()
     assert lost == f"damaged: {at(run, 5)}: missing file {MANIFEST}"
-    assert damaged.startswith(f"damaged: {at(run, 10)}: shard-00001-of-00002-000.safetensors does not have the sha256")
+    assert damaged.startswith(f"damaged: {at(run, 10)}: shard-00001-of-00002-000.safetensors does not match its sha256")
     assert verified.startswith(f"{at(run, 15)}: verified")
     text, sound = check(at(run, 5))
     assert (text, sound) == (f"damaged: {at(run, 5)}: missing file {MANIFEST}", False)
