@@ -290,7 +290,7 @@ def test_falls_back_loudly_and_puts_the_damaged_one_aside(tmp_path: Path, capsys
     resumed = build_run(tmp_path / "killed", FULL)
     assert resumed.resume.checkpoint is not None
     assert resumed.resume.checkpoint.manifest.step == 7
-    assert "step 14 does not verify" in capsys.readouterr().err
+    assert "step 14 failed verification" in capsys.readouterr().err
     assert list_checkpoints(folder) == [7]
     assert [path.name for path in folder.glob("damaged-*")] == ["damaged-1-step-000000014"]
     fit(resumed)

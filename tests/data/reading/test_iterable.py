@@ -205,7 +205,7 @@ def test_another_world_is_refused(name, now):
     usual = {"rank": 1, "world_size": 2}
     one = source(Plain, **usual)
     read(one, range(2))
-    with pytest.raises(ConfigError, match=f"another {name}") as caught:
+    with pytest.raises(ConfigError, match=f"a different {name}") as caught:
         source(Plain, **{**usual, **now}).load_state_dict(one.state_dict())
     assert caught.value.exit_code == 2
     assert f"start it with {name} " in str(caught.value)

@@ -134,7 +134,7 @@ def undeclared(root):
     pixels = np.zeros((8, 10), np.uint8)
     pixels[3, 4] = pixels[3, 5] = 7
     save(root / "train" / "masks" / "1.tif", pixels)
-    return "masks/1.tif has a value", "{0: 0, 255: 1}", "got:      7; 2 such pixels", "7: CLASS"
+    return "masks/1.tif has an undeclared value", "{0: 0, 255: 1}", "got:      7; 2 such pixels", "7: CLASS"
 
 
 def truncated(root):
