@@ -38,7 +38,7 @@ def _holder_and_progress(folder: Path) -> list[str]:
     from distkit.checkpoint.retention import list_checkpoints
     from distkit.engine.lease import holder
 
-    lines = [f"  running as {who}" if (who := holder(folder)) else "  but no process is running it: it was killed"]
+    lines = [f"  runs as {who}" if (who := holder(folder)) else "  but no process is running it: it was killed"]
     steps = list_checkpoints(folder / "checkpoints")
     return [*lines, f"  saved at step {steps[-1]}" if steps else "  nothing saved yet"]
 
