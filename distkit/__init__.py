@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LossOutput", "Recipe", "TrainConfig", "__version__", "load_run", "main", "train"]
 
-#: Name -> the module it comes from. They are imported when they are asked for: `import distkit` imports no torch.
+#: Name -> the module it comes from. They are imported on first use: `import distkit` does not import torch.
 _HOMES = {
     "LossOutput": "distkit.losses",
     "Recipe": "distkit.entry",

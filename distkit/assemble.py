@@ -1,6 +1,6 @@
 """From a recipe and a configuration to a run, in stages: data, model, loop, directory.
 
-Each stage can be called by itself. Everything is checked before anything is written.
+Each stage can be called on its own. Everything is checked before anything is written.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from distkit.strategies.parameters import state_dict_names
 from distkit.tensors.buffers import buffer_specs
 
 C = TypeVar("C", bound=TrainConfig)
-#: One process on the CPU without a process group: what a stage is called with from a notebook.
+#: One process on the CPU without a process group: the default for calling a stage from a notebook.
 ALONE = Runtime(topology=Topology(), device=torch.device("cpu"))
 
 
 def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
-    """Build every part of a run; the run directory is written last, when nothing can be wrong any more.
+    """Build every part of a run; the run directory is written last, after every check.
 
     Raises:
-        ConfigError: the parts do not fit each other, or the checkpoint; the message says what to type.
+        ConfigError: the parts do not fit together, or do not fit the checkpoint; the message says what to type.
     """
     split_batch(config, runtime.world_size)
     directory = open_directory(recipe.name, config, runtime)
@@ -64,7 +64,7 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
 
 
 def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDirectory) -> Run:
-    """`assemble`, with the directory chosen; whoever chose it releases it."""
+    """`assemble` in a directory that is already chosen; the caller releases it."""
     fault("start-up", runtime.rank, 0)
     resume = choose_checkpoint(config, runtime, directory)
     strategy = build_strategy(config, runtime)
@@ -79,10 +79,10 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
 
 
 def open_directory(recipe: str, config: TrainConfig, runtime: Runtime) -> RunDirectory:
-    """--run-dir, or a new runs/RECIPE/DATE_TIME that all ranks agree on; its lease is taken where it exists.
+    """--run-dir, or a new runs/RECIPE/DATE_TIME that all ranks agree on; its lease is taken if it exists.
 
     Raises:
-        ConfigError: the directory cannot hold this run, or another process has it.
+        ConfigError: the directory cannot hold this run, or another process is using it.
     """
     path = config.run_dir
     if path is None:
@@ -108,8 +108,8 @@ def open_data(recipe: Recipe[C], config: C, runtime: Runtime = ALONE) -> Data:
     """The recipe's data sets, the same on every rank.
 
     Raises:
-        DataError: they cannot be had, are too small for a global batch, or differ between ranks.
-        ConfigError: the configuration needs evaluations, and there is no test set.
+        DataError: they cannot be read, are too small for a global batch, or differ between ranks.
+        ConfigError: the configuration needs evaluations, but there is no test set.
     """
     train_set, test_set = build_datasets(recipe, config, runtime)
     with runtime.raise_on_all_ranks("reading the data"):
@@ -118,8 +118,8 @@ def open_data(recipe: Recipe[C], config: C, runtime: Runtime = ALONE) -> Data:
     with runtime.raise_on_all_ranks("comparing the data of the ranks"):
         for rank, other in enumerate(others, 1):
             if other != first:
-                raise DataError(f"rank {rank} has other data than rank 0", expected=_sizes(first), got=_sizes(other),
-                                fix="the same files on every machine")  # fmt: skip
+                raise DataError(f"rank {rank} has different data from rank 0", expected=_sizes(first),
+                                got=_sizes(other), fix="the same files on every machine")  # fmt: skip
     if not isinstance(train_set, IterableData):
         check_sizes(train_set, split_batch(config, runtime.world_size))
     check_evaluation(config, test_set)
@@ -131,11 +131,11 @@ def _sizes(parts: list[tuple[int, str | None]]) -> str:
 
 
 def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Dataset | IterableData, Dataset | None]:
-    """The training and the test set; rank 0 first, so that a download or a cache is made once."""
+    """The training and the test set; rank 0 first, so that a download or a cache happens once."""
     train_set: Dataset | IterableData | None = None
     test_set: Dataset | None = None
     with runtime.raise_on_all_ranks("building the data"), runtime.main_process_first():
-        # the same generators for both splits and every rank: a recipe may well divide one set by chance
+        # the same generators for both splits and every rank: a recipe may split one set at random
         with seeded(derive_seed(config.seed, "data")):
             train = recipe.build_dataset(config, "train")
         with seeded(derive_seed(config.seed, "data")):
@@ -150,7 +150,10 @@ def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Data
 
 
 def check_sizes(train_set: Dataset, split: BatchSplit) -> None:
-    """A global batch must not hold a sample twice, so the set must be at least as large."""
+    """Refuse a training set with fewer samples than one global batch.
+
+    A global batch that straddles two epochs may still contain a sample twice.
+    """
     if len(train_set) < split.global_batch_size:
         raise DataError(
             f"the training set has {len(train_set)} samples, less than one global batch",
@@ -163,10 +166,11 @@ def check_sizes(train_set: Dataset, split: BatchSplit) -> None:
 
 
 def check_evaluation(config: TrainConfig, test_set: Dataset | None) -> None:
-    """What waits for evaluations needs some."""
+    """Refuse evaluations without a test set, and a schedule that needs evaluations but gets none."""
     if test_set is None and config.eval_every is not None and not config.debug.enabled:
-        raise ConfigError("--eval-every, and the recipe has no test set", expected="a build_dataset for the split test",
-                          got=f"--eval-every {config.eval_every}", fix="--eval-every None")  # fmt: skip
+        raise ConfigError("--eval-every is set, but the recipe has no test set",
+                          expected="a test set from build_dataset", got=f"--eval-every {config.eval_every}",
+                          fix="--eval-every None")  # fmt: skip
     if config.schedule.needs_evaluations and (config.eval_every is None or test_set is None):
         raise ConfigError(f"--schedule.name {config.schedule.name} acts on evaluations",
                           expected="a test set, and evaluations of it", got=f"--eval-every {config.eval_every}",
@@ -187,7 +191,7 @@ def build_model(recipe: Recipe[C], config: C, train_set: Dataset | IterableData 
         model = recipe.build_model(config)
         if recipe.init_model_ is not None and train_set is not None:
             recipe.init_model_(config, model, train_set)
-    # pretrained models come in evaluation mode; a layer that shall stay in it overrides `train`
+    # pretrained models come in evaluation mode; a layer that must stay in it overrides `train`
     model.train()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the model has no parameter to train", expected="at least one with requires_grad")
@@ -318,14 +322,14 @@ def describe(
         f"started by {runtime.topology.launcher}",
         "precision": config.precision
         + (", compiled" if config.compile else "")
-        + (f"; {config.optim.name} waits for the device once a step to skip bad updates" if waits else ""),
+        + (f"; {config.optim.name} waits for the device once per step to skip bad updates" if waits else ""),
         "model": f"{strategy.model_name}, {parameters:,} parameters",
         "train_data": train.summary,
         "test_data": "none" if test is None else summary_of(test.dataset),
         "placement": train.placement,
         "global_batch": f"{split.global_batch_size} = {split.microbatch_size} x {ranks} x {split.accum_steps} "
         + ("microbatch" if split.accum_steps == 1 else "microbatches"),
-        "length": f"{num_steps:,} steps of {train.num_samples / split.global_batch_size:,.1f} an epoch",
+        "length": f"{num_steps:,} steps, {train.num_samples / split.global_batch_size:,.1f} per epoch",
         "checkpoints": describe_saves(config.checkpoint) if config.checkpoint.enabled else "none",
         "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name}",
     }

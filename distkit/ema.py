@@ -26,7 +26,7 @@ class Ema:
 
     Attributes:
         shadow: the averages by name.
-        averaged_buffers: those of buffers, which differ between data parallel ranks until they are handed round.
+        averaged_buffers: those of buffers, which differ between data parallel ranks until they are synchronised.
     """
 
     def __init__(self, model: nn.Module, decay: float, tensors: Mapping[str, Tensor] | None = None) -> None:

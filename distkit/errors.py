@@ -45,7 +45,7 @@ class ConfigError(DistkitError):
 
 
 class LaunchError(ConfigError):
-    """The processes that were started are not the ones that were asked for."""
+    """The processes that were started are not the ones that were requested."""
 
 
 class DataError(ConfigError):
@@ -53,7 +53,7 @@ class DataError(ConfigError):
 
 
 class TrainingError(DistkitError):
-    """The run started and cannot go on."""
+    """The run started and cannot continue."""
 
 
 class NonFiniteError(TrainingError):
@@ -61,7 +61,7 @@ class NonFiniteError(TrainingError):
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint could not be written, or what lies there is not what was written."""
+    """A checkpoint could not be written, or what is on disk is not what was written."""
 
 
 class RankFailedError(TrainingError):
@@ -69,7 +69,7 @@ class RankFailedError(TrainingError):
 
 
 class Stopped(DistkitError):
-    """The run was told to stop and can be continued with the same command."""
+    """The run was asked to stop; the same command continues it."""
 
     exit_code: ClassVar[int] = 75
 

@@ -75,7 +75,7 @@ def atomic_files(
 
 @contextlib.contextmanager
 def atomic_path(path: Path, mode: int = 0o666) -> Iterator[Path]:
-    """The same for a library that writes a file by its name: yields the temporary name, where an empty file lies.
+    """The same for a library that writes a file by its name: yields the temporary name of an empty file.
 
     The file gets `mode` and the umask whatever permissions the library gives it (safetensors: the owner's only).
 
@@ -121,7 +121,7 @@ def sync_folder(folder: Path) -> None:
     """fsync a folder, so that the names in it survive a power cut.
 
     Raises:
-        OSError: it is no folder, or the disk fails.
+        OSError: it is not a folder, or the disk fails.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -145,7 +145,7 @@ def remove_temporaries(folder: Path) -> None:
 def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[bool]:
     """Hold the lock file `path` against all other processes; it is removed at the end. The lock ends with its process.
 
-    Yields False where the file system has no locks: the work goes on without.
+    Yields False where the file system has no locks: work continues without one.
 
     Args:
         path: a file that is used for nothing else; its folder exists.
@@ -181,7 +181,7 @@ def _lock(descriptor: int, path: Path, on_wait: Callable[[], None]) -> bool:
 
 
 def _temporary(path: Path) -> Path:
-    """A name of its own: two processes that write the same file must not rename each other's half."""
+    """A unique temporary name: two processes writing the same file must not rename each other's half."""
     return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
 
 

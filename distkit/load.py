@@ -1,4 +1,4 @@
-"""The way back from a run directory to a model: no process group, no lease, no optimizer."""
+"""From a run directory back to a model: no process group, no lease, no optimizer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_run(
         run_dir: the run's directory.
         which: "last", "best" (chosen as the recipe says; its checkpoint must have been kept), or a saved step.
         recipe: the recipe, or its file; None: the file that the run was started with, from where it was. "copy" takes
-            the copy in the run directory: code from a directory that may be somebody else's, so it must be asked for.
+            the copy in the run directory: code from a directory that may be somebody else's, so it must be requested.
         ema: take the moving average of the weights; None: where the run keeps one, as its evaluations do.
 
     Returns:
@@ -103,7 +103,7 @@ def load_recipe(run_dir: Path, file: Path | str | None = None) -> AnyRecipe:
                               fix="recipe=FILE (--recipe FILE)")  # fmt: skip
         file = Path(str(source["file"]))
         if not file.is_file() or file.resolve().is_relative_to(run_dir.resolve()):
-            raise ConfigError(f"the recipe of {run_dir} is not at {file} any more", expected="the file it was run with",
+            raise ConfigError(f"the recipe of {run_dir} is no longer at {file}", expected="the file it was run with",
                               fix=f"recipe=FILE (--recipe FILE); or {trust}")  # fmt: skip
         if hashlib.sha256(file.read_bytes()).hexdigest() != source.get("sha256"):
             print(f"distkit: warning: {file} has changed since the run was started; {trust}", file=sys.stderr)

@@ -135,7 +135,7 @@ def chunked_cross_entropy(
         got = f"{list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}"
         raise ConfigError("chunked_cross_entropy: shapes do not fit", expected="[..., D], [V, D], [...]", got=got)
     if chunk_tokens is not None and chunk_tokens < 1:
-        raise ConfigError("chunk_tokens has a value it cannot take", expected=">= 1", got=chunk_tokens, fix="1024")
+        raise ConfigError("chunk_tokens has an invalid value", expected=">= 1", got=chunk_tokens, fix="1024")
     most = chunk_tokens or max(1, CHUNK_LOGITS // weight.shape[0])
     num_chunks = max(1, math.ceil(targets.numel() / most))
     kind = hidden.device.type
@@ -198,7 +198,7 @@ def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
     """
     _require_same_shape("dice_loss", logits, targets)
     if not smooth > 0:
-        raise ConfigError("dice_loss: smooth has a value it cannot take", expected="> 0", got=smooth, fix="smooth=1.0")
+        raise ConfigError("dice_loss: smooth has an invalid value", expected="> 0", got=smooth, fix="smooth=1.0")
     p = torch.sigmoid(_widen(logits)).flatten(1)
     t = targets.to(p.dtype).flatten(1)
     ratio = (2 * (p * t).sum(1) + smooth) / (p.sum(1) + t.sum(1) + smooth)
@@ -245,7 +245,7 @@ def _widen(logits: Tensor) -> Tensor:
 def _require_smoothing(label_smoothing: float) -> None:
     if not 0 <= label_smoothing <= 1:
         raise ConfigError(
-            "label_smoothing has a value it cannot take", expected="a number in [0, 1]", got=label_smoothing, fix="0.1"
+            "label_smoothing has an invalid value", expected="a number in [0, 1]", got=label_smoothing, fix="0.1"
         )
 
 

@@ -51,5 +51,5 @@ def expected_initial_loss(num_classes: int) -> float:
         ConfigError: num_classes < 1.
     """
     if num_classes < 1:
-        raise ConfigError("num_classes has a value it cannot take", expected="an integer >= 1", got=num_classes)
+        raise ConfigError("num_classes has an invalid value", expected="an integer >= 1", got=num_classes)
     return math.log(num_classes)

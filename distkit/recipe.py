@@ -1,4 +1,4 @@
-"""A recipe: what to train, on what, towards what."""
+"""A recipe: what to train, on which data, with which loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ C = TypeVar("C", bound=TrainConfig)
 
 @dataclass(frozen=True)
 class Recipe(Generic[C]):
-    """Plain functions and values that say what to train; the engine does the rest.
+    """Plain functions and values that define what to train; the engine does the rest.
 
     Args:
         name: the first folder under `runs/`.
@@ -60,7 +60,7 @@ class Recipe(Generic[C]):
             )
 
     def __getattr__(self, name: str) -> Never:
-        """A recipe file that was written for `recipe.main()` is told what to write."""
+        """Tells a recipe file written for `recipe.main()` what to write instead."""
         if name == "main":
-            raise ConfigError("Recipe.main() is gone", fix="from distkit import main; main(recipe)")
+            raise ConfigError("Recipe.main() no longer exists", fix="from distkit import main; main(recipe)")
         raise AttributeError(f"a Recipe has no {name}")

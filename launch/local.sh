@@ -5,9 +5,9 @@
 #     launch/local.sh -n 2 -m distkit doctor
 #
 # What torchrun does not: every rank gets SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP, the exit code is that of the
-# first rank that failed (75: stopped, and the same command goes on), and no process is left behind.
+# first rank that failed (75: stopped; the same command resumes), and no process is left behind.
 #
-#   GRACE_SECONDS=30   how long ranks may go on after a SIGTERM, or after one of them has failed; then they are killed
+#   GRACE_SECONDS=30   how long ranks may keep running after a SIGTERM, or after one has failed; then they are killed
 #   MASTER_PORT=PORT   the ranks' meeting point; without it a free port
 #   PYTHON=python      the interpreter
 #

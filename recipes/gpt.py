@@ -84,14 +84,14 @@ class Config(TrainConfig):
 
 
 def token_file(config: Config) -> Path:
-    """The tokens of the run: --tokens, or those of --text, which is encoded once into --data.root."""
+    """The tokens of the run: --tokens, or those of --text, encoded once into --data.root."""
     if config.tokens is not None:
         return config.tokens
     return encoded_text(config.text, config.data.root, config.level)
 
 
 def vocabulary_of(config: Config) -> Vocabulary | None:
-    """What the tokens stand for; None for --tokens, which do not say."""
+    """What the tokens mean; None for --tokens, which do not say."""
     return None if config.tokens is not None else read_vocabulary(token_file(config))
 
 
@@ -100,7 +100,7 @@ def vocab_size_of(config: Config) -> int:
     vocabulary = vocabulary_of(config)
     if vocabulary is None or config.vocab_size is None:
         size = config.vocab_size if vocabulary is None else vocabulary.size
-        assert size is not None  # Config asks for it beside --tokens
+        assert size is not None  # Config requires it with --tokens
         return size
     ok = config.vocab_size >= vocabulary.size
     require(ok, "vocab_size", f"at least {vocabulary.size}, for {config.text}", config.vocab_size, "None")
@@ -125,7 +125,7 @@ def build_dataset(config: Config, split: Split) -> TokenDataset:
 def build_param_groups(config: Config, model: nn.Module) -> list[ParamGroup]:
     """The head is the embedding, so with Muon the last nn.Linear is a hidden matrix like all others."""
     groups = default_param_groups(model, config.optim)
-    if config.optim.name == "muon":
+    if config.optim.splits_matrices:
         last = [module for module in model.modules() if isinstance(module, Block)][-1].mlp.down.weight
         for group in groups[1:]:
             for place in [i for i, parameter in enumerate(group["params"]) if parameter is last]:
@@ -159,11 +159,11 @@ def sample(
     """
     vocabulary = vocabulary_of(config)
     if vocabulary is None:
-        raise DataError("--tokens does not say what its tokens stand for", expected="a model of --text",
+        raise DataError("--tokens does not say what its tokens mean", expected="a model of --text",
                         fix="distkit.models.generate, with the tokenizer of the file")  # fmt: skip
     tokens = vocabulary.encode(prompt)
     if not len(tokens):
-        raise DataError("the prompt is empty", expected="at least one character to go on from", got=repr(prompt))
+        raise DataError("the prompt is empty", expected="at least one character to continue", got=repr(prompt))
     device = model.embedding.weight.device
     out = generate(
         model,

@@ -1,4 +1,4 @@
-"""The floors and fences of the design: imports go down, without a circle; heavy libraries stay behind their doors.
+"""The floors and fences of the design: imports go down, without a cycle; heavy libraries stay behind their doors.
 
 `python tests/test_floors.py` prints the table that CONTRIBUTING.md shows.
 """
@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 class Floor(NamedTuple):
-    """Modules and packages that may import those of lower floors, and each other as long as there is no circle."""
+    """Modules and packages that may import those of lower floors, and each other without import cycles."""
 
     number: int
     modules: tuple[str, ...]
@@ -147,8 +147,8 @@ def inner_imports(path: Path) -> set[Path]:
     return {file for file in files.values() if file is not None}
 
 
-def circle(graph: Mapping[str, set[str]]) -> str:
-    """A circle of a graph as `a -> b -> a`, or nothing."""
+def cycle(graph: Mapping[str, set[str]]) -> str:
+    """A cycle of a graph as `a -> b -> a`, or nothing."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -166,12 +166,12 @@ def test_imports_go_down(path: Path) -> None:
     assert not {found.name.split(".")[0] for found in imports(path)} & set(OUTSIDE)
 
 
-def test_files_import_each_other_in_no_circle() -> None:
+def test_files_import_each_other_without_cycles() -> None:
     graph = {str(path.relative_to(ROOT)): {str(f.relative_to(ROOT)) for f in inner_imports(path)} for path in FILES}
-    assert not circle(graph)
+    assert not cycle(graph)
 
 
-def test_packages_import_each_other_in_no_circle() -> None:
+def test_packages_import_each_other_without_cycles() -> None:
     """At every depth: `distkit.a` and `distkit.b`, and `distkit.a.x` and `distkit.a.y` too."""
     for folder in {path.parent for path in FILES}:
         graph: dict[str, set[str]] = {}
@@ -181,7 +181,7 @@ def test_packages_import_each_other_in_no_circle() -> None:
             child = path.relative_to(folder).parts[0]
             inside = {file.relative_to(folder).parts[0] for file in inner_imports(path) if file.is_relative_to(folder)}
             graph.setdefault(child, set()).update(inside - {child})
-        assert not circle(graph), folder.relative_to(ROOT)
+        assert not cycle(graph), folder.relative_to(ROOT)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

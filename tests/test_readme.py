@@ -1,4 +1,4 @@
-"""Every command of the README runs, and every figure in it stands in a committed result file."""
+"""Every command of the README runs, and every figure in it is in a committed result file."""
 
 import json
 import os
@@ -166,7 +166,7 @@ def test_the_recipe_in_the_readme_trains_on_the_command_line_and_from_python(tmp
 
 
 def results(name: str) -> dict[str, dict[str, float]]:
-    """A result file; a target that it missed is named in the README as it stands there."""
+    """A result file; the README names a target that was missed, word for word."""
     record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     assert record["targets"]
     assert [target for target, reached in record["targets"].items() if not reached and target not in README] == []
@@ -174,7 +174,7 @@ def results(name: str) -> dict[str, dict[str, float]]:
     return record["results"]  # type: ignore[no-any-return]
 
 
-def test_figures_stand_in_the_result_files() -> None:
+def test_figures_are_those_of_the_result_files() -> None:
     quick = results("cifar10_quick")
     accuracy, seconds = quick["test_accuracy"], quick["train_seconds"]
     assert f"{100 * accuracy:.1f} % test accuracy in {seconds:.0f} s of training" in README  # type: ignore[operator]
@@ -222,8 +222,10 @@ def test_figures_stand_in_the_result_files() -> None:
     step = results("step_overhead")
     figures = [step[arm]["median"] for arm in ("engine - by hand", "by hand", "fabric", "accelerate")]
     added, hand, fabric, accelerate = (f"{figure:.1f}" for figure in figures)
-    assert f"{added} µs a step (by hand {hand}, Lightning Fabric {fabric}, Accelerate {accelerate})" in README
+    assert (
+        f"{added} µs per step (handwritten loop {hand}, Lightning Fabric {fabric}, Accelerate {accelerate})" in README
+    )
     gpu = results("gpu_gpt")
     engine, hand = gpu["engine tokens/s"]["median"], gpu["by hand tokens/s"]["median"]
-    assert f"{engine:,.0f} tokens/s, {gpu['engine / by hand']:.3f} x the" in README
+    assert f"{engine:,.0f} tokens/s,\n{gpu['engine / by hand']:.3f} x the throughput" in README
     assert f"({hand:,.0f} tokens/s; {100 * gpu['engine mfu']:.1f} % of the peak)" in README  # type: ignore[operator]

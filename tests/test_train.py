@@ -166,11 +166,11 @@ def test_the_recipe_is_taken_from_where_it_was_and_a_change_is_said(
     load_run(run)
     assert f"{recipe} has changed since the run was started" in capsys.readouterr().err
     recipe.unlink()
-    with pytest.raises(ConfigError, match=r"is not at .*mine.py any more") as caught:
+    with pytest.raises(ConfigError, match=r"is no longer at .*mine.py") as caught:
         load_run(run)
     assert "if you trust that directory" in str(caught.value)
     source.write_text(json.dumps({**kept, "file": str(run / "recipe" / "tiny.py")}))
-    with pytest.raises(ConfigError, match="any more"):  # code in the run directory never runs unasked
+    with pytest.raises(ConfigError, match="is no longer at"):  # code in the run directory never runs unasked
         load_run(run)
     _, copy = load_run(run, recipe="copy")
     _, named = load_run(run, recipe=TINY)

@@ -19,7 +19,7 @@ class StateDigest:
         self._last: str | None = None
 
     def update(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor; all ranks together where it lies in shards.
+        """Add one tensor; all ranks together if it is sharded.
 
         Raises:
             ValueError: `name` does not come after the names before, in the order of Python's strings.

@@ -1,11 +1,13 @@
-"""What a checkpoint is on disk: safetensors shards, state.json, and the manifest whose presence commits them.
+"""What a checkpoint is on disk: safetensors shards, state.json and the manifest; renaming the directory commits them.
 
     step-000000500/
       MANIFEST.json                        every file with its size and sha256, every tensor with its shards
       state.json                           everything that is not a tensor
       shard-00000-of-00002-000.safetensors what rank 0 of 2 wrote, file 0
 
-The manifest ends with a sha256 of itself. Nothing here is ever unpickled, and no name in it may leave the directory.
+A save writes into a directory with a temporary name and renames it last. Checkpoints are listed by directory name; one
+without a manifest is damaged. The manifest ends with a sha256 of itself. Nothing here is ever unpickled, and no name in
+it may leave the directory.
 """
 
 from __future__ import annotations
@@ -157,7 +159,7 @@ def _digest(value: Mapping[str, object]) -> str:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Read MANIFEST.json, and believe nothing it says.
+    """Read MANIFEST.json without trusting anything in it.
 
     Raises:
         CheckpointError: broken JSON, a digest that does not fit, a newer version, a file name that is not one of ours,
@@ -175,13 +177,13 @@ def parse_manifest(data: bytes) -> Manifest:
         reason = "written by a newer distkit: update this one" if newer else "unknown"
         raise CheckpointError(f"{MANIFEST} has format version {version!r}, this distkit reads {VERSION} ({reason})")
     if value.get("digest") != _digest(value):
-        raise CheckpointError(f"{MANIFEST} does not have the digest that it names: it was changed after it was written")
+        raise CheckpointError(f"{MANIFEST} does not match the digest in it: it was changed after it was written")
     try:
         manifest = _manifest(value)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} is malformed: {type(error).__name__} {error}") from error
     if dump_manifest(manifest) != data:
-        raise CheckpointError(f"{MANIFEST} is not written as it would be: it was changed after it was written")
+        raise CheckpointError(f"{MANIFEST} is not in canonical form: it was changed after it was written")
     for name, entry in manifest.tensors.items():
         _check_tensor(name, entry, manifest.files)
     return manifest
@@ -258,15 +260,15 @@ def _counts(value: object) -> tuple[int, ...]:
 
 
 def _check_tensor(name: str, entry: TensorEntry, files: Mapping[str, FileEntry]) -> None:
-    """Shards lie inside the tensor, do not overlap, and together fill it."""
+    """Check that shards are inside the tensor, do not overlap, and together fill it."""
     total = 0
     for shard in entry.shards:
         if shard.file not in files or shard.file == STATE:
-            raise CheckpointError(f"{MANIFEST}: tensor {name} lies in {shard.file}, which is not listed")
+            raise CheckpointError(f"{MANIFEST}: tensor {name} is in {shard.file}, which is not listed")
         box = list(zip(shard.offsets, shard.shape, entry.shape, strict=False))
         inside = all(offset + size <= whole for offset, size, whole in box)
         if not (len(shard.offsets) == len(shard.shape) == len(entry.shape)) or not inside:
-            raise CheckpointError(f"{MANIFEST}: a shard of tensor {name} does not lie inside of it")
+            raise CheckpointError(f"{MANIFEST}: a shard of tensor {name} is not inside it")
         total += math.prod(shard.shape)
     if total != math.prod(entry.shape) or _overlap(entry.shards):
         raise CheckpointError(f"{MANIFEST}: the shards of tensor {name} do not fill it exactly once")

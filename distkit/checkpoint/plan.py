@@ -103,7 +103,7 @@ def check_storable(tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"tensor {name} is {tensor.layout}, which a checkpoint cannot hold")
         local = local_part(tensor)
         if any(size > 1 and stride == 0 for size, stride in zip(local.shape, local.stride(), strict=True)):
-            raise CheckpointError(f"tensor {name} is expanded: several of its elements are one in memory")
+            raise CheckpointError(f"tensor {name} is expanded: several of its elements share memory")
 
 
 def check_model_storable(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -155,7 +155,7 @@ def _item(name: str, tensor: Tensor, start: int, rows: int | None) -> WriteItem:
 
 
 def global_layout(plans: Sequence[SavePlan]) -> Layout:
-    """Decide over the plans of all ranks, in their order; every rank comes to the same result by itself.
+    """Decide over the plans of all ranks, in their order; every rank computes the same result on its own.
 
     What several ranks could write goes to the one with the least so far (torch's dedup_save_plans).
     """

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it fits. Nothing of the run is touched here."""
+"""Which checkpoint a run continues from, and whether it fits. Nothing in the run is changed here."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def newest_verified(folder: Path, runtime: Runtime, warn: Callable[[str], None])
     """The newest checkpoint in `folder` that verifies; None where there is none at all.
 
     Raises:
-        CheckpointError: there are checkpoints, and none verifies: starting anew would lose them silently.
+        CheckpointError: there are checkpoints, and none verifies: starting over would lose them silently.
     """
     steps = runtime.broadcast(list_checkpoints(folder))
     last = ""
@@ -68,14 +68,14 @@ def newest_verified(folder: Path, runtime: Runtime, warn: Callable[[str], None])
             found = open_verified(folder / step_name(step), runtime)
         except CheckpointError as error:
             last = str(error)
-            warn(f"checkpoint of step {step} does not verify and is passed over: {last}")
+            warn(f"checkpoint of step {step} failed verification and is skipped: {last}")
             continue
         return found
     if not steps:
         return None
     raise error_on_all_ranks(
         f"none of the {len(steps)} checkpoints in {folder} verifies; the oldest: {last}\n"
-        f"  to start anew, leave them where they are and type --run-dir OTHER"
+        f"  to start over, leave them where they are and use --run-dir OTHER"
     )
 
 
@@ -87,7 +87,7 @@ def error_on_all_ranks(message: str) -> CheckpointError:
 
 
 def set_aside(folder: Path, step: int) -> list[str]:
-    """Put aside what is newer than `step`, and did not verify; the new names."""
+    """Rename checkpoints newer than `step`, which failed verification; returns the new names."""
     return [put_aside(folder, newer) for newer in list_checkpoints(folder) if newer > step]
 
 
@@ -100,7 +100,7 @@ def resolve_source(source: str) -> tuple[Path, bool]:
     path = Path(source)
     if step_of(path.name) is not None or (path / MANIFEST).exists():
         if not path.is_dir():
-            raise ConfigError(f"--resume {source} is no checkpoint", expected="a directory with MANIFEST.json",
+            raise ConfigError(f"--resume {source} is not a checkpoint", expected="a directory with MANIFEST.json",
                               fix=_suggestion(path.parent))  # fmt: skip
         return path, True
     for folder in (path / "checkpoints", path):

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and how the others go: a kill in between leaves nothing that looks committed. No torch."""
+"""Which checkpoints are kept, and how others go: a kill in between leaves nothing that looks committed. No torch."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def choose_removed(
 def score_of(state: Mapping[str, object], metric: str, mode: Literal["min", "max"]) -> float | None:
     """How good the checkpoint with this state.json is, higher is better; None when it was not evaluated at its step.
 
-    It is the last evaluation's `metric`, negated for "min"; None also when that is missing or not finite.
+    It is the last evaluation's `metric`, negated for "min"; also None when that is missing or not finite.
     """
     last = last_evaluation(state)
     value = None if last is None or last.get("step") != state.get("step") else last.get(metric)
@@ -98,7 +98,7 @@ def last_evaluation(state: Mapping[str, object]) -> Mapping[str, object] | None:
 
 
 def remove(folder: Path, step: int) -> None:
-    """Remove the checkpoint of `step`: it loses its name at once and for good, then its files go.
+    """Remove the checkpoint of `step`: it loses its name at once, then its files are deleted.
 
     Raises:
         OSError: it does not exist, or may not be removed.
@@ -145,7 +145,7 @@ def sweep(folder: Path) -> None:
 
 
 def put_aside(folder: Path, step: int) -> str:
-    """Rename what has the name of a checkpoint and is none, so that it counts no more and nothing is lost; its name."""
+    """Rename something with a checkpoint's name that is not one, so that it no longer counts and nothing is lost."""
     names = (f"damaged-{number}-{step_name(step)}" for number in itertools.count(1))
     name = next(name for name in names if not os.path.lexists(folder / name))
     os.rename(folder / step_name(step), folder / name)

@@ -35,7 +35,7 @@ class _Memory(mmap.mmap):
     _unpin: Callable[[], None] | None = None
 
     def pin(self, device: torch.device) -> None:
-        """Let the GPU copy here by itself.
+        """Let the GPU copy here directly.
 
         torch's own pinned memory is rounded up to a power of two, and kept when nobody needs it any more.
 
@@ -63,7 +63,7 @@ class _Memory(mmap.mmap):
 
 def allocate(nbytes: int, device: torch.device) -> Tensor:
     """uint8 [nbytes] on the host, aligned to a page for direct writes; pinned where copies come from CUDA."""
-    # private: Linux gives huge pages to shared memory only where an administrator said so
+    # private: Linux gives shared memory huge pages only if an administrator has enabled it
     memory = _Memory(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)  # a fault, and a segment of a direct write, for 2 MiB instead of 4 KiB

@@ -1,4 +1,4 @@
-"""Whether a checkpoint on the disk is, to the bit, what was written; nothing in it is believed before that.
+"""Whether a checkpoint on disk is, to the bit, what was written; nothing in it is trusted before that.
 
 Read here are the manifest, the sizes, the sha256 of each file, and the headers of the shards (safetensors: 8 bytes of
 little-endian length, JSON that names each tensor's dtype, shape and place, then the tensors without gaps).
@@ -101,7 +101,7 @@ def open_file(directory: Path, name: str) -> Iterator[OpenFile]:
     """Open the regular file `name`; a symlink is not followed and a FIFO not waited for.
 
     Raises:
-        CheckpointError: it is missing or no regular file; also when reading fails while it is open.
+        CheckpointError: it is missing or not a regular file; or reading fails while it is open.
     """
     try:
         # O_NONBLOCK: opening a FIFO would wait for its writer; regular files do not care
@@ -151,12 +151,12 @@ def read_manifest(directory: Path) -> Manifest:
         _damaged(directory, str(error))
     name = os.path.basename(os.path.abspath(directory))
     if name.startswith("step-") and name != step_name(manifest.step):
-        _damaged(directory, f"{MANIFEST} is that of step {manifest.step}: the directory was renamed")
+        _damaged(directory, f"{MANIFEST} is for step {manifest.step}: the directory was renamed")
     return manifest
 
 
 def check_listing(directory: Path, manifest: Manifest) -> None:
-    """Exactly the files of the manifest lie in `directory`, as regular files of the sizes that it names.
+    """Check that `directory` holds exactly the manifest's files, as regular files of the sizes it gives.
 
     Raises:
         CheckpointError: naming the first one, in the order of their names, that does not.
@@ -170,7 +170,7 @@ def check_listing(directory: Path, manifest: Manifest) -> None:
         if name not in found:
             _damaged(directory, f"missing file {name}")
         if listed is None and name != MANIFEST:
-            _damaged(directory, f"additional file {name}")
+            _damaged(directory, f"unexpected file {name}")
         if not stat.S_ISREG(found[name].st_mode):
             link = stat.S_ISLNK(found[name].st_mode)
             _damaged(directory, f"{name} is " + ("a symlink" if link else "not a regular file"))
@@ -273,7 +273,7 @@ def _check_file(directory: Path, manifest: Manifest, contents: Contents, name: s
         while count := file.raw.readinto(buffer):
             digest.update(buffer[:count])
         if digest.hexdigest() != manifest.files[name].sha256:
-            file.damaged("does not have the sha256 that the manifest names: its bytes were changed")
+            file.damaged("does not match its sha256 in the manifest: its bytes were changed")
         if name != STATE:
             read_header(file, contents)
 

@@ -1,4 +1,4 @@
-"""New files only, hashed while they are written, on the disk when the function returns."""
+"""Writes new files only, hashes them while writing, and returns when they are on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from threading import Thread
 from distkit.checkpoint.format import FileEntry
 
 CHUNK_BYTES = 2**22
-#: Below this a second thread and direct writes cost more than they bring.
+#: Below this size, a second thread and direct writes cost more than they save.
 SMALL_BYTES = 2**20
 
 
@@ -28,7 +28,7 @@ def write_file(
     """Write `data` to `path`, which must not exist, and fsync it; returns its size and sha256.
 
     Large page-aligned data goes past the page cache where the file system can (O_DIRECT): no copy, and the state
-    pushes nothing else out of memory. The hash is computed beside the writing (hashlib releases the GIL).
+    evicts nothing else from memory. The hash is computed while writing (hashlib releases the GIL).
 
     Args:
         path: the file; mode 0600.

@@ -81,10 +81,10 @@ def show_help(
         heading = [
             f"usage: {prog} [--preset NAME] [--config FILE] [--OPTION VALUE ...]",
             "",
-            f"--preset {{{','.join(presets)}}}  where to start from (now: {preset})",
-            "--config FILE  take back a run's config.json; other flags win over both",
+            f"--preset {{{','.join(presets)}}}  preset to start from (now: {preset})",
+            "--config FILE  load a run's config.json; other flags override both",
             *textwrap.wrap(f"--help GROUP  everything about one of {', '.join(topics)}", width),
-            "Options are shown with their values now. (off), (on): a switch; --no-NAME turns it off.",
+            "Options are shown with their current values. (off), (on): a switch; --no-NAME turns it off.",
         ]
         lines = one_screen(heading, summary.strip().splitlines(), groups, values, width)
     try:

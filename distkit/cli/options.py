@@ -1,4 +1,4 @@
-"""The options of a configuration class: their names, types and help texts, and the words that stand for a value."""
+"""The options of a configuration class: their names, types and help texts, and how a value is typed."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def read(option: Option, words: Sequence[str]) -> object:
     """The value that `words` stand for.
 
     Raises:
-        ConfigError: they are no value of this type; the message says what is and, for a choice, names the nearest.
+        ConfigError: they are not a value of this type; the message says what is and, for a choice, names the nearest.
     """
     # in a section of several classes, None is the default of the chosen class
     if words == ["None"] and option.name.partition(".")[0] in CHOICES:
@@ -125,7 +125,8 @@ def read(option: Option, words: Sequence[str]) -> object:
     try:
         return convert(words, option.kind)
     except TypeError as error:
-        raise ConfigError(f"{typed} cannot be typed", expected="number, text, path, choice or tuple", got=expected,
+        raise ConfigError(f"{typed} cannot be set on the command line", got=expected,
+                          expected="number, text, path, choice or tuple",
                           fix="set it in a preset of the recipe") from error  # fmt: skip
     except ValueError as error:
         if not words:
@@ -147,7 +148,7 @@ def convert(words: Sequence[str], kind: object) -> object:
 
     Raises:
         ValueError: there is none.
-        TypeError: no words stand for this type.
+        TypeError: a value of this type cannot be given on the command line.
     """
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):

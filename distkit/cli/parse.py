@@ -62,8 +62,8 @@ def parse(
         presets: by name; the first one is the default.
         argv: the command line, without the program's name.
         prog: the program's name, and `summary` what it does, for the help.
-        launched: what the launcher decides, option -> value and the words that said so. It may be repeated by file
-            and flags, but not changed. `accum_steps` there is no option; the microbatch size follows from it.
+        launched: what the launcher decides, option -> value and the words that set it. File and flags may repeat it
+            but not change it. `accum_steps` there is no option; the microbatch size follows from it.
         world_size: the number of ranks.
 
     Raises:
@@ -97,7 +97,7 @@ def parse(
     ignored = sorted(name for name in typed_flags if name.startswith("checkpoint.") and name != "checkpoint.enabled")
     if ignored and not values["checkpoint.enabled"]:
         raise ConfigError(
-            f"{flag(ignored[0])} means nothing where no checkpoint is saved",
+            f"{flag(ignored[0])} has no effect when no checkpoints are saved",
             expected="--checkpoint.enabled",
             got="--checkpoint.no-enabled",
             fix="--checkpoint.enabled",
@@ -152,7 +152,7 @@ def read_flags(args: Sequence[str], options: Mapping[str, Option]) -> Values:
     while words:
         typed, equals, text = words.pop(0).partition("=")
         if not typed.startswith("--"):
-            raise ConfigError(f"{typed} belongs to no option", got=typed, fix="--help shows every option")
+            raise ConfigError(f"{typed} does not belong to any option", got=typed, fix="--help shows every option")
         if typed not in flags:
             close = nearest(typed, flags)
             shown = "--help all shows every option"
@@ -208,7 +208,7 @@ def read_file(file: Path, options: Mapping[str, Option]) -> Values:
                 walk(value, f"{name}.")
             elif name not in options:
                 close = nearest(name, options)
-                raise ConfigError(f"{name} in {file} is not an option", got=name, fix=close and f"{close} in its place")
+                raise ConfigError(f"{name} in {file} is not an option", got=name, fix=close and f"{close} instead")
             else:
                 values[name] = read(options[name], words_for(value))
 
@@ -241,10 +241,10 @@ def check_preset(preset: str, values: Values, options: Mapping[str, Option]) -> 
             continue  # of a type that cannot be typed
         if not ok:
             raise ConfigError(
-                f"the recipe's preset {preset} has a wrong value for {name}",
+                f"the recipe's preset {preset} has an invalid value for {name}",
                 expected=describe(options[name].kind),
                 got=repr(value),
-                fix=f"another value in the recipe's presets, or another preset than {preset}",
+                fix=f"a different value in the recipe's presets, or a preset other than {preset}",
             )
 
 

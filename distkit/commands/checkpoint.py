@@ -94,7 +94,7 @@ def _diff(typed: argparse.Namespace) -> Answer:
 
     result = diff(typed.first, typed.second, limit=typed.limit)
     verdict = "equal, bit for bit" if result.equal else "different"
-    notes = [f"does not count: {note}" for note in result.notes]
+    notes = [f"ignored: {note}" for note in result.notes]
     return Answer("\n".join([*result.tensors, *result.values, *notes, verdict]), 0 if result.equal else 1)
 
 

@@ -32,7 +32,7 @@ def command(args: Sequence[str]) -> str:
     recipe = load_recipe(run, typed.recipe)
     module = module_of(recipe)
     if not hasattr(module, "sample"):
-        raise ConfigError(f"the recipe {recipe.name} generates nothing", expected="a run of a language model",
+        raise ConfigError(f"the recipe {recipe.name} cannot generate text", expected="a run of a language model",
                           got=f"{module.__file__} without sample", fix="distkit generate runs/gpt/RUN")  # fmt: skip
     config = load_config(run, recipe, flags)
     check_data(run, recipe, config)
@@ -48,16 +48,16 @@ def _parser() -> Parser:
         "distkit generate",
         description="Text from a run, the same each time for the same seed. RUN is its directory: the weights of its "
         "last step or, where it has not ended, those of its newest checkpoint that verifies; or one checkpoint. "
-        "Options of the recipe come last, behind --, such as -- --text FILE where the text has moved.",
+        "Options of the recipe come last, after --, such as -- --text FILE if the text has moved.",
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the run directory, or a checkpoint in it")
-    parser.add_argument("--prompt", metavar="TEXT", default="\n", help="what to go on from (a line break)")
+    parser.add_argument("--prompt", metavar="TEXT", default="\n", help="text to continue from (a line break)")
     parser.add_argument("--max-tokens", type=int, default=500, metavar="N", help="tokens to add (500)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T",
-                        help="0 takes the likeliest token, 1 draws as the model says (0.8)")  # fmt: skip
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (all)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws (0)")
+                        help="0 takes the most likely token, 1 samples the model's distribution (0.8)")  # fmt: skip
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens (all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (0)")
     parser.add_argument("--weights", choices=["last", "ema"], default="last",
                         help="last: as trained; ema: their average, where the run keeps one (last)")  # fmt: skip
     parser.add_argument("--recipe", metavar="FILE", help="the recipe's file (where it was when the run was started); "
@@ -76,7 +76,7 @@ def _check(typed: argparse.Namespace) -> None:
     for name, (wrong, expected, example) in bad.items():
         if wrong:
             got = getattr(typed, name.replace("-", "_"))
-            raise ConfigError(f"--{name} has a value it cannot take", expected=expected, got=got,
+            raise ConfigError(f"--{name} has an invalid value", expected=expected, got=got,
                               fix=f"--{name} {example}")  # fmt: skip
 
 
@@ -92,5 +92,5 @@ def check_data(run: Path, recipe: Recipe[Any], config: TrainConfig) -> None:
     told = json.loads(environment.read_text()).get("data") if environment.exists() else None
     here = fingerprint_of(recipe.build_dataset(config, "train"))
     if None not in (told, here) and told != here:
-        raise ConfigError(f"{run} was trained on other data", expected=f"data {told}", got=f"data {here}",
+        raise ConfigError(f"{run} was trained on different data", expected=f"data {told}", got=f"data {here}",
                           fix="-- --text FILE, with the text that it was trained on")  # fmt: skip

@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def write_out(text: str) -> None:
-    """Write `text` to stdout; a reader that has seen enough (`| head`) is no error, now or at the end."""
+    """Write `text` to stdout; a reader that stops early (`| head`) is not an error, now or at exit."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -41,7 +41,7 @@ def write_out(text: str) -> None:
 
 
 def split_flags(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before `--`, for the command, and what stands after it, for the recipe."""
+    """What comes before `--`, for the command, and what comes after it, for the recipe."""
     if "--" not in args:
         return list(args), []
     index = args.index("--")

@@ -16,7 +16,7 @@ def command(args: Sequence[str]) -> str:
     folder = Path(args[0])
     status = read_json(folder / "status.json")
     if status is None:
-        raise ConfigError(f"{folder} is no run directory", expected="a folder with status.json",
+        raise ConfigError(f"{folder} is not a run directory", expected="a folder with status.json",
                           fix="distkit show runs/RECIPE/RUN")  # fmt: skip
     if not {"state", "step"} <= status.keys():
         raise ConfigError(f"{folder / 'status.json'} is not what a run wrote", expected="a state and a step",
@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, object] | None:
     if not path.exists():
         return None
     if not path.is_file():  # a FIFO would wait for its writer
-        raise ConfigError(f"{path} cannot be read", expected="a JSON object", got="no regular file")
+        raise ConfigError(f"{path} cannot be read", expected="a JSON object", got="not a regular file")
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

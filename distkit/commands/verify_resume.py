@@ -65,11 +65,11 @@ class Trial:
                                   fix=f"--folder {self.folder}-2")  # fmt: skip
 
     def save_every(self) -> int:
-        """Steps between saves, so that the kill lies between two."""
+        """Steps between saves, so that the kill is between two."""
         return max(1, self.kill_at * 2 // 3)
 
     def argv(self, name: str, saving: str) -> list[str]:
-        """The command line of one run; `saving` behind the steps (`on`) or in their time (`off`)."""
+        """The command line of one run; `saving` in the background (`on`) or synchronously (`off`)."""
         every = str(self.save_every())
         mine = [
             *("--num-steps", str(self.num_steps)),
@@ -87,7 +87,7 @@ def verify_resume(trial: Trial) -> list[str]:
     Raises:
         TrainingError: a run failed by itself, the kill did not happen, or came before the first checkpoint.
     """
-    # saving behind the steps must give the same; but a short run may be killed before such a save has ended
+    # saving in the background must give the same; but a short run may be killed before such a save has ended
     run_ranks(trial, "straight", {}, saving="on")
     codes = run_ranks(trial, "resumed", {"DISTKIT_FAULT": f"step:*:{trial.kill_at}:kill"}, survives=False)
     if not any(code == -9 for code in codes):
@@ -152,7 +152,7 @@ def compare_metrics(straight: Path, resumed: Path) -> list[str]:
             shown = ", ".join(f"{name} {one.get(name)!r} and {other.get(name)!r}" for name in names[:3])
             return [f"step {one['step']}: the first metric line that differs ({one['event']}): {shown}"]
     if len(first) != len(second):
-        return [f"{len(first)} metric lines in the straight run, {len(second)} in the resumed one"]
+        return [f"{len(first)} metric lines in the uninterrupted run, {len(second)} in the resumed one"]
     return []
 
 
@@ -173,7 +173,7 @@ def compare_checkpoints(straight: Path, resumed: Path) -> list[str]:
     folders = straight / "checkpoints", resumed / "checkpoints"
     steps = [list_checkpoints(folder) for folder in folders]
     if not steps[0] or steps[0] != steps[1]:
-        return [f"checkpoints of steps {steps[0]} in the straight run, {steps[1]} in the resumed one"]
+        return [f"checkpoints of steps {steps[0]} in the uninterrupted run, {steps[1]} in the resumed one"]
     for step in steps[0]:
         found = diff(folders[0] / step_name(step), folders[1] / step_name(step), limit=5)
         if not found.equal:
@@ -206,13 +206,15 @@ def report(trial: Trial, keep: bool) -> str:
     finally:
         signal.signal(signal.SIGTERM, before)
     if lines:
-        raise TrainingError("\n  ".join(["the resumed run is not the straight one", *lines, f"kept: {trial.folder}"]))
+        raise TrainingError(
+            "\n  ".join(["the resumed run differs from the uninterrupted one", *lines, f"kept: {trial.folder}"])
+        )
     if not keep:
         shutil.rmtree(trial.folder)
     return (
         f"{trial.recipe}: killed at step {trial.kill_at} of {trial.num_steps} on {trial.nproc} "
-        f"{'rank' if trial.nproc == 1 else 'ranks'} and resumed: weights, optimizer, generators and metrics are those "
-        f"of the straight run, bit for bit ({time.perf_counter() - started:.0f} s)"
+        f"{'rank' if trial.nproc == 1 else 'ranks'} and resumed: weights, optimizer, generators and metrics match "
+        f"the uninterrupted run, bit for bit ({time.perf_counter() - started:.0f} s)"
     )
 
 
@@ -225,7 +227,7 @@ def command(args: Sequence[str]) -> str:
         "optimizer, random generators and metric lines. Exit codes: 0 bitwise equal, 1 not, 2 wrong arguments.",
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="its file; flags for it come last, behind --")
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="its file; flags for it come last, after --")
     parser.add_argument("--nproc", type=positive, default=1, metavar="N", help="ranks on this machine (1)")
     parser.add_argument("--steps", type=positive, default=40, metavar="N", help="length of both runs (40)")
     parser.add_argument("--kill-at", type=positive, metavar="N", help="the step of the kill (two thirds of the run)")

@@ -17,7 +17,7 @@ def require(ok: bool, name: str, expected: str, got: object, example: str) -> No
     """Raise ConfigError unless `ok`; `example` is a value that works."""
     if not ok:
         raise ConfigError(
-            f"{flag(name)} has a value it cannot take",
+            f"{flag(name)} has an invalid value",
             expected=expected,
             got=got,
             fix=f"{flag(name)} {example}".rstrip(),
@@ -47,7 +47,7 @@ def require_number(
 
 
 def require_unused(owner: str, values: dict[str, object], taken: Iterable[str]) -> None:
-    """Raise ConfigError when a field that `owner` (such as `--optim.name adam`) does not take was set.
+    """Raise ConfigError when a field that `owner` (`--optim.name adam`, for example) does not take was set.
 
     `values` maps full option names to their values; None means not set.
     """

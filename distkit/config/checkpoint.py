@@ -17,7 +17,7 @@ class CheckpointConfig:
     enabled: bool = True
     """Save checkpoints; without them a run that is killed starts over."""
     save_every: int | None = 500
-    """Steps between saves, >= 1; None: only at the end, and where keep_best asks for one."""
+    """Steps between saves, >= 1; None: only at the end and when keep_best calls for one."""
     asynchronous: Saving = "auto"
     """Copy the state at the step boundary and write it in the background (`--checkpoint.async` for short). auto: on
     if the copy fits into half of the free memory."""
@@ -46,8 +46,8 @@ class ResumeConfig:
     """Where a run starts from."""
 
     source: str = "auto"
-    """auto: continue the run in --run-dir, if there is one. never: refuse a directory that holds a run. Or the
-    checkpoint or the run directory to start from (`--resume DIR` for short)."""
+    """auto: continue the run in --run-dir, if there is one. never: refuse a directory that holds a run. Or a
+    checkpoint or run directory to start from (`--resume DIR` for short)."""
     weights_only: bool = False
     """Load only the model's weights, where names and shapes match, and start at step 0 (fine-tuning)."""
 

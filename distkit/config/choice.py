@@ -24,7 +24,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise TypeError(f"{type(self).__name__} is a base class: make one of those derived from it")
+            raise TypeError(f"{type(self).__name__} is a base class: use one of its subclasses")
         for f in fields(self):
             if "example" in f.metadata:
                 require_number(f"{self.section}.{f.name}", getattr(self, f.name), **f.metadata)
@@ -42,7 +42,7 @@ def number(
     below: float = math.inf,
     example: str = "",
 ) -> T:
-    """A dataclass field whose value must lie in the range (None is let through); MISSING makes it required.
+    """A dataclass field whose value must be in the range (None is let through); MISSING makes it required.
 
     `example` is a value that works, for the message; by default the default.
     """
@@ -54,7 +54,7 @@ def number(
 def from_values(table: Mapping[str, type[K]], values: Mapping[str, object]) -> K:
     """The object that `values` describe: its "name" in `table`, and its fields. Lists become tuples.
 
-    None stands for the field's default, also in fields that the named class does not take: a config.json may hold
+    None means the field's default, even for fields that the named class does not take: a config.json may hold
     every field of every class.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where samples come from, where they are held, and what happens to a damaged one."""
+"""Where samples come from, where they are held, and what to do about damaged ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DataConfig:
     root: Path = Path("data")
     """Directory of the data: downloads, the image folder, or the packed files."""
     cache_dir: Path | None = None
-    """Where the decoded copy of an image folder is kept; None: beside the folder."""
+    """Where the decoded copy of an image folder is kept; None: inside the image folder."""
     placement: Placement = "auto"
     """device: all samples in the device's memory; host: batches gathered on the CPU ahead of the step; workers:
     map-style data sets in worker processes."""
@@ -31,8 +31,8 @@ class DataConfig:
     prefetch_depth: int = 2
     """Batches prepared ahead of the step, by host and by each worker, >= 1."""
     on_corrupt: Literal["error", "skip"] = "error"
-    """What to do about a sample that cannot be read: end the run and name it, or replace it by another one, always
-    the same."""
+    """What to do about an unreadable sample. error: end the run and name it; skip: replace it with another sample,
+    always the same one."""
     max_corrupt: int = 100
     """Replaced samples per rank after which the run ends anyway, >= 1."""
 

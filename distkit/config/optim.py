@@ -1,7 +1,7 @@
 """The optimizers: one class each, with the fields that it takes and what the rest of distkit must know about it.
 
-A new optimizer is a class here (or in a file of its own) and its entry in `OPTIMIZERS`. Fields have torch's names and
-defaults, except for lr and weight_decay, which are 0.1 and 0 everywhere.
+A new optimizer is a class here (or in a file of its own) and its entry in `OPTIMIZERS`; no other module has a table
+of optimizers. Fields have torch's names and defaults, except for lr and weight_decay, which are 0.1 and 0 everywhere.
 """
 
 from __future__ import annotations
@@ -38,25 +38,28 @@ class OptimConfig(Choice):
     """Whether it updates parameters with dense gradients."""
     takes_shards: ClassVar[bool] = True
     """Whether it updates DTensors as it would the whole parameters (fsdp)."""
-    takes_flat_shards: ClassVar[bool] = True
-    """Whether it updates runs of elements of several parameters as it would the parameters (DeepSpeed)."""
+    takes_flat_shards: ClassVar[bool] = False
+    """Whether it treats each element by itself, so that it can update runs of elements of any parameters (DeepSpeed),
+    and has no state before its first step."""
     needs_closure: ClassVar[bool] = False
-    """Whether its step evaluates the loss by itself; it takes one parameter group then."""
+    """Whether its step evaluates the loss by itself; it then takes one parameter group."""
+    flattens_parameters: ClassVar[bool] = False
+    """Whether it keeps all parameters in one vector, in the order of its group; they must be contiguous."""
     splits_matrices: ClassVar[bool] = False
     """Whether it wants each group's "kind": "muon" for hidden matrices, "adamw" for the rest."""
     state_depends_on: ClassVar[tuple[str, ...]] = ()
-    """Keys of a parameter group that decide which state there is."""
+    """Keys of a parameter group that decide which state there is; of momentum only whether it is zero."""
     scalar_state: ClassVar[frozenset[str]] = frozenset({"step"})
-    """Entries of a parameter's state that are one number: plain tensors, also beside DTensors."""
+    """Entries of a parameter's state that are a single number: plain tensors, even when parameters are DTensors."""
     scalars_on_device: ClassVar[bool] = False
-    """Whether these lie on the parameter's device even where the kernel is neither fused nor capturable."""
+    """Whether these are on the parameter's device even if the kernel is neither fused nor capturable."""
     contiguous_state: ClassVar[frozenset[str]] = frozenset()
     """Entries that are contiguous whatever the memory format of their parameter."""
 
     lr: float = number(0.1, above=0)
     """Peak learning rate, > 0; the schedule multiplies it."""
     weight_decay: float = number(0.0, least=0, example="5e-4")
-    """Weight decay, >= 0, as the chosen torch class understands it (decoupled in adamw, muon and adafactor)."""
+    """Weight decay, >= 0, as the chosen torch class applies it (decoupled in adamw, muon and adafactor)."""
     decay_all: bool = False
     """Also decay norms and biases (parameters with fewer than two dims)."""
 
@@ -74,6 +77,7 @@ class SGD(OptimConfig):
     torch_class = "torch.optim.SGD"
     fused_on = _CPU_AND_GPU
     takes_sparse = True
+    takes_flat_shards = True
     state_depends_on = ("momentum", "kind")
 
     momentum: float = number(0.0, least=0, below=1, example="0.9")
@@ -113,10 +117,11 @@ class Adam(_Moments):
     torch_class = "torch.optim.Adam"
     fused_on = _CPU_AND_GPU
     fused_takes_dtensors = True
+    takes_flat_shards = True
     state_depends_on = ("amsgrad",)
 
     amsgrad: bool = False
-    """Use the maximum of all second moments."""
+    """Use the maximum of all second moments so far (AMSGrad)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +138,7 @@ class Adamax(_Moments):
 
     name = "adamax"
     torch_class = "torch.optim.Adamax"
+    takes_flat_shards = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +147,7 @@ class RAdam(_Moments):
 
     name = "radam"
     torch_class = "torch.optim.RAdam"
+    takes_flat_shards = True
 
     decoupled_weight_decay: bool = False
     """Decay the weights directly rather than through the gradient."""
@@ -164,6 +171,7 @@ class RMSprop(OptimConfig):
 
     name = "rmsprop"
     torch_class = "torch.optim.RMSprop"
+    takes_flat_shards = True
     state_depends_on = ("momentum", "centered")
 
     momentum: float = number(0.0, least=0, below=1, example="0.9")
@@ -182,6 +190,7 @@ class Rprop(OptimConfig):
 
     name = "rprop"
     torch_class = "torch.optim.Rprop"
+    takes_flat_shards = True
     has_weight_decay = False
 
     etas: tuple[float, float] = (0.5, 1.2)
@@ -204,7 +213,7 @@ class Adagrad(OptimConfig):
     torch_class = "torch.optim.Adagrad"
     fused_on = frozenset({"cpu"})  # its CUDA kernel is younger than torch 2.11
     takes_sparse = True
-    takes_flat_shards = False
+    takes_flat_shards = False  # its state is made with it, for the parameters that it is given
 
     lr_decay: float = number(0.0, least=0)
     """Adagrad's own decay of the learning rate, >= 0."""
@@ -220,6 +229,7 @@ class Adadelta(OptimConfig):
 
     name = "adadelta"
     torch_class = "torch.optim.Adadelta"
+    takes_flat_shards = True
 
     rho: float = number(0.9, least=0, most=1)
     """Averaging constant, in [0, 1]."""
@@ -233,6 +243,7 @@ class ASGD(OptimConfig):
 
     name = "asgd"
     torch_class = "torch.optim.ASGD"
+    takes_flat_shards = True
     scalar_state = frozenset({"step", "eta", "mu"})
     scalars_on_device = True
 
@@ -251,8 +262,7 @@ class Adafactor(OptimConfig):
     name = "adafactor"
     torch_class = "torch.optim.Adafactor"
     renamed = MappingProxyType({"clip_threshold": "d"})
-    takes_shards = False
-    takes_flat_shards = False
+    takes_shards = False  # it averages over whole rows and columns
     contiguous_state = frozenset({"row_var", "col_var"})
 
     beta2_decay: float = number(-0.8, most=0)
@@ -268,7 +278,6 @@ class Muon(_Moments):
     name = "muon"
     torch_class = "distkit.optim.muon.MuonWithAdamW"
     renamed = MappingProxyType({"adjust_lr": "adjust_lr_fn"})
-    takes_flat_shards = False
     splits_matrices = True
     state_depends_on = ("kind",)
 
@@ -291,8 +300,7 @@ class SparseAdam(_Moments):
     has_weight_decay = False
     takes_sparse = True
     takes_dense = False
-    takes_shards = False
-    takes_flat_shards = False
+    takes_shards = False  # a shard's gradient is dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,8 +313,8 @@ class LBFGS(OptimConfig):
     has_weight_decay = False
     takes_sparse = True
     takes_shards = False
-    takes_flat_shards = False
     needs_closure = True
+    flattens_parameters = True
     state_depends_on = ("history_size",)
 
     max_iter: int = number(20, least=1)

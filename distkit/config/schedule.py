@@ -1,7 +1,7 @@
 """The learning-rate schedules: one class each, with the fields that it takes and its formula.
 
-A new schedule is a class here (or in a file of its own) and its entry in `SCHEDULES`. Multipliers of optim.lr lie in
-[0, 1]. Names in brackets are torch's schedulers, which tests compare with. Momentum is never changed, also not by
+A new schedule is a class here (or in a file of its own) and its entry in `SCHEDULES`. Multipliers of optim.lr are in
+[0, 1]. Names in brackets are torch's schedulers, which tests compare with. Momentum is never changed, not even by
 one_cycle and cyclic.
 """
 
@@ -17,7 +17,7 @@ from distkit.config.choice import Choice, number
 from distkit.errors import ConfigError
 from distkit.schedules import Anneal, PlateauTracker, Schedule, move, with_warmup
 
-#: Fields that say the same in steps and in epochs: at most one of the two is set.
+#: Pairs of fields, in steps and in epochs: at most one of each pair is set.
 PAIRS = (("warmup_steps", "warmup_epochs"), ("cycle_steps", "cycle_epochs"), ("milestones", "milestone_epochs"))
 
 
@@ -72,7 +72,7 @@ class ScheduleConfig(Choice, ABC):
         return self.shape(Span(num_steps, 0, steps_per_epoch))
 
     def tracker(self) -> PlateauTracker | None:
-        """What follows the evaluations, as a factor beside the multiplier; None where nothing does."""
+        """The factor that follows the evaluations, besides the multiplier; None if there is none."""
         return None
 
 
@@ -195,8 +195,8 @@ class MultiStep(_WithWarmup):
         if outside:
             middle = (span.warmup_steps + span.num_steps) // 2 / unit
             raise ConfigError(
-                f"{flag(f'schedule.{name}')} lies outside the part of the run after the warmup",
-                expected=f"{span.warmup_steps / unit:.10g} to {(span.num_steps - 1) / unit:.10g}, as the run is long",
+                f"{flag(f'schedule.{name}')} is outside the part of the run after the warmup",
+                expected=f"{span.warmup_steps / unit:.10g} to {(span.num_steps - 1) / unit:.10g} in this run",
                 got=", ".join(f"{mark / unit:.10g}" for mark in outside[:5]),
                 fix=f"{flag(f'schedule.{name}')} {middle:.10g}, or --num-steps {max(marks) + 1}",
             )
@@ -276,7 +276,7 @@ class Cyclic(ScheduleConfig):
     cycle_epochs: float | None = number(None, above=0, example="1")
     """The same in epochs, > 0; set one of the two."""
     cycle_mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
-    """Shape; gamma belongs to exp_range."""
+    """Shape of a cycle; only exp_range uses gamma."""
     gamma: float | None = number(None, above=0, most=1, example="0.9999")
     """Factor of each step with exp_range, in (0, 1]."""
     min_lr_ratio: float = number(0.0, least=0, most=1, example="0.1")

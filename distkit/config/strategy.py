@@ -13,7 +13,7 @@ from distkit.errors import ConfigError, nearest
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyRow:
-    """What the rest of distkit knows of one strategy."""
+    """What the rest of distkit knows about one strategy."""
 
     implementation: str = ""
     """Its class, with the module; empty for auto, which means one of the others."""
@@ -82,7 +82,7 @@ class FSDPConfig:
     """Copies of the sharded model (hybrid sharding), >= 2 and a divisor of the ranks, such as the number of
     nodes."""
     gather_precision: Low = "fp32"
-    """Precision in which parameters are gathered; bf16: half the traffic, and rounds what autocast would not."""
+    """Precision in which parameters are gathered; bf16: half the traffic, but also rounds what autocast would not."""
     reduce_precision: Low = "fp32"
     """Precision in which gradients are summed over ranks; bf16: half the traffic."""
 
@@ -93,7 +93,7 @@ class FSDPConfig:
             value = getattr(self, name)
             require(value in get_args(Low), f"fsdp.{name}", "fp32 or bf16", value, "fp32")
         if self.wrap is not None and self.min_params is not None:
-            raise ConfigError("--fsdp.wrap and --fsdp.min-params say twice what is gathered together",
+            raise ConfigError("--fsdp.wrap and --fsdp.min-params both say what is gathered together",
                               expected="one of the two", fix="--fsdp.min-params None")  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class DebugConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObserveConfig:
-    """Who is told the values of a run; an observer can change nothing."""
+    """Where the values of a run are reported; an observer cannot change anything."""
 
     console: bool = True
     """Progress on the terminal (rank 0 only)."""
@@ -74,7 +74,7 @@ class ObserveConfig:
     wandb: bool = False
     """Also report to Weights & Biases; needs distkit[wandb]. WANDB_PROJECT, WANDB_MODE… are honoured."""
     also: tuple[str, ...] | None = None
-    """Further observers, by their names in the table of distkit/observers/__init__.py."""
+    """More observers, by their names in the table in distkit/observers/__init__.py."""
 
 
 #: Metadata of the fields that debug mode sets back to their defaults: how a step is executed, not what it computes.
@@ -102,7 +102,7 @@ class TrainConfig:
     strategy: StrategyName = field(default="auto", metadata=_PLAIN)
     """How the model is laid out over the ranks; auto: single on one rank, ddp on several."""
     device: Device = "auto"
-    """auto: cuda where there is one, then mps, then cpu."""
+    """auto: cuda if there is one, else mps, else cpu."""
     deterministic: bool = field(default=True, metadata=_PLAIN)
     """Use kernels that give the same bits every time; off: the fastest ones (cuDNN autotuning)."""
     channels_last: bool = False

@@ -95,7 +95,7 @@ def batch_size(batch: object) -> int:
     if len(sizes) != 1 or () in sizes:
         listed = ", ".join(f"batch{name} {list(shape)}" for name, shape in shapes.items())
         raise DataError(
-            "a batch does not say how many samples it has",
+            "cannot tell how many samples a batch has",
             expected="tensors that all have the batch as their first dim",
             got=listed or f"no tensor in {type(batch).__name__}",
         )

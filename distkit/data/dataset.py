@@ -16,7 +16,7 @@ __all__ = ["Augments", "Batch", "Dataset", "Indexable", "MapDataset", "as_datase
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Samples by number, a whole batch at a time.
+    """Samples by index, a whole batch at a time.
 
     It may also have `augment`, see `Augments`, and `fingerprint`, a text that tells its data from others: a resume on
     data with another one is refused.
@@ -26,10 +26,10 @@ class Dataset(Protocol):
         """Number of samples."""
 
     def fetch(self, indices: Tensor) -> Batch:
-        """The samples with these numbers, in this order.
+        """The samples with these indices, in this order.
 
         Args:
-            indices: int64 [B] on the CPU, each in [0, len(self)); the same number may come twice.
+            indices: int64 [B] on the CPU, each in [0, len(self)); an index may occur twice.
 
         Returns:
             a batch whose tensors have first dim B, on any device; always the same one for the same indices.

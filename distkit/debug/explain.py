@@ -80,7 +80,7 @@ def summarize(batch: object) -> dict[str, tuple[str, Bounds | None]]:
 
 
 def label_hints(watch: ModuleWatch, batch: Mapping[str, tuple[str, Bounds | None]], error: str) -> list[str]:
-    """Integer tensors of the batch whose values are no class of the model's output [B, C, ...]."""
+    """Integer tensors of the batch whose values are not classes of the model's output [B, C, ...]."""
     outputs = [t for t in tensors_of(watch.last_output) if t.ndim >= 2]
     if watch.active or not outputs:
         return []

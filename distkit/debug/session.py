@@ -23,7 +23,7 @@ from distkit.losses import LossOutput
 
 logger = logging.getLogger(__name__)
 
-#: Steps after which a model that cannot learn one batch by heart has something wrong with it.
+#: Steps after which a model that cannot memorise one batch has something wrong with it.
 OVERFIT_STEPS = 300
 #: Overfitted when the loss is below this share of the first one.
 OVERFIT_RATIO = 0.02
@@ -117,7 +117,7 @@ def debug_step(run: Run, watch: ModuleWatch) -> float:
                 raise NonFiniteError(f"step {watch.step}: the batch itself is not finite: {name} is {line}")
         output = compute_loss(model, batch)
         check_output(output)
-        phase = "going backward or updating"
+        phase = "running the backward pass or the update"
         if count_nonfinite(output.loss):
             raise NonFiniteError(
                 f"step {watch.step}: the model's output is finite, the loss computed from it is {output.loss.item()}"
@@ -179,7 +179,7 @@ def check_first_loss(loss: float, expected: float | None) -> int:
         print(f"\nfirst loss {loss:.4f}, expected about {expected:.4f} from an untrained model: fine")
     else:
         print(f"\nWARNING: first loss {loss:.4f}, expected about {expected:.4f} from an untrained model")
-        print("  look at: initial weights of the last layer, normalisation of the inputs, reduction of the loss")
+        print("  check: initial weights of the last layer, normalisation of the inputs, reduction of the loss")
         return 1
     return 0
 
@@ -195,7 +195,7 @@ def name_unused(module: nn.Module) -> int:
 
 
 def conclude_overfit(losses: list[float], num_batches: int) -> None:
-    """Say whether the batches were learned by heart.
+    """Report whether the batches were memorised.
 
     Raises:
         TrainingError: they were not.
@@ -203,9 +203,9 @@ def conclude_overfit(losses: list[float], num_batches: int) -> None:
     first, last = losses[0], max(losses[-num_batches:])
     if not (math.isfinite(last) and last < OVERFIT_RATIO * first):
         raise TrainingError(
-            f"the model did not learn {num_batches} batch(es) by heart: loss {first:.4f} -> {last:.4f} "
+            f"the model did not memorise {num_batches} batch(es): loss {first:.4f} -> {last:.4f} "
             f"in {len(losses)} steps\n"
-            "  look at: the learning rate, labels that do not belong to their samples, strong augmentation or dropout, "
+            "  check: the learning rate, labels that do not belong to their samples, strong augmentation or dropout, "
             "a loss that is detached from the model"
         )
     print(f"loss {first:.4f} -> {last:.4f} in {len(losses)} steps")

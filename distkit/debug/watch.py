@@ -1,4 +1,4 @@
-"""Sees every module's inputs and outputs, so that a failure can be told by the name of the module that made it."""
+"""Sees every module's inputs and outputs, so that a failure names the module that caused it."""
 
 from __future__ import annotations
 

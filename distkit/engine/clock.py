@@ -11,7 +11,7 @@ class Clock:
     """Samples per second over the last lap and over the whole run, without what ran inside `excluded`.
 
     A lap ends where a report has just waited for the device, so that queued work is not counted as done. Seconds and
-    samples of all laps are state: a resumed run goes on counting.
+    samples of all laps are state: a resumed run continues counting.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Clock:
         self.seconds = 0.0
 
     def begin(self) -> None:
-        """The first lap begins now, or goes on now where the restored one was."""
+        """Begin the first lap, or continue the restored one."""
         self._lap_start = perf_counter() - self._carried
         self._carried = 0.0
 
@@ -52,6 +52,6 @@ class Clock:
         return {"seconds": self.seconds, "samples": self._samples, "open_seconds": perf_counter() - self._lap_start}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take them back; the open lap goes on at `begin`."""
+        """Take them back; the open lap continues at `begin`."""
         self.seconds, self._samples = state["seconds"], int(state["samples"])
         self._carried = state["open_seconds"]

@@ -1,7 +1,7 @@
 """FLOPs of a sample, counted once on a copy of the model without memory, and the share of the peak that is used (MFU).
 
 What is counted are the model's own FLOPs: each product once in the forward and, for each gradient, once in the
-backward, whatever a run computes again (activation checkpointing, attention kernels) or lays out otherwise. Attention
+backward, whatever a run computes again (activation checkpointing, attention kernels) or lays out differently. Attention
 counts in full, causal or not, as in Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 """
 
@@ -147,7 +147,7 @@ class Utilization:
         if self._told or not self.unknown:
             return ""
         self._told = True
-        return f"mfu is not known, because the FLOPs of a step cannot be counted: {self.unknown}"
+        return f"mfu is unknown, because the FLOPs of a step cannot be counted: {self.unknown}"
 
     def give_up(self, error: Exception) -> None:
         """Any model and any loss may fail where tensors have no values; a run must not end for that."""
@@ -195,7 +195,7 @@ def outline_utilization(config: TrainConfig, runtime: Runtime, model: nn.Module)
         return None
     found = Utilization(peak * runtime.world_size)
     if config.optim.needs_closure:
-        found.unknown = "lbfgs evaluates the loss several times a step"
+        found.unknown = f"{config.optim.name} evaluates the loss several times a step"
         return found
     try:
         found.outline = Outline(model)
@@ -205,12 +205,12 @@ def outline_utilization(config: TrainConfig, runtime: Runtime, model: nn.Module)
 
 
 def describe_peak(config: TrainConfig, runtime: Runtime) -> dict[str, str]:
-    """The fact `peak`; {} on a CPU of which nothing was said."""
+    """The fact `peak`; {} on a CPU whose peak was not given."""
     peak, name = find_peak(config, runtime), device_name(runtime.device)
     if peak is not None:
-        source = "as said" if config.peak_tflops is not None else f"of {name} in {config.precision}"
-        return {"peak": f"{peak / 1e12:g} TFLOP/s a rank, {source}"}
-    unknown = f"not known of {name} in {config.precision}: with --peak-tflops there is an mfu"
+        source = "as given" if config.peak_tflops is not None else f"of {name} in {config.precision}"
+        return {"peak": f"{peak / 1e12:g} TFLOP/s per rank, {source}"}
+    unknown = f"unknown for {name} in {config.precision}; set --peak-tflops to report mfu"
     return {"peak": unknown} if runtime.device.type == "cuda" else {}
 
 

@@ -1,4 +1,4 @@
-"""One run per run directory: the one that trains in it holds the lease. No torch: commands ask for the holder, too.
+"""One run per run directory: the one that trains in it holds the lease. No torch: commands also ask for the holder.
 
 The lease is a POSIX record lock (fcntl(2), F_SETLK) on `lease.json`. The kernel drops it however the
 holder dies; forked data workers do not inherit it; NFS supports it. The content of the file only names the holder.
@@ -108,7 +108,7 @@ class Lease:
         with _guard:
             other = _held_here(path)
             if other is not None:
-                raise ConfigError(f"this process has a run in {run_dir} already", expected="one run per directory",
+                raise ConfigError(f"this process already has a run in {run_dir}", expected="one run per directory",
                                   got=other.holder, fix=f"--run-dir {run_dir}-2, or end that run first")  # fmt: skip
             try:
                 lease = _take(run_dir, path)
@@ -117,7 +117,7 @@ class Lease:
                                   got=error, fix="--run-dir DIR") from error  # fmt: skip
             _held[path] = lease
         if lease.taken_over_from is not None:
-            message = f"took {run_dir} over from {lease.taken_over_from}, which is gone"
+            message = f"took over {run_dir} from {lease.taken_over_from}, which no longer runs"
             print(f"distkit: warning: {message}", file=sys.stderr, flush=True)
         return lease
 
@@ -166,7 +166,7 @@ def holder(run_dir: Path) -> str | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            return f"perhaps another process: {error}"
+            return f"possibly another process: {error}"
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
@@ -226,7 +226,7 @@ def _lock(descriptor: int) -> int | None:
 def _claim_by_record(run_dir: Path, path: Path) -> Lease:
     """Without locks: write a record unless a living process has one, and check it again after RECHECK_SECONDS.
 
-    Of several that write at once the last one wins, and the others find its record. A process that is suspended for
+    Of several that write at once, the last one wins and the others find its record. A process that is suspended for
     longer than that between reading and writing could become a second holder; only locks exclude this.
     """
     before = _read(path)

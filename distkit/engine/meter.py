@@ -45,7 +45,7 @@ def check_output(output: LossOutput) -> None:
             raise TrainingError(f"compute_loss: {name} must be a tensor without dims, got {got}")
     if taken := RESERVED & output.sums.keys():
         raise TrainingError(
-            f"compute_loss: sums may not be named {', '.join(sorted(taken))}: an event has these itself"
+            f"compute_loss: sums must not be named {', '.join(sorted(taken))}: events already have these fields"
         )
 
 
@@ -144,7 +144,7 @@ class Meter:
         return {"loss": self._loss, "weight": self._weight, "samples": samples, **sums}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from copies of `state_tensors`, from any device: the next report is the same to the bit.
+        """Continue from copies of `state_tensors`, from any device: the next report is the same to the bit.
 
         Raises:
             KeyError: a name is missing or not known; the meter is unchanged then.

@@ -1,6 +1,6 @@
-"""Where a run begins (C3): choose a checkpoint, check that it fits, restore it, and say what changed.
+"""Where a run starts from (C3): choose a checkpoint, check that it fits, restore it, and report what changed.
 
-A run begins from nothing, from its own newest checkpoint, or from another run's. Nothing of the run is changed before
+A run starts from scratch, from its own newest checkpoint, or from another run's. Nothing in the run is changed before
 the checkpoint is known to fit.
 """
 
@@ -41,12 +41,12 @@ FIXED = ("seed", "global_batch_size")
 
 
 def choose_checkpoint(config: TrainConfig, runtime: Runtime, directory: RunDirectory) -> ResumePoint:
-    """Choose and verify the checkpoint to begin from; a run in `directory` takes precedence over `--resume DIR`.
+    """Choose and verify the checkpoint to start from; a run in `directory` takes precedence over `--resume DIR`.
 
-    So the same command continues after a kill, even a run that began from somewhere else.
+    So the same command continues after a kill, even for a run that started from another one.
 
     Raises:
-        ConfigError: --resume names no checkpoint.
+        ConfigError: --resume does not name a checkpoint.
         CheckpointError: there are checkpoints, and none verifies.
     """
     source = config.resume.source
@@ -79,21 +79,21 @@ def choose_checkpoint(config: TrainConfig, runtime: Runtime, directory: RunDirec
         from_another_run = True
         checkpoint = open_verified(path, runtime) if single else newest_verified(path, runtime, warn)
     elif completed < 0 and directory.holds_run():
-        warn(f"{directory.path} holds a run that has saved nothing: it begins again at step 0")
+        warn(f"{directory.path} holds a run that has saved nothing: starting again at step 0")
     return ResumePoint(checkpoint=checkpoint, from_another_run=from_another_run, completed_steps=completed,
                        warnings=warnings)  # fmt: skip
 
 
 def check_own_goes_first(source: str, directory: RunDirectory, newest: int) -> None:
-    """Refuse to begin a run from an older checkpoint of its own: the newer ones would be in its way.
+    """Refuse to start a run from an older checkpoint of its own: the newer ones would be in the way.
 
     Raises:
         ConfigError: saying how to branch off.
     """
     folder = directory.path.resolve()
     if source != "auto" and Path(source).resolve().is_relative_to(folder):
-        raise ConfigError(f"--resume {source} lies in --run-dir {directory.path}, which goes on from step {newest}",
-                          expected="another directory for a run that branches off",
+        raise ConfigError(f"--resume {source} is inside --run-dir {directory.path}, which continues from step {newest}",
+                          expected="another directory for the new branch",
                           fix=f"--run-dir {directory.path}-2 --resume {source}, or --resume auto")  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def check_resume(run: Run) -> None:
         with read_strictly(checkpoint):
             check_fits(run, checkpoint)
     elif done >= 0:
-        # begun again at step 0, its metrics and weights would be lost
+        # restarting at step 0 would lose its metrics and weights
         path = run.directory.path
         raise ConfigError(f"--run-dir {path} holds a run of {done} steps and no checkpoint to continue from",
                           expected="a checkpoint, or another directory", fix=f"--run-dir {path}-2")  # fmt: skip
@@ -127,7 +127,7 @@ def put_damaged_aside(run: Run) -> None:
 
 
 def check_fits(run: Run, checkpoint: VerifiedCheckpoint) -> None:
-    """Refuse a checkpoint that is not of this run, before anything of the run is changed.
+    """Refuse a checkpoint that does not belong to this run, before anything in the run is changed.
 
     Raises:
         ConfigError: listing what is missing, unexpected and mismatched, and what to type.
@@ -140,9 +140,9 @@ def check_fits(run: Run, checkpoint: VerifiedCheckpoint) -> None:
         return
     step = checkpoint.manifest.step
     if checkpoint.state.get("step") != step or checkpoint.parts()["progress"] != {"step": step}:
-        raise CheckpointError(f"{checkpoint.directory}: state.json is not that of step {step}")
+        raise CheckpointError(f"{checkpoint.directory}: state.json is not for step {step}")
     if step > run.num_steps:
-        raise ConfigError(f"{where} is further than this run goes", expected=f"at least {step} steps",
+        raise ConfigError(f"{where} is beyond the end of this run", expected=f"at least {step} steps",
                           got=f"{run.num_steps} steps", fix=f"--num-steps {step}, or another --run-dir")  # fmt: skip
     if checkpoint.state.get("recipe") != run.recipe:
         raise ConfigError(f"{where} belongs to another recipe", expected=run.recipe, got=checkpoint.state.get("recipe"),
@@ -151,18 +151,18 @@ def check_fits(run: Run, checkpoint: VerifiedCheckpoint) -> None:
     for name in FIXED:
         before, value = saved.get(name), getattr(run.config, name)
         if before != value:
-            raise ConfigError(f"{where} was trained on another sample stream", expected=f"{name} {before}",
+            raise ConfigError(f"{where} was trained on a different sample stream", expected=f"{name} {before}",
                               got=f"{name} {value}",
                               fix=f"--{name.replace('_', '-')} {before}, or another --run-dir")  # fmt: skip
     for name, here in (("num_samples", run.num_samples), ("data", run.data.fingerprint)):
         before = checkpoint.state.get(name)
         if here != before and not (name == "data" and None in (here, before)):
-            raise ConfigError(f"{where} was trained on other data", expected=f"{name} {before}", got=f"{name} {here}",
-                              fix="the data it was trained on, or another --run-dir")  # fmt: skip
+            raise ConfigError(f"{where} was trained on different data", expected=f"{name} {before}",
+                              got=f"{name} {here}", fix="the data it was trained on, or another --run-dir")  # fmt: skip
     position = _data_position(run, checkpoint)
     if (position is None) != (run.data_state is None):
-        kinds = ("data with numbers", "an iterable data set")
-        raise ConfigError(f"{where} was trained on another kind of data", expected=kinds[position is not None],
+        kinds = ("an indexable data set", "an iterable data set")
+        raise ConfigError(f"{where} was trained on a different kind of data", expected=kinds[position is not None],
                           got=kinds[run.data_state is not None], fix="another --run-dir")  # fmt: skip
     if position is not None and run.data_state is not None:
         run.data_state.check_state_dict(position)
@@ -294,12 +294,12 @@ def resume_notes(run: Run) -> list[str]:
     before, after = checkpoint.manifest.world_size, run.runtime.world_size
     if before != after:
         notes.append(
-            f"saved on {before} ranks, resumed on {after}: the samples are the same; the order of sums is not, so that "
-            "losses agree to rounding, and what a rank does by itself (dropout, BatchNorm's statistics) is another"
+            f"saved on {before} ranks, resumed on {after}: the samples are the same, but sums run in a different "
+            "order, so losses agree to rounding; per-rank randomness (dropout) and BatchNorm statistics differ"
         )
     kinds = {name.removeprefix("rng/00000/") for name in checkpoint.manifest.tensors if name.startswith("rng/00000/")}
     if kinds != capture_rng(run.runtime.device).keys():
-        notes.append("saved on another kind of device: arithmetic and random draws (dropout) are not those of before")
+        notes.append("saved on another kind of device: arithmetic and random draws (dropout) differ from before")
     changed = changes(fill_defaults(cast(dict[str, object], checkpoint.state["config"])), to_json(run.config))
     if changed:
         notes.append(f"changed since: {shorten(changed)}")
@@ -307,7 +307,7 @@ def resume_notes(run: Run) -> list[str]:
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object], prefix: str = "") -> list[str]:
-    """`optim.lr 0.1 -> 0.2` for each field that differs; where a run lies and begins does not count."""
+    """`optim.lr 0.1 -> 0.2` for each field that differs; where a run is stored and where it began do not count."""
     lines: list[str] = []
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)

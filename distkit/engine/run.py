@@ -60,13 +60,13 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """Where a run begins.
+    """Where a run starts from.
 
     Attributes:
         checkpoint: what it is restored from; None for a new run.
-        from_another_run: the checkpoint does not lie in this run's own directory.
+        from_another_run: the checkpoint is not in this run's own directory.
         completed_steps: of the run that was completed in this directory; -1 when none was.
-        warnings: what was said about it before there was anybody to tell.
+        warnings: what was reported before there were observers.
     """
 
     checkpoint: VerifiedCheckpoint | None = None
@@ -160,7 +160,7 @@ class Run:
     Attributes:
         recipe: its name.
         schedule, plateau: step -> multiplier of the learning rate, and the factor that follows a metric.
-        data_state: the position in an iterable data set; None for data with numbers, whose position is the step.
+        data_state: the position in an iterable data set; None for other data, whose position is the step.
         buffer_specs: dtype and shape of the persistent buffers, as the model was built.
         aliases: further names that the model's state dict has for tied tensors -> their name in checkpoints.
         utilization: None where the device's peak is not known.
@@ -222,12 +222,12 @@ class Run:
         return multiplier if self.plateau is None else multiplier * self.plateau.factor
 
     def tell(self, event: Event) -> None:
-        """Hand an event to every observer."""
+        """Pass an event to every observer."""
         for observer in self.observers:
             observer.record(event)
 
     def note(self, message: str) -> None:
-        """Tell the observers something for people to read."""
+        """Send the observers a message for people to read."""
         self.tell({"event": "note", "step": self.progress.step, "message": message})
 
     def model_tensors(self) -> dict[str, Tensor]:

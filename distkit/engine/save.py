@@ -1,4 +1,4 @@
-"""When a run is saved, and what is told of it."""
+"""When a run is saved, and what is reported about it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_saver(
     best: Best,
     source: int | None,
 ) -> Saver:
-    """What saves a run under `folder`; `source` is the step of the checkpoint of its own that it was restored from."""
+    """What saves a run under `folder`; `source` is the step of its own checkpoint that it was restored from."""
     clean = partial(remove_old, folder, config, best, source)
     return Saver(folder, runtime, config, recipe=recipe, strategy=strategy, clean=clean, committed=source)
 
@@ -69,7 +69,7 @@ def save_due(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    """Save this step boundary, in the step's time or behind the next steps.
+    """Save the state at this step boundary, synchronously or in the background while training continues.
 
     Raises:
         CheckpointError: too many saves in a row have failed, or none could be resumed from; on all ranks alike.
@@ -85,13 +85,13 @@ def save(run: Run) -> None:
 
 
 def report_saves(run: Run, *, wait: bool = False) -> None:
-    """Tell how a save behind the steps has ended, if it has; with `wait`, when it has."""
+    """Report how a background save ended, if it has; with `wait`, wait for it first."""
     if run.saver is not None:
         tell(run, run.saver.finish() if wait else run.saver.poll())
 
 
 def tell(run: Run, outcomes: list[Outcome]) -> None:
-    """A checkpoint line for each outcome; ends the run when there were too many failures."""
+    """Report a checkpoint event for each outcome; end the run after too many failures."""
     for outcome in outcomes:
         if outcome.error is None:
             line = {"bytes": outcome.nbytes, "seconds": outcome.seconds}
@@ -99,7 +99,7 @@ def tell(run: Run, outcomes: list[Outcome]) -> None:
             run.tell({"event": "checkpoint", "step": outcome.step, **line})
         else:
             run.tell({"event": "checkpoint", "step": outcome.step,
-                      "error": f"not saved, the one before stays: {outcome.error}"})  # fmt: skip
+                      "error": f"not saved; the previous one is kept: {outcome.error}"})  # fmt: skip
         if outcome.warning is not None:
             run.tell({"event": "note", "step": outcome.step, "message": f"saved, but then: {outcome.warning}"})
     if outcomes and run.saver is not None:

@@ -1,9 +1,9 @@
 """What a run saves (C3): one dictionary of named parts.
 
 Tensors: model/NAME, extra/MODULE, optimizer/PARAMETER/KEY, ema/NAME, scaler/NAME, and for each rank rng/RANK/NAME and
-meter/RANK/NAME. Values: progress, trackers, clock, plateau, observers, extra states that are no tensors, and the
-structure of the optimizer's state. Data and learning rate have none: both are functions of the step. Only an iterable
-data set has a position, one for each rank.
+meter/RANK/NAME. Values: progress, trackers, clock, plateau, observers, extra states that are not tensors, and the
+structure of the optimizer's state. Data and learning rate have no state: both are functions of the step. Only an
+iterable data set has a position, one for each rank.
 """
 
 from __future__ import annotations

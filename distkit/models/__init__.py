@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The transformer, imported when it is asked for: its module imports torch._dynamo, which takes over a second."""
+    """The transformer, imported on first use: its module imports torch._dynamo, which takes over a second."""
     if name not in ("GPT", "Block", "GPTConfig", "generate"):
         raise AttributeError(f"distkit.models has no {name}")
     from distkit.models import gpt, sampling

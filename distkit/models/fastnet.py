@@ -72,7 +72,7 @@ class FastNet(nn.Module):
         super().__init__()
         if len(widths) != 3 or min(widths) < 1:
             raise ConfigError(
-                "FastNet: widths has a value it cannot take",
+                "FastNet: widths has an invalid value",
                 expected="three numbers >= 1",
                 got=tuple(widths),
                 fix="widths=(64, 256, 256)",

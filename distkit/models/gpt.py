@@ -1,6 +1,6 @@
 """A decoder-only transformer: tied embeddings, rotary positions, RMSNorm before each branch, no biases.
 
-Shapes and initial values follow GPT-2 (Radford et al. 2019); what is done otherwise is named where it is done.
+Shapes and initial values follow GPT-2 (Radford et al. 2019); differences are noted where they occur.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def trunc_normal_init_(model: nn.Module, std: float = 0.02) -> None:
         ConfigError: std is not > 0.
     """
     if not std > 0:
-        raise ConfigError("trunc_normal_init_: std has a value it cannot take", expected="> 0", got=std, fix="std=0.02")
+        raise ConfigError("trunc_normal_init_: std has an invalid value", expected="> 0", got=std, fix="std=0.02")
     for module in model.modules():
         if isinstance(module, Conv | nn.Linear | nn.Embedding):
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)

@@ -45,7 +45,7 @@ def build_norm(norm: Norm, channels: int) -> nn.Module:
         return nn.Identity()
     if norm != "group":
         raise ConfigError(
-            "norm has a value it cannot take",
+            "norm has an invalid value",
             expected="one of " + ", ".join(NORMS),
             got=norm,
             fix=f'norm="{nearest(norm, NORMS) or "batch"}"',
@@ -191,7 +191,7 @@ def resnet_cifar(depth: int, width: int = 16, num_classes: int = 10, norm: Norm 
     if depth < 8 or depth % 6 != 2:
         near = max(8, round((depth - 2) / 6) * 6 + 2)
         raise ConfigError(
-            "depth has a value it cannot take", expected="6n + 2: 8, 14, 20, 32, 44, 56, 110", got=depth, fix=str(near)
+            "depth has an invalid value", expected="6n + 2: 8, 14, 20, 32, 44, 56, 110", got=depth, fix=str(near)
         )
     num_blocks = (depth - 2) // 6
     stages = [Stage(num_blocks=num_blocks, channels=width << i, stride=1 if i == 0 else 2) for i in range(3)]

@@ -29,9 +29,9 @@ def generate(
         model: not wrapped; it is put into evaluation mode for the while.
         tokens: [B, T] int64 on the model's device, T >= 1.
         num_new: tokens to add, >= 0.
-        temperature: divides the logits, >= 0; 0 takes the likeliest token.
-        top_k: draw among this many likeliest tokens, >= 1; None: among all.
-        vocab_size: draw among the first so many tokens, >= 1: an embedding may have rows that stand for nothing.
+        temperature: divides the logits, >= 0; 0 takes the most likely token.
+        top_k: draw among this many most likely tokens, >= 1; None: among all.
+        vocab_size: draw among the first this many tokens, >= 1: an embedding may have unused rows.
         generator: of the draws, on the model's device; None: torch's global one.
 
     Returns:

@@ -35,7 +35,7 @@ def build_observers(observe: ObserveConfig, run_dir: Path, is_main_process: bool
     also = observe.also or ()
     for name in also:
         if name not in TABLE:
-            raise ConfigError(f"--observe.also {name} is no observer", expected=", ".join(TABLE), got=name,
+            raise ConfigError(f"--observe.also: unknown observer {name}", expected=", ".join(TABLE), got=name,
                               fix=f"--observe.also {nearest(name, TABLE) or 'console'}")  # fmt: skip
     wanted = [name for name in TABLE if name == "jsonl" or name in also or getattr(observe, name, False)]
     for name in wanted:

@@ -1,4 +1,4 @@
-"""What an observer is: something that is told values and can change nothing."""
+"""What an observer is: it receives the values of a run and cannot change anything."""
 
 # ruff: noqa: ARG002 (an observer ignores what it has no use for)
 from __future__ import annotations
@@ -16,7 +16,8 @@ Event = Mapping[str, Scalar]
 train: loss, lr, grad_norm, samples, samples_per_second, data_wait_seconds, mfu, the recipe's sums as fractions.
 eval: loss, samples, the recipe's metrics by name, as fractions.
 note: message.
-checkpoint and others: any names.
+checkpoint: bytes and seconds, or error.
+Other kinds may have any names.
 """
 
 
@@ -35,13 +36,13 @@ class RunInfo:
 
 
 class Observer(Protocol):
-    """Told values by the main process, in this order: load_state_dict (only on resume), start, record..., close.
+    """Called by the main process, in this order: load_state_dict (only on resume), start, record..., close.
 
     An exception from `record` ends the run; an observer that can do without its output handles its own errors.
     """
 
     def start(self, info: RunInfo, step: int) -> None:
-        """The run begins, or goes on, with `step` steps done."""
+        """The run starts, or continues, with `step` steps done."""
         ...
 
     def record(self, event: Event) -> None:
@@ -53,7 +54,7 @@ class Observer(Protocol):
         ...
 
     def state_dict(self) -> dict[str, str]:
-        """What a resumed run needs to go on in the same place; keys begin with the observer's name."""
+        """What a resumed run needs to continue in the same place; keys begin with the observer's name."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:

@@ -197,7 +197,7 @@ def train_line(event: Event, num_steps: int, seconds_left: float | None) -> str:
 
 
 def bar_text(event: Event, seconds_left: float | None) -> str:
-    """What stands beside the bar: samples/s, loss, lr and the time left."""
+    """The text beside the bar: samples/s, loss, lr and the time left."""
     speed = _speed(event)
     parts = [] if speed is None else [speed]
     parts += [_named(name, event[name]).rstrip() for name in ("loss", "lr") if name in event]

@@ -68,7 +68,7 @@ class JsonlObserver(Observer):
         try:
             self._write()
         except OSError as error:
-            # a save behind the steps may fill the disk for a moment, and frees it when it fails
+            # a background save may fill the disk for a moment, and frees it when it fails
             if error.errno not in FULL or len(self._unwritten) > UNWRITTEN_BYTES:
                 raise self._failure(error) from error
 

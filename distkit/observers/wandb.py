@@ -27,10 +27,10 @@ class WandbObserver(Observer):
 
     wandb's environment variables are honoured (WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY...). Without
     WANDB_PROJECT the project is the recipe's name; the run has the name of its directory, and its facts as config.
-    A resumed run goes on in the same wandb run. Terminal output is not captured: the console observer draws there.
+    A resumed run continues the same wandb run. Terminal output is not captured: the console observer draws there.
 
     Raises:
-        ConfigError: from start, when wandb refuses, such as without a login.
+        ConfigError: from start, when wandb refuses, for example without a login.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -85,5 +85,5 @@ class WandbObserver(Observer):
         return {} if self._run_id is None else {RUN_ID: self._run_id}
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:
-        """Go on in the wandb run of `state`."""
+        """Continue the wandb run of `state`."""
         self._run_id = state.get(RUN_ID)

@@ -1,6 +1,6 @@
 """Optimizers by name, their parameter groups, and their state by parameter name."""
 
-from distkit.optim.build import build_optimizer, can_fuse, config_class, set_lr, skips_on_device
+from distkit.optim.build import build_optimizer, can_fuse, set_lr, skips_on_device
 from distkit.optim.groups import ParamGroup, default_param_groups, named_parameters
 from distkit.optim.muon import MuonWithAdamW
 from distkit.optim.state import OptimizerState
@@ -11,7 +11,6 @@ __all__ = [
     "ParamGroup",
     "build_optimizer",
     "can_fuse",
-    "config_class",
     "default_param_groups",
     "named_parameters",
     "set_lr",

@@ -1,4 +1,4 @@
-"""Muon beside AdamW, as one optimizer; also where matrices lie in shards."""
+"""Muon and AdamW as one optimizer, for whole and for sharded matrices."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ class MuonWithAdamW(Optimizer):
 class MuonInShards(Muon):
     """torch.optim.Muon over matrices in shards (DTensors): each is gathered for its update, one at a time.
 
-    The iteration multiplies matrices in bf16. On shards its sums would be rounded otherwise than in one process, by as
-    much as bf16 does; gathered, every rank computes the same update and keeps its part.
+    The iteration multiplies matrices in bf16. On shards its sums would be rounded differently than in one process,
+    by as much as bf16 rounds; gathered, every rank computes the same update and keeps its part.
     """
 
     @torch.no_grad()

@@ -14,8 +14,9 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, Optimizer
+from torch.optim import Optimizer
 
+from distkit.config.optim import OptimConfig
 from distkit.errors import CheckpointError, ConfigError
 from distkit.optim.build import fill_momentum_
 from distkit.optim.groups import ParamGroup
@@ -27,19 +28,6 @@ Spec = Mapping[str, object]
 _FLOAT = "float64:"
 #: Names in a message before it says "and N more".
 LISTED = 5
-#: State of one number a parameter: plain tensors, also beside DTensors.
-_SCALARS = frozenset({"step", "mu_product", "eta", "mu"})
-#: Adafactor's factors are contiguous, whatever their parameter's memory format.
-_FACTORS = frozenset({"row_var", "col_var"})
-#: Class -> the hyperparameters that decide which state there is. Of momentum only whether there is any.
-_FORMING = {
-    "SGD": ("momentum", "kind"),
-    "RMSprop": ("momentum", "centered"),
-    "Adam": ("amsgrad",),
-    "AdamW": ("amsgrad",),
-    "MuonWithAdamW": ("kind",),
-    "LBFGS": ("history_size",),
-}
 
 
 class OptimizerState:
@@ -50,10 +38,11 @@ class OptimizerState:
     Args:
         optimizer: may have any state, also none.
         parameters: the model's parameters by canonical name, tied ones once (distkit.optim.named_parameters).
+        facts: the class of the configuration that `optimizer` was built from.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
-        self.optimizer, self.parameters = optimizer, parameters
+    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, Tensor], facts: type[OptimConfig]) -> None:
+        self.optimizer, self.parameters, self.facts = optimizer, parameters, facts
         self._names = {parameter: name for name, parameter in parameters.items()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -134,11 +123,11 @@ class OptimizerState:
             lines.append(f"optimizer: not updated in the checkpoint, but here: {_few(missing)}")
         if unexpected := saved.keys() - here.keys():
             lines.append(f"optimizer: updated in the checkpoint, but not here: {_few(unexpected)}")
-        if kind == "LBFGS" and not lines and list(saved) != list(here):
+        if self.facts.flattens_parameters and not lines and list(saved) != list(here):
             lines.append(
-                "optimizer: LBFGS keeps all parameters in one vector, in another order in the checkpoint than here"
+                f"optimizer: {kind} keeps all parameters in one vector, in another order in the checkpoint than here"
             )
-        for key in _FORMING.get(kind, ()):
+        for key in self.facts.state_depends_on:
             changed = [name for name in here.keys() & saved.keys() if _form(saved[name], key) != _form(here[name], key)]
             if changed:
                 before, now = (_form(groups[min(changed)], key) for groups in (saved, here))
@@ -152,7 +141,8 @@ class OptimizerState:
         """Uninitialised tensors for a saved state, laid out as torch's own would be; the optimizer is not changed.
 
         What has its parameter's shape takes its device, memory format and DTensor layout; other tensors are contiguous
-        on the parameter's device, and step counters on the CPU unless the group is fused or capturable, or ASGD's.
+        on the parameter's device, and scalars on the CPU unless the group is fused or capturable, or the optimizer
+        keeps them on the device (`scalars_on_device`).
 
         Args:
             structure: from `structure`.
@@ -182,10 +172,10 @@ class OptimizerState:
     def _empty(
         self, parameter: Tensor, group: ParamGroup, key: str, dtype: torch.dtype, shape: tuple[int, ...]
     ) -> Tensor:
-        if key in _SCALARS:
-            on_device = isinstance(self.optimizer, ASGD) or group.get("fused") or group.get("capturable")
+        if key in self.facts.scalar_state:
+            on_device = self.facts.scalars_on_device or group.get("fused") or group.get("capturable")
             return torch.empty(shape, dtype=dtype, device=parameter.device if on_device else "cpu")
-        if shape == tuple(parameter.shape) and key not in _FACTORS:
+        if shape == tuple(parameter.shape) and key not in self.facts.contiguous_state:
             return torch.empty_like(parameter, dtype=dtype)
         return parameter.new_empty(shape, dtype=dtype)
 

@@ -40,11 +40,11 @@ def choose(name: str, world_size: int) -> str:
     if ranks == ("several" if world_size == 1 else "one"):
         raise ConfigError(f"--strategy {name} on {world_size} rank{'s' if world_size > 1 else ''}",
                           expected="one rank" if ranks == "one" else "several ranks", got=world_size,
-                          fix="another number of ranks, or --strategy auto where no launcher says more")  # fmt: skip
+                          fix="a different number of ranks, or --strategy auto")  # fmt: skip
     return name
 
 
 def _restore_linear() -> None:
-    """Undo what an earlier zero3 did to this process: it replaces torch's linear by one that rounds otherwise."""
+    """Undo what an earlier zero3 did to this process: it replaces torch's linear with one that rounds differently."""
     if torch.nn.functional.linear.__module__.startswith("deepspeed."):
         torch.nn.functional.linear = _LINEAR

@@ -164,7 +164,7 @@ class Strategy(ABC):
     @property
     def needs_closure(self) -> bool:
         """True for optimizers that evaluate the loss several times a step."""
-        return self.config.optim.name == "lbfgs"
+        return self.config.optim.needs_closure
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -183,7 +183,7 @@ class Strategy(ABC):
     @property
     def optimizer_state(self) -> OptimizerState:
         """The optimizer's state by parameter name."""
-        return OptimizerState(self.optimizer, named_parameters(self.module))
+        return OptimizerState(self.optimizer, named_parameters(self.module), type(self.config.optim))
 
     def learned_tensors(self) -> Mapping[str, Tensor]:
         """Model and optimizer, as `model/NAME` and `optimizer/PARAMETER/KEY`, numbers as 0-dim tensors; all ranks.
@@ -205,7 +205,7 @@ class Strategy(ABC):
         return {"scale": scale, "growth_tracker": growth_tracker, "skipped": self.skipped}
 
     def refresh_copies_(self) -> None:  # noqa: B027  # the default does nothing
-        """Copy weights that were written into `model_tensors` to wherever the strategy keeps them too; all ranks."""
+        """Copy weights that were written into `model_tensors` to wherever else the strategy keeps them; all ranks."""
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's state dict in whole tensors on rank 0, {} elsewhere; all ranks together."""
@@ -215,7 +215,7 @@ class Strategy(ABC):
         """Whole `tensors` (names in the same order everywhere) on rank 0, {} elsewhere; all ranks together."""
         return dict(tensors) if self.runtime.is_main_process else {}
 
-    # --- what is said about it
+    # --- descriptions
 
     @property
     def model_name(self) -> str:
@@ -246,12 +246,12 @@ class Strategy(ABC):
         Raises:
             ConfigError: naming the flag to change.
         """
-        config = self.config
+        config, optim = self.config, self.config.optim
         if self.reuses_outputs:
             refuse_accumulation(config, split_batch(config, self.runtime.world_size).accum_steps)
-        if self.needs_closure and config.channels_last:
-            raise ConfigError("--optim.name lbfgs needs contiguous weights", expected="no --channels-last",
+        if optim.flattens_parameters and config.channels_last:
+            raise ConfigError(f"--optim.name {optim.name} needs contiguous weights", expected="no --channels-last",
                               fix="--no-channels-last")  # fmt: skip
         if self.needs_closure and (config.max_grad_norm is not None or config.max_grad_value is not None):
-            raise ConfigError("--optim.name lbfgs searches along unclipped gradients", expected="no clipping",
+            raise ConfigError(f"--optim.name {optim.name} searches along unclipped gradients", expected="no clipping",
                               fix="--max-grad-norm None --max-grad-value None")  # fmt: skip

@@ -16,7 +16,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks: of the classes that stand several times beside each other, the one with most parameters.
+    """The model's blocks: of the classes that occur several times side by side, the one with the most parameters.
 
     Transformer layers in an nn.ModuleList, residual blocks in several nn.Sequential; what repeats inside a block does
     not count. [] where nothing repeats.

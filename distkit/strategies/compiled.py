@@ -1,4 +1,4 @@
-"""torch.compile: what it is applied to, and what it did unasked (broken graphs, code compiled again)."""
+"""torch.compile: what it is applied to, and reports of graph breaks and recompilations."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def refuse_accumulation(config: TrainConfig, accum_steps: int) -> None:
     """
     if accum_steps > 1:
         option = "backend cudagraphs" if config.compile_backend == "cudagraphs" else f"mode {config.compile_mode}"
-        raise ConfigError(f"--compile-{option} captures CUDA graphs, which cannot add up gradients of {accum_steps} "
-                          "microbatches", expected="one microbatch a step on each rank", got=accum_steps,
+        raise ConfigError(f"--compile-{option} captures CUDA graphs, which cannot accumulate gradients "
+                          f"over {accum_steps} microbatches", got=accum_steps,
+                          expected="one microbatch per step on each rank",
                           fix="--compile-mode default --compile-backend inductor, or no --microbatch-size")  # fmt: skip
 
 
@@ -56,13 +57,13 @@ def compile_(model: nn.Module, config: TrainConfig, scope: str, *, fix: str = "-
         return
     blocks = repeated_blocks(model)
     if not blocks:
-        raise ConfigError("--compile-scope blocks: the model repeats no block", fix=fix)
+        raise ConfigError("--compile-scope blocks: the model has no repeated blocks", fix=fix)
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend, mode=mode, fullgraph=fullgraph, dynamic=dynamic)
 
 
 class CompilerWatch:
-    """Reads dynamo's records when it is asked; a step pays nothing.
+    """Reads dynamo's records on request; a step pays nothing.
 
     They are those of the whole process, from the moment at which the watch is made.
     """

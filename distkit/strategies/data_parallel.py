@@ -85,9 +85,9 @@ class DataParallel(Strategy):
 
 
 def settle_buckets(ddp: DistributedDataParallel) -> None:
-    """Have DDP lay out its buckets for good, in the reverse order of registration; all ranks call it together.
+    """Have DDP lay out its final buckets, in the reverse order of registration; all ranks call it together.
 
-    DDP lays them out anew after its first backward, in the order in which that made the gradients ready. The first step
+    DDP lays them out again after its first backward, in the order in which the gradients became ready. The first step
     of a resumed run would be summed in other buckets than the same step of the run never killed, and with three ranks
     and more a sum depends on its place in the bucket: the last bits would differ (C3). So the first backward is one of
     zeros. Its gradients are dropped; parameters, buffers and generators stay as they are, and neither the module's own

@@ -1,7 +1,7 @@
 """fsdp: each rank holds a shard of every parameter, its gradient and its optimizer state (FSDP2).
 
 torch's `fully_shard` is called directly, with what Accelerate's launcher and configuration files say (they arrive in
-`config.fsdp`). Accelerate's own preparation is not used: with `cpu=True` it becomes DDP without a word, it wants the
+`config.fsdp`). Accelerate's own preparation is not used: with `cpu=True` it silently becomes DDP, it wants the
 optimizer before the shards exist and swaps its parameters by address, puts embeddings and the final norm into units of
 their own from some version on, and replaces buffers by way of the meta device.
 """
@@ -25,9 +25,6 @@ from distkit.strategies.blocks import modules_of_class, recompute_activations_, 
 from distkit.strategies.compiled import compile_
 from distkit.strategies.sharded import Sharded, refuse_scalars
 from distkit.tensors.shards import local_part
-
-#: One flattens all parameters into a vector, one takes sparse gradients, and one keeps means of whole rows and columns.
-NOT_IN_SHARDS = frozenset({"lbfgs", "sparse_adam", "adafactor"})
 
 
 class FullySharded(Sharded):
@@ -99,7 +96,7 @@ class FullySharded(Sharded):
         """Refuse what cannot be sharded."""
         super().check()
         config, world_size = self.config, self.runtime.world_size
-        if config.optim.name in NOT_IN_SHARDS:
+        if not config.optim.takes_shards:
             raise ConfigError(f"--optim.name {config.optim.name} cannot update shards of parameters",
                               expected="--strategy ddp, or another optimizer", got="--strategy fsdp",
                               fix="--strategy auto")  # fmt: skip
@@ -111,7 +108,7 @@ class FullySharded(Sharded):
                               expected=f"a divisor of {world_size}, smaller than it", got=replicas,
                               fix=f"--fsdp.replicas {near[0] if near else None}")  # fmt: skip
         if config.fsdp.gather_precision == "bf16" and config.precision != "bf16":
-            raise ConfigError("--fsdp.gather-precision bf16 gives the model weights that it computes with in bf16",
+            raise ConfigError("--fsdp.gather-precision bf16 gives the model bf16 weights to compute with",
                               expected="--precision bf16 too", got=f"--precision {config.precision}",
                               fix="--precision bf16, or --fsdp.gather-precision fp32")  # fmt: skip
         if config.fsdp.cpu_offload and config.precision == "fp16":
@@ -143,7 +140,7 @@ def shard_(module: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
     low, reduce = config.gather_precision == "bf16", config.reduce_precision
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if low else None,
-        # said beside param_dtype: left out, torch before 2.15 would sum in that
+        # set together with param_dtype: without it, torch before 2.15 would sum in that dtype
         reduce_dtype=torch.bfloat16 if reduce == "bf16" else torch.float32 if low else None,
         # autocast casts where it should, and nothing else
         cast_forward_inputs=False,
@@ -170,7 +167,7 @@ def units(module: nn.Module, config: FSDPConfig) -> list[nn.Module]:
     shared = [unit for unit in found if not _owns(module, unit)]
     if shared and config.wrap is not None:
         name = type(shared[0]).__name__
-        raise ConfigError(f"--fsdp.wrap {name}: its parameters are used outside of it, too", got=name,
+        raise ConfigError(f"--fsdp.wrap {name}: its parameters are also used outside of it", got=name,
                           expected="a class whose parameters are its own", fix="--fsdp.wrap Block")  # fmt: skip
     return [unit for unit in found if unit not in shared]
 
@@ -219,7 +216,7 @@ def check_same_everywhere(module: nn.Module, runtime: Runtime) -> None:
     first, *others = runtime.gather(sums)
     for name in first:
         if any(other.get(name) != first[name] for other in others):
-            raise ConfigError(f"build_model gave other values for {name} on some rank than on rank 0",
+            raise ConfigError(f"build_model produced different values for {name} on some rank than on rank 0",
                               expected="the same model on every rank: it is called under the same seed",
                               fix="draw weights from torch's global generator only")  # fmt: skip
 

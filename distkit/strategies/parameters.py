@@ -11,13 +11,13 @@ from distkit.errors import ConfigError
 
 
 def state_dict_names(module: nn.Module) -> dict[str, str]:
-    """What the state dict calls each tensor -> its canonical name; a tied one stands there under several."""
+    """What the state dict calls each tensor -> its canonical name; a tied one has several."""
     names = {tensor: name for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
     return {name: names.get(tensor, name) for name, tensor in state_tensors(module, keep_vars=True).items()}
 
 
 def state_tensors(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
-    """Its state dict without extra states (torch.nn.Module.get_extra_state) that are no tensors."""
+    """Its state dict without extra states (torch.nn.Module.get_extra_state) that are not tensors."""
     state = module.state_dict(keep_vars=keep_vars)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 

@@ -33,7 +33,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 def set_fp32_precision(precision: str) -> None:
-    """fp32 means IEEE fp32, also in cuDNN's convolutions, where torch's default is tf32 (torch.backends docs)."""
+    """fp32 means IEEE fp32, in cuDNN's convolutions too, where torch's default is tf32 (torch.backends docs)."""
     tf32 = precision == "tf32"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that there are newer names

@@ -1,4 +1,4 @@
-"""What a module holds beside its parameters: buffers, which a layer may replace at any time, and extra states."""
+"""What a module holds besides its parameters: buffers, which a layer may replace at any time, and extra states."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class BufferSlot:
 
 
 def buffer_slots(model: nn.Module) -> Iterator[BufferSlot]:
-    """Every slot of `model`, also those without a tensor."""
+    """Every slot of `model`, including those without a tensor."""
     for prefix, owner in model.named_modules():
         for key in owner._buffers:
             yield BufferSlot(f"{prefix}.{key}" if prefix else key, owner, key)
@@ -75,7 +75,7 @@ def check_buffer_specs(module: nn.Module, at_start: Mapping[str, TensorSpec], st
 
 
 def extra_states(module: nn.Module) -> dict[str, object]:
-    """What modules keep beside parameters and buffers, by module (torch.nn.Module.get_extra_state)."""
+    """What modules keep besides parameters and buffers, by module (torch.nn.Module.get_extra_state)."""
     return {name: owner.get_extra_state() for name, owner in _with_extra_state(module).items()}
 
 

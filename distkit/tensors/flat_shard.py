@@ -63,13 +63,13 @@ class FlatShard(Tensor):
             TypeError: it needs the others.
         """
         if func not in _ELEMENTWISE:
-            raise TypeError(f"{func} of a tensor that lies in runs of elements on several ranks")
+            raise TypeError(f"{func} of a tensor whose elements are spread over several ranks")
         shard, *rest = args
         assert isinstance(shard, FlatShard)
         return FlatShard(func(shard.local, *rest, **(kwargs or {})), shard.shape, shard.start)
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
-        """Where the elements here lie."""
+        """Where the elements here are."""
         stop = self.start + self.local.numel()
         return f"FlatShard({list(self.shape)}, {self.dtype}, elements {self.start} to {stop})"
 
@@ -79,11 +79,11 @@ class FlatShard(Tensor):
         return f"{self.start}+{self.local.numel()}"
 
     def boxes(self) -> list[Box]:
-        """The elements here as (offsets, sizes) of boxes, in order; each lies contiguously."""
+        """The elements here as (offsets, sizes) of boxes, in order; each is contiguous."""
         return list(boxes(tuple(self.shape), self.start, self.start + self.local.numel()))
 
     def part(self, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """The elements of a box, or of rows of one, that lies here; a view."""
+        """The elements of a box, or of rows of one, that is here; a view."""
         begin = _flat_index(self.shape, offsets) - self.start
         return self.local[begin : begin + math.prod(sizes)].view(tuple(sizes))
 

@@ -1,4 +1,4 @@
-"""A tensor that lies in shards on several ranks (a DTensor or a FlatShard): this rank's part of it, and the whole."""
+"""A tensor sharded over several ranks (a DTensor or a FlatShard): this rank's part of it, and the whole."""
 
 from __future__ import annotations
 

@@ -114,12 +114,12 @@ def test_swapped_shards(directory: Path) -> None:
 def test_additional_files_and_folders(directory: Path) -> None:
     for name in ("x", ".hidden", shard_name(5, 6, 0), "a\x1b[31m\nb"):
         (directory / name).write_bytes(b"")
-        assert "additional file" in refusal(directory)
+        assert "unexpected file" in refusal(directory)
         (directory / name).unlink()
     (directory / "folder").mkdir()
-    assert refusal(directory) == "additional file folder"
+    assert refusal(directory) == "unexpected file folder"
     manifest = read_manifest(directory)
-    with pytest.raises(CheckpointError, match="additional file folder"):
+    with pytest.raises(CheckpointError, match="unexpected file folder"):
         check_listing(directory, manifest)
 
 
@@ -191,10 +191,10 @@ def test_the_directory_is_one(directory: Path) -> None:
 def test_a_renamed_step(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("step-000000008", "step-7", "step-"):
         renamed = directory.rename(directory.with_name(name))
-        assert "that of step 7" in refusal(renamed)
+        assert "is for step 7" in refusal(renamed)
         directory = renamed
     monkeypatch.chdir(directory)
-    assert "that of step 7" in refusal(Path("."))
+    assert "is for step 7" in refusal(Path("."))
     copy = shutil.copytree(directory, directory.with_name("keep-this"))
     assert verify(copy).step == 7
 
@@ -224,7 +224,7 @@ def test_a_share_of_the_files(directory: Path) -> None:
     assert SECOND in refusal(directory, files=[SECOND])
     assert "does not list" in refusal(directory, files=["../x"])
     (directory / "x").touch()
-    assert "additional" in refusal(directory, files=[])
+    assert "unexpected" in refusal(directory, files=[])
 
 
 def test_many_threads_and_one_bad_file(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_smuggled_pickle_is_never_executed(directory: Path, tmp_path: Path) ->
     for name in ("model.pkl", "model.pt", ".metadata", "__0_0.distcp", "x.safetensors", shard_name(2, 3, 0)):
         for data in (payload, (tmp_path / "saved.pt").read_bytes()):
             (directory / name).write_bytes(data)
-            assert "additional file" in refusal(directory)
+            assert "unexpected file" in refusal(directory)
         (directory / name).unlink()
 
     for name, read in ((FIRST, load), (STATE, read_state), (MANIFEST, read_manifest)):

@@ -119,7 +119,7 @@ def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "status.json").unlink()
     os.mkfifo(tmp_path / "status.json")
     assert run(["show", str(tmp_path)]) == 2
-    assert "no regular file" in capsys.readouterr().err
+    assert "not a regular file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["show", "checkpoint list", "checkpoint verify", "checkpoint digest"])

@@ -89,7 +89,7 @@ def test_a_run_that_did_not_end_speaks_from_its_newest_sound_checkpoint(
     assert run(["generate", str(killed), *map(str, hot)]) == 0
     out, err = capsys.readouterr()
     assert out == older + "\n"
-    assert "step 120 does not verify and is passed over" in err
+    assert "step 120 failed verification and is skipped" in err
     shutil.rmtree(killed / "checkpoints" / step_name(60))
     assert run(["generate", str(killed)]) == 1
     assert "none of the" in capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_bad_input_says_what_to_type(trained: Path, tmp_path: Path, capsys: pyte
 def test_a_text_that_was_replaced_is_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text((LINE * 100).upper())
-    assert "was trained on other data" in refused(capsys, trained, "--", "--text", str(text))
+    assert "was trained on different data" in refused(capsys, trained, "--", "--text", str(text))
 
 
 def test_a_run_without_an_average_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +134,7 @@ def test_a_run_of_another_recipe_is_refused(tmp_path: Path, capsys: pytest.Captu
     flags = ["--data.source", "synthetic", "--num-steps", "1", "--global-batch-size", "10", "--eval-batch-size", "500"]
     (ended,) = run_recipe_cli([*flags, "--run-dir", "run"], tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert "the recipe cifar10 generates nothing" in refused(capsys, tmp_path / "run")
+    assert "the recipe cifar10 cannot generate text" in refused(capsys, tmp_path / "run")
 
 
 def test_the_command_line_itself(trained: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -88,6 +89,19 @@ def test_the_documentation_test_finds_what_it_looks_for(monkeypatch: pytest.Monk
     source = 'class AConfig:\n    a: int = 1\n    """Yes."""\n    b: int = 2\n    c: int = 3\n'
     monkeypatch.setattr(inspect, "getsource", lambda module: source)
     assert undocumented(optim_module) == ["AConfig.b", "AConfig.c"]
+
+
+def test_every_fact_about_an_optimizer_is_read() -> None:
+    """And no other module has a table of optimizers by name."""
+    own = Path(optim_module.__file__)
+    package = {path: path.read_text() for path in own.parents[1].rglob("*.py") if path != own}
+    facts = [name for name, kind in OptimConfig.__annotations__.items() if kind.startswith("ClassVar")]
+    assert "takes_shards" in facts
+    assert [fact for fact in facts if not any(f".{fact}" in text for text in package.values())] == []
+    tables = [
+        path for path, text in package.items() if re.search(r'optim\.name (not )?in [({\[A-Z]|optim\.name == "', text)
+    ]
+    assert tables == []
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -92,7 +92,7 @@ def test_a_resume_on_images_that_were_replaced_is_refused(tmp_path: Path) -> Non
     Image.open(path).rotate(180).save(path)
     (ended,) = run_recipe_cli([*argv, "--num-steps", "4"], tmp_path)
     assert ended.returncode == 2
-    assert "was trained on other data" in ended.stderr
+    assert "was trained on different data" in ended.stderr
 
 
 OTHER_DATA = """
@@ -127,7 +127,7 @@ def test_a_rank_with_other_data_than_the_others_is_named(tmp_path: Path, split: 
     ended = run_recipe_cli(["--run-dir", "run"], tmp_path, recipe=tmp_path / "other.py", world_size=2,
                            env={"OLDER": split})  # fmt: skip
     assert [one.returncode for one in ended] == [2, 2]
-    assert "rank 1 has other data than rank 0" in ended[0].stderr
+    assert "rank 1 has different data from rank 0" in ended[0].stderr
     assert len(ended[0].stderr.splitlines()) < 10
     assert not ended[1].stderr
     assert not (tmp_path / "run").exists()

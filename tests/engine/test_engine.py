@@ -424,7 +424,7 @@ def test_a_step_of_padding_alone_moves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sums", "says"),
     [
-        ({"step": torch.tensor(1)}, "may not be named step"),
+        ({"step": torch.tensor(1)}, "must not be named step"),
         ({"correct": 3}, r"correct.*without dims, got int 3"),
         ({"correct": torch.ones(2)}, r"without dims, got Tensor \[2\]"),
     ],

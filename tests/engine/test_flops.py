@@ -110,7 +110,7 @@ def test_mfu_is_flops_of_the_samples_over_time_and_peak(tmp_path: Path) -> None:
     assert counted["state_digest"] == plain["state_digest"]
     assert counted["flops_per_sample"] == MLP
     assert counted["mfu"] == pytest.approx(counted["samples_per_second"] * MLP / 1e9)
-    assert counted["peak"] == "0.001 TFLOP/s a rank, as said"
+    assert counted["peak"] == "0.001 TFLOP/s per rank, as given"
     assert len(lines(tmp_path / "b")) == 4
     for line in lines(tmp_path / "b"):
         assert line["mfu"] == pytest.approx(line["samples_per_second"] * MLP / 1e9)

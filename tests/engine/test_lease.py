@@ -194,7 +194,7 @@ def test_a_forked_child_neither_keeps_nor_releases_it(tmp_path: Path, start: Cal
 
 def test_one_process_has_one_run_in_a_directory(tmp_path: Path, start: Callable[..., Worker]) -> None:
     lease = Lease.acquire(tmp_path)
-    with pytest.raises(ConfigError, match="this process has a run"):
+    with pytest.raises(ConfigError, match="this process already has a run"):
         Lease.acquire(tmp_path / ".." / tmp_path.name)
     assert "this process" not in str(holder(tmp_path))
     # neither of the two has opened, and so unlocked, the file
@@ -342,7 +342,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / LEASE).symlink_to("precious")
     with pytest.raises(ConfigError, match="cannot take the lease"):
         Lease.acquire(tmp_path)
-    assert "perhaps another process" in str(holder(tmp_path))
+    assert "possibly another process" in str(holder(tmp_path))
     assert (tmp_path / "precious").read_text() == "mine"
 
 

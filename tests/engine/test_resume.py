@@ -290,7 +290,7 @@ def test_falls_back_loudly_and_puts_the_damaged_one_aside(tmp_path: Path, capsys
     resumed = build_run(tmp_path / "killed", FULL)
     assert resumed.resume.checkpoint is not None
     assert resumed.resume.checkpoint.manifest.step == 7
-    assert "step 14 does not verify" in capsys.readouterr().err
+    assert "step 14 failed verification" in capsys.readouterr().err
     assert list_checkpoints(folder) == [7]
     assert [path.name for path in folder.glob("damaged-*")] == ["damaged-1-step-000000014"]
     fit(resumed)
@@ -331,7 +331,7 @@ def test_another_kind_of_data_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         check(replace(run, data_state=Place()), found)  # type: ignore[arg-type]
 
     monkeypatch.setattr(resume, "check_fits", with_a_place)
-    with pytest.raises(ConfigError, match="another kind of data"):
+    with pytest.raises(ConfigError, match="a different kind of data"):
         build_run(tmp_path, FULL)
 
 
@@ -382,19 +382,19 @@ def test_a_run_that_saved_nothing_begins_again_and_says_so(tmp_path: Path, capsy
     run = build_run(tmp_path, FULL)
     run.directory.release()
     assert run.resume.checkpoint is None
-    assert "has saved nothing: it begins again at step 0" in capsys.readouterr().err
+    assert "has saved nothing: starting again at step 0" in capsys.readouterr().err
 
 
 def test_a_run_is_not_rolled_back_to_its_own_older_checkpoint(tmp_path: Path) -> None:
     stop_at(tmp_path, FULL, 17)
     older = tmp_path / "run" / "checkpoints" / step_name(7)
-    with pytest.raises(ConfigError, match="goes on from step 14"):
+    with pytest.raises(ConfigError, match="continues from step 14"):
         build_run(tmp_path, replace(FULL, resume=ResumeConfig(source=str(older))))
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
     stop_at(tmp_path, FULL, 17)
-    with pytest.raises(ConfigError, match="further than this run goes"):
+    with pytest.raises(ConfigError, match="beyond the end of this run"):
         build_run(tmp_path, replace(FULL, num_steps=10))
 
 

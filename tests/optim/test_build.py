@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from distkit.config import LBFGS, OPTIMIZERS, SGD, Adam, AdamW, Muon, RMSprop, SparseAdam
+from distkit.config import LBFGS, OPTIMIZERS, SGD, Adam, AdamW, Muon, OptimConfig, RMSprop, SparseAdam
 from distkit.errors import ConfigError
 from distkit.optim import (
     MuonWithAdamW,
@@ -47,7 +47,7 @@ class Tiny(nn.Module):
 
 
 def values(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    return OptimizerState(optimizer, named_parameters(model)).all_values()
+    return OptimizerState(optimizer, named_parameters(model), OptimConfig).all_values()
 
 
 def make(sparse: bool = False, tied: bool = False) -> Tiny:

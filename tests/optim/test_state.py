@@ -147,7 +147,8 @@ def train(model: Model, optimizer: Optimizer, steps: range) -> None:
 
 
 def state_of(optimizer: Optimizer, model: nn.Module) -> OptimizerState:
-    return OptimizerState(optimizer, named_parameters(model))
+    facts = next(row for row in OPTIMIZERS.values() if row.torch_class.endswith(f".{type(optimizer).__name__}"))
+    return OptimizerState(optimizer, named_parameters(model), facts)
 
 
 Saved = tuple[dict[str, object], dict[str, Tensor]]

@@ -175,7 +175,7 @@ def test_a_resume_on_another_text_is_refused(config) -> None:
     argv = [*SMALL, "--text", "text.txt", "--num-steps", "4", "--run-dir", "run"]
     (ended,) = run_recipe_cli(argv, folder, recipe=ROOT / "recipes" / "gpt.py")
     assert ended.returncode == 2
-    assert "was trained on other data" in ended.stderr
+    assert "was trained on different data" in ended.stderr
 
 
 def test_debug_mode_finds_nothing_wrong(config) -> None:

@@ -58,5 +58,5 @@ def test_only_what_goes_element_by_element_can_be_done() -> None:
     assert isinstance(wide, FlatShard)
     assert wide.dtype == wide.local.dtype == torch.float64
     assert {shard: 1}[shard] == 1
-    with pytest.raises(TypeError, match="runs of elements"):
+    with pytest.raises(TypeError, match="spread over several ranks"):
         shard.add(1)

@@ -18,7 +18,7 @@ from distkit.commands.tools.list import one_line
 from distkit.commands.tools.locate import find_checkpoint
 from distkit.tensors.spec import spec_text
 
-#: What of state.json is no state: how a run was configured, named and timed. It differs between runs that are equal.
+#: Parts of state.json that are not state: how a run was configured, named and timed. Equal runs differ in them.
 ASIDE = ("config.", "parts.clock.", "parts.observers.")
 #: Characters of a value in a line.
 SHOWN = 60
@@ -42,7 +42,7 @@ class Diff:
 
     @property
     def equal(self) -> bool:
-        """True when a run would go on from both in the same way."""
+        """True when a run would continue from both in the same way."""
         return not self.tensors and not self.values
 
 
@@ -56,7 +56,7 @@ def diff(first: Path, second: Path, *, limit: int = 10) -> Diff:
         limit: lines of each kind, >= 1.
 
     Raises:
-        ConfigError: one is no checkpoint.
+        ConfigError: one is not a checkpoint.
         CheckpointError: one cannot be read, or they differ because one is damaged.
     """
     directories = find_checkpoint(first), find_checkpoint(second)
@@ -118,7 +118,7 @@ def _pairs(first: Side, second: Side, names: Iterable[str]) -> Iterator[tuple[st
 
 
 def _advance(tensors: Iterator[tuple[str, Tensor]], name: str) -> Tensor:
-    """The tensor called `name`, which lies ahead."""
+    """The tensor called `name`, which has not been reached yet."""
     for found, tensor in tensors:
         if found == name:
             return tensor
@@ -154,7 +154,7 @@ def digest(path: Path) -> str:
     checkpoint has those in state.json and as parts, and this digest covers its tensors only.
 
     Raises:
-        ConfigError: `path` is no checkpoint.
+        ConfigError: `path` is not a checkpoint.
         CheckpointError: it does not verify.
     """
     directory = find_checkpoint(path)

@@ -54,7 +54,7 @@ def parse_size(text: str) -> int:
     """Bytes: 5GB is 5 * 10^9, 5GiB is 5 * 2^30, a number alone is bytes.
 
     Raises:
-        ConfigError: it is no size, or 0.
+        ConfigError: it is not a size, or is 0.
     """
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match[2].upper()) if match else None

@@ -1,4 +1,4 @@
-"""What lies in a run directory or a checkpoint, in lines: `distkit checkpoint list|show|verify`. No torch."""
+"""What a run directory or a checkpoint contains, in lines: `distkit checkpoint list|show|verify`. No torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def list_run(path: Path, *, as_json: bool = False) -> str:
             "unfinished", "set_aside"} instead; values that are not finite become null.
 
     Raises:
-        ConfigError: `path` is no run directory.
+        ConfigError: `path` is not a run directory.
     """
     folder = find_folder(path)
     rows = list(_rows(folder))
@@ -42,9 +42,9 @@ def list_run(path: Path, *, as_json: bool = False) -> str:
     if rows:
         lines += _table([HEAD, *map(_cells, rows)])
     if unfinished := leftovers(folder):
-        lines.append(f"unfinished, gone when the run starts again: {one_line(', '.join(unfinished))}")
+        lines.append(f"unfinished, removed when the run starts again: {one_line(', '.join(unfinished))}")
     if aside:
-        lines.append(f"put aside because they did not verify: {one_line(', '.join(aside))}")
+        lines.append(f"set aside because they failed verification: {one_line(', '.join(aside))}")
     return "\n".join(lines)
 
 

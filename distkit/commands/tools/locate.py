@@ -28,7 +28,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if _name(path).startswith(UNFINISHED) and path.is_dir():
         raise ConfigError(f"{path} is not a checkpoint", expected="a directory with MANIFEST.json",
-                          got="what a save or a removal left that was killed", fix=str(path.parent))  # fmt: skip
+                          got="what a killed save or removal left behind", fix=str(path.parent))  # fmt: skip
     folder = find_folder(path)
     steps = list_checkpoints(folder)
     if not steps:

@@ -56,7 +56,7 @@ def prune(
         return f"nothing to remove: {kept}"
     lines = [f"{'removed' if yes else 'would go'}: {_describe(folder, step)}" for step in going]
     if not yes:
-        return "\n".join([*lines, kept, "nothing was removed: the same with --yes does it"])
+        return "\n".join([*lines, kept, "nothing was removed: add --yes to remove them"])
     refuse_live(folder)  # verifying may have taken long
     for step in going:
         try:
@@ -67,7 +67,7 @@ def prune(
 
 
 def refuse_live(folder: Path) -> None:
-    """Refuse while a run holds the lease of the run directory that `folder` lies in.
+    """Refuse while a run holds the lease of the run directory that contains `folder`.
 
     Raises:
         ConfigError: naming the run.

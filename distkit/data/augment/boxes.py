@@ -17,7 +17,7 @@ from distkit.data.stream.draws import Draws
 
 Range = tuple[float, float]
 
-#: Boxes tried for one image before it gets the one for hopeless cases.
+#: Boxes tried for one image before it gets the fallback box.
 ATTEMPTS = 10
 #: An area is drawn in this part of the image's.
 AREA_UNIT = 2**20
@@ -47,8 +47,8 @@ def draw_boxes(
         image: height and width of the images.
         scale: least and largest part of the image's area, in (0, 1].
         ratio: least and largest width / height, > 0.
-        largest: greatest height and width that will do; at most the image's.
-        otherwise: the box where all ten were too large or had no pixel.
+        largest: greatest height and width allowed; at most the image's.
+        otherwise: the box to use if all ten were too large or had no pixel.
 
     Returns:
         int64 [B, 4].

@@ -31,7 +31,7 @@ def cutout(images: Tensor, y: Tensor, x: Tensor, size: int) -> Tensor:
 
 
 def _between(start: Tensor, size: int, length: int) -> Tensor:
-    """bool [B, length]: which of `length` places lie in start .. start + size - 1."""
+    """bool [B, length]: which of `length` places are in start .. start + size - 1."""
     places = torch.arange(length, device=start.device)
     return (places >= start[:, None]) & (places < start[:, None] + size)
 

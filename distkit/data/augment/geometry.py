@@ -1,4 +1,4 @@
-"""Crop, flip and rotate: pixels are moved, never computed, so any dtype will do and masks move as images do.
+"""Crop, flip and rotate: pixels are moved, never computed, so any dtype works and masks move like images.
 
 Done on uint8 images, before they become four times as large.
 """

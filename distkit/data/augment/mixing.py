@@ -1,7 +1,7 @@
 """Mixup and CutMix, whose partner is a function of the position, so that no split of a batch changes it.
 
 The usual partner, another sample of the same microbatch, depends on how the global batch was cut (against C1). Here it
-is any sample of the data set, chosen by a draw, and fetched for this purpose. In a data set whose samples lie on the
+is any sample of the data set, chosen by a draw, and fetched for this purpose. In a data set whose samples are on the
 training device:
 
     def augment(self, batch, draws):
@@ -13,7 +13,7 @@ training device:
         return images, labels, self.labels.index_select(0, other), share
 
 and in the recipe `mixup_cross_entropy(model(images), labels, other_labels, share)` from distkit.losses. Where samples
-lie on the host, `partners(Draws(seed, positions), n)` with positions on the CPU gives the indices to fetch.
+are on the host, `partners(Draws(seed, positions), n)` with positions on the CPU gives the indices to fetch.
 """
 
 from __future__ import annotations

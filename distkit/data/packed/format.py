@@ -106,7 +106,7 @@ def read_index(folder: Path) -> tuple[Index, str]:
             text = file.read(MAX_INDEX_BYTES + 1)
     except OSError as error:
         raise DataError(
-            f"{folder} is no packed split", expected=f"a folder made by {PACK}", got=error, fix=PACK
+            f"{folder} is not a packed split", expected=f"a folder made by {PACK}", got=error, fix=PACK
         ) from error
     try:
         if len(text) > MAX_INDEX_BYTES:
@@ -141,7 +141,7 @@ def _check(index: Index) -> None:
     """Raise ValueError where the index contradicts itself: its sizes and names are used to open files."""
     counts = [*(index.sample_shape or ()), *(shard.num_samples for shard in index.shards)]
     if not index.shards or any(type(count) is not int or count < 1 for count in counts):
-        raise ValueError("a size that is no number above 0")
+        raise ValueError("a size that is not a number above 0")
     if sum(shard.num_samples for shard in index.shards) != index.num_samples:
         raise ValueError(f"shards that do not add up to {index.num_samples} samples")
     if index.form not in ("raw", "encoded") or (index.form == "raw") != (index.sample_shape is not None):

@@ -111,7 +111,7 @@ def _split_folders(root: Path, splits: Sequence[Split] | None, out: Path) -> dic
         raise DataError(what, expected=LAYOUT, fix="--split train")
     if out.resolve().parent == root.resolve():
         fix = f"distkit data pack {root} {root}-packed"
-        raise ConfigError(f"{out} would be taken for a class of {root}", expected="a folder elsewhere", fix=fix)
+        raise ConfigError(f"{out} would be mistaken for a class of {root}", expected="a folder elsewhere", fix=fix)
     return {(splits or SPLITS)[0]: root}
 
 
@@ -170,7 +170,7 @@ def verify(folder: Path) -> str:
 
 
 def report(line: str) -> None:
-    """A line for people, beside the result on stdout."""
+    """A line for people, in addition to the result on stdout."""
     print(line, file=sys.stderr, flush=True)
 
 

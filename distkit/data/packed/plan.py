@@ -55,7 +55,7 @@ class Plan:
         return range(self.starts[shard], self.starts[shard + 1])
 
     def head(self, shard: int, plan_digest: str) -> bytes:
-        """Everything in the file of a shard that stands before its images."""
+        """Everything in a shard's file before its images."""
         samples = self.samples(shard)
         offsets = self.offsets[samples.start : samples.stop + 1] - self.offsets[samples.start]
         tables: dict[str, NDArray[np.generic]] = {"labels": self.labels[samples.start : samples.stop]}
@@ -145,7 +145,7 @@ def plan_folder(
         path = listing.folder / listing.files[index]
         decoded = decode(path)
         if shape is not None and decoded.shape[:2] != shape[1:]:
-            what = f"the image {path} has another size"
+            what = f"the image {path} differs in size"
             raise DataError(what, expected=words, got=shape_words(decoded.shape), fix=fix)
         return decoded.transpose(2, 0, 1).tobytes()
 

@@ -46,9 +46,7 @@ def open_packed(root: Path, split: Split) -> ImageDataset | PackedImages:
         raise DataError(
             f"there is no packed split {folder}",
             expected="a folder made by distkit data pack",
-            got="files that were not packed to their end"
-            if unfinished
-            else present or "a folder without packed splits",
+            got="files of an unfinished pack" if unfinished else present or "a folder without packed splits",
             fix=f"distkit data pack FOLDER {root}",
         )
     images = PackedImages(folder)
@@ -196,7 +194,7 @@ class PackedSplit:
         """Compare every byte with its checksum; yields a line for each damaged file, with the images that are damaged.
 
         Args:
-            advance: told of bytes that are done.
+            advance: called with the number of bytes done.
         """
         for shard, end in zip(self._shards, self._ends, strict=True):
             if shard.file_sha256(advance) != shard.entry.sha256:
@@ -243,7 +241,7 @@ class _Shard:
             ) from error
         if plan != index.plan_digest() or not self._fits(index):
             raise DataError(
-                f"{self.path} does not belong to the index beside it",
+                f"{self.path} does not belong to the index next to it",
                 expected="a file that was packed with it",
                 got="another plan" if plan != index.plan_digest() else "tensors of other shapes",
                 fix=f"{PACK} --overwrite",
@@ -348,7 +346,7 @@ class PackedImages:
             )
 
     def resident(self) -> ImageDataset:
-        """The images of a raw split, not copied: they lie in the mapped files until something reads them.
+        """The images of a raw split, not copied: they stay in the mapped files until something reads them.
 
         Raises:
             DataError: the split holds encoded images.

@@ -28,7 +28,7 @@ from distkit.files import atomic_file, locked, remove_temporaries, write_json
 logger = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
-#: Shows a title and a number of bytes; its context is told of bytes that are done.
+#: Shows a title and a number of bytes; its context is called with the number of bytes done.
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
 
 
@@ -54,7 +54,7 @@ def write_packed(
         plan: what to write.
         num_workers: threads that read images.
         overwrite: replace whatever else is there, damaged shards too.
-        report: told what is unusual, a line at a time.
+        report: called with anything unusual, a line at a time.
         progress: shows the bytes that are written.
 
     Raises:
@@ -64,7 +64,7 @@ def write_packed(
     if _is_done(folder, plan, overwrite):
         return False
     lock = folder.with_name(f".{folder.name.lstrip('.')}.lock")
-    with locked(lock, lambda: report(f"waiting for another process, which writes {folder}")) as exclusive:
+    with locked(lock, lambda: report(f"waiting for another process, which is writing {folder}")) as exclusive:
         if _is_done(folder, plan, overwrite):
             return False
         folder.mkdir(exist_ok=True)
@@ -91,12 +91,12 @@ def _is_done(folder: Path, plan: Plan, overwrite: bool) -> bool:
         if overwrite:
             damage = list(PackedSplit(folder).damage()) if same else ["it holds something else"]
             if damage:
-                logger.warning("%s is written again: %s", folder, damage[0])
+                logger.warning("%s is rewritten: %s", folder, damage[0])
             return not damage
         PackedSplit(folder)
     except DataError as error:
         if overwrite:
-            logger.warning("%s is written again: %s", folder, error)
+            logger.warning("%s is rewritten: %s", folder, error)
             return False
         raise DataError(
             f"{folder} exists and is damaged", expected="no folder, or the same data set", got=error, fix="--overwrite"
@@ -120,7 +120,7 @@ def _write(
     done = sum(shards[number].num_bytes for number in sha256)
     missing, free = plan.index.num_bytes - done, shutil.disk_usage(folder).free
     if missing > free:
-        raise OSError(f"the disk has {free:,} bytes free, {missing:,} are to be written")
+        raise OSError(f"the disk has {free:,} bytes free, but {missing:,} must be written")
     if sha256:
         report(f"{folder}: {len(sha256)} of {len(shards)} files are complete already; continuing with the others")
     with progress(str(folder), plan.index.num_bytes) as advance:
@@ -140,10 +140,10 @@ def _finished(folder: Path, plan: Plan, digest: str, overwrite: bool) -> dict[in
                 other = (file.metadata() or {}).get("plan") != digest
         except (OSError, SafetensorError):
             other = False
-            logger.warning("%s is damaged and is written again", path)
+            logger.warning("%s is damaged and is rewritten", path)
         if other and not overwrite:
             raise DataError(
-                f"{folder} holds files of something else that was not packed to its end",
+                f"{folder} holds the files of another, unfinished pack",
                 expected="no folder, or files of the same images, unchanged, packed with the same options",
                 got=path.name,
                 fix="--overwrite",

@@ -64,7 +64,7 @@ class EndlessSamples(IterableDataset[object]):
         return sample
 
     def state_dict(self) -> dict[str, object]:
-        """Where it stands; later samples do not change what was returned."""
+        """Its position; later samples do not change what was returned."""
         own = cast(object, self._iterator) is not self._samples
         return {
             "epoch": self._epoch,

@@ -1,4 +1,4 @@
-"""Two ways to answer requests for vectorised data sets: in the training thread, or ahead of it in another thread."""
+"""Two ways to read vectorised data sets: in the training thread, or ahead of it in another thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Batches(Protocol):
 
 
 class Fetcher(Protocol):
-    """A placement: reads what it is asked for."""
+    """A placement: reads the requested samples."""
 
     def open(self, requests: Iterator[Request]) -> Batches:
         """Start to answer `requests`."""
@@ -75,7 +75,7 @@ class InlineFetcher:
         self._make = make
 
     def open(self, requests: Iterator[Request]) -> Batches:
-        """Answers are made when they are asked for."""
+        """Batches are made on request."""
         return _InlineBatches(self._make, requests)
 
 
@@ -170,7 +170,7 @@ class _AheadBatches:
             self._hangs = True
             raise TrainingError(
                 f"reading a batch took longer than {self._timeout_seconds:g} s\n"
-                "  look at: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
+                "  check: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
             ) from error
         if isinstance(item, _End):
             self._ready.put(item)  # asking again gives the same answer

@@ -112,7 +112,7 @@ class IterableSource:
         number = step * self.split.accum_steps + accum_index
         if number != self._next:
             raise ConfigError(
-                "an iterable data set can be read in order only",
+                "an iterable data set can only be read in order",
                 expected=f"step {self._next // self.split.accum_steps}, or the state saved before that step",
                 got=f"step {step}, microbatch {accum_index}",
             )
@@ -151,7 +151,7 @@ class IterableSource:
         for name, now in self._layout().items():
             if state.get(name) != now:
                 raise ConfigError(
-                    f"an iterable data set cannot be continued with another {name}",
+                    f"an iterable data set cannot be resumed with a different {name}",
                     expected=f"{name} {state.get(name)}, as in the checkpoint",
                     got=f"{name} {now}",
                     fix=f"start it with {name} {state.get(name)}; only map-style and token sets can change it",

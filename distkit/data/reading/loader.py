@@ -10,7 +10,7 @@ from distkit.data.stream.stream import SampleStream
 
 
 class Loader:
-    """A rank's microbatches in the order of steps; starting anywhere else is possible and starts reading anew.
+    """A rank's microbatches in the order of steps; a jump to any other step is possible and restarts reading.
 
     Args:
         fetcher: how samples are read.

@@ -1,4 +1,4 @@
-"""Where samples lie while training, and who reads them: chosen from kind, size and free memory, and said why."""
+"""Where samples are kept during training and who reads them: chosen by kind, size and free memory, with a reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Reading:
     """What every data set of a run is read with.
 
     Args:
-        data: the wish (`placement`) and its numbers.
+        data: the requested placement and its settings.
         seed: of every per-sample draw.
         device: where batches are wanted.
         channels_last: lay out 4-dim tensors as NHWC.
@@ -60,7 +60,7 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSource:
-    """Where a run's microbatches come from, and what is said about it."""
+    """Where a run's microbatches come from, and how that is described."""
 
     loader: Loader | IterableSource
     num_samples: int
@@ -72,7 +72,7 @@ def open_training(dataset: Dataset | IterableData, reading: Reading, split: Batc
     """The training data of one rank: the sample stream over a placed set, or an iterable set in its own order.
 
     Raises:
-        ConfigError: the wished placement does not fit the data set.
+        ConfigError: the requested placement does not fit the data set.
     """
     size, line = len(dataset), summary_of(dataset)
     if not isinstance(dataset, IterableData):
@@ -82,7 +82,7 @@ def open_training(dataset: Dataset | IterableData, reading: Reading, split: Batc
         loader = Loader(placed.fetcher, stream, split, rank)
         return TrainSource(loader=loader, num_samples=size, summary=line, placement=how)
     if reading.data.placement not in ("auto", "workers"):
-        raise ConfigError(f"--data.placement {reading.data.placement} needs data with numbers", expected="workers",
+        raise ConfigError(f"--data.placement {reading.data.placement} needs an indexable data set", expected="workers",
                           got="an iterable data set", fix="--data.placement workers")  # fmt: skip
     source = IterableSource(
         build=dataset.build,
@@ -107,10 +107,10 @@ def summary_of(dataset: object) -> str:
 
 
 def place(dataset: Dataset, reading: Reading) -> Placed:
-    """Decide how `dataset` is read: map-style sets by workers; vectorised ones lie on the device or on the host.
+    """Decide how `dataset` is read: map-style sets by workers; vectorised ones are on the device or on the host.
 
     Raises:
-        ConfigError: the wished placement does not fit the data set.
+        ConfigError: the requested placement does not fit the data set.
     """
     data, device = reading.data, reading.device
     placement, reason = choose(dataset, data.placement, device, reading.local_world_size)

@@ -75,16 +75,16 @@ def worker_errors() -> Iterator[None]:
         shared_memory = "shared memory" in text or "No space left" in text or "Bus error" in text
         if "DataLoader timed out" in text:
             raise TrainingError(
-                f"no data worker gave a batch: {text.strip()}\n"
-                "  look at: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
+                f"no data worker returned a batch: {text.strip()}\n"
+                "  check: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
             ) from error
         if not died and not shared_memory:
             raise
         reason = text.strip().splitlines()[-1]
-        hint = "its memory use (the kernel's log tells), or a crash in the data set's own code"
+        hint = "its memory use (check the kernel log with dmesg), or a crash in the data set's own code"
         if torch.multiprocessing.get_start_method() != "fork":
             hint += '; or this script trains when a worker imports it: put that under if __name__ == "__main__":'
         if shared_memory:
             free = shutil.disk_usage("/dev/shm").free / 2**20 if Path("/dev/shm").exists() else 0.0
             hint = f"/dev/shm is full ({free:.0f} MiB free): give it more room, or fewer --data.num-workers"
-        raise TrainingError(f"a data worker died: {reason}\n  look at: {hint}") from error
+        raise TrainingError(f"a data worker died: {reason}\n  check: {hint}") from error

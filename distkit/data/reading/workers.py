@@ -1,4 +1,4 @@
-"""Placement `workers`: map-style data sets read in worker processes that are told which samples to read.
+"""Placement `workers`: map-style data sets read in worker processes, which are sent the samples to read.
 
 Each sample is read with python's, numpy's and torch's global generators seeded by a key of (seed, position), so that
 augmentations written against them (torchvision v2) are a function of the position: the number of workers, ranks and
@@ -67,7 +67,7 @@ class Read:
 
 @dataclass(frozen=True)
 class KeyedSamples(Dataset[object]):
-    """A map-style data set that is asked for (index, key) pairs, a batch at a time."""
+    """A map-style data set that is indexed by (index, key) pairs, a batch at a time."""
 
     samples: Indexable
     on_corrupt: Literal["error", "skip"]
@@ -266,7 +266,7 @@ class _WorkerBatches:
                 "a sample cannot be read",
                 expected="a file that its data set can decode",
                 got=read.failure,
-                fix="mend or delete the file, or --data.on-corrupt skip",
+                fix="repair or delete the file, or --data.on-corrupt skip",
             )
         self._count(read.replaced)
         return self._fetcher.make.finish(unpacked_small(read.batch), self._asked.pop(0))
@@ -292,10 +292,10 @@ class _WorkerBatches:
         self._num_replaced += len(replaced)
         if self._num_replaced > self._fetcher.max_corrupt:
             raise DataError(
-                "too many samples cannot be read",
+                "too many samples are unreadable",
                 expected=f"at most --data.max-corrupt {self._fetcher.max_corrupt} on a rank",
                 got=f"{self._num_replaced}, the last {replaced[-1]}",
-                fix="mend the data, or a higher --data.max-corrupt",
+                fix="repair the data, or set a higher --data.max-corrupt",
             )
 
     def close(self) -> None:

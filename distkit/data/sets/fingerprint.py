@@ -77,7 +77,7 @@ def fingerprint_of(dataset: object) -> str | None:
     if declared is None or isinstance(declared, str):
         return declared
     raise DataError(
-        f"the fingerprint of {type(samples).__name__} is no text",
+        f"the fingerprint of {type(samples).__name__} is not a string",
         expected="a str, or no such attribute",
         got=type(declared).__name__,
     )

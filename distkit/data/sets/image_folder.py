@@ -107,8 +107,8 @@ def _images(folder: Path, prefix: str) -> Iterator[tuple[str, int, int]]:
                 raise DataError(what, expected="an image or a folder", got=error, fix="repair or delete it") from error
             if stat.S_ISDIR(status.st_mode):
                 if entry.is_symlink() and folder.resolve().is_relative_to(Path(entry.path).resolve()):
-                    what = f"the link {entry.path} leads back to a folder around it"
-                    raise DataError(what, expected="no circle", fix=f"rm {entry.path}")
+                    what = f"the link {entry.path} leads back to a parent folder"
+                    raise DataError(what, expected="no cycle of links", fix=f"rm {entry.path}")
                 yield from _images(folder / entry.name, name)
             elif entry.name.lower().endswith(SUFFIXES):
                 if not stat.S_ISREG(status.st_mode):

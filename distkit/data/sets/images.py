@@ -48,7 +48,7 @@ class Pixels(Values, Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where they lie."""
+        """Where they are."""
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +82,7 @@ class ResidentDataset(ABC, Generic[A]):
     """
 
     memory_mapped = False
-    """Whether the images lie in a file until something reads them."""
+    """Whether the images stay in a file until something reads them."""
     _targets_words = ""
 
     def __init__(
@@ -123,7 +123,7 @@ class ResidentDataset(ABC, Generic[A]):
 
     @property
     def device(self) -> torch.device:
-        """Where the images lie, and where `fetch` gathers them."""
+        """Where the images are, and where `fetch` gathers them."""
         return self.images.device
 
     @property
@@ -162,7 +162,7 @@ class ResidentDataset(ABC, Generic[A]):
         return self.images.index_select(0, indices), self.targets.index_select(0, indices)
 
     def normalized(self, samples: range) -> Tensor:
-        """The images numbered `samples`, as far as there are so many, without random changes: float32 [n, C, H, W]."""
+        """The images numbered `samples`, as far as they exist, without random changes: float32 [n, C, H, W]."""
         chosen = torch.tensor([i for i in samples if i < len(self)], device=self.device)
         return self._normalize(self.images.index_select(0, chosen))
 
@@ -190,7 +190,7 @@ class ImageDataset(ResidentDataset[Augmentation]):
     Args:
         images: uint8 [N, C, H, W].
         labels: int64 [N], each in [0, len(class_names)).
-        memory_mapped: the images lie in a file until something reads them.
+        memory_mapped: the images stay in a file until something reads them.
 
     The other arguments and what is raised: see `ResidentDataset`.
     """

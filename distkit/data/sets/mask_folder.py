@@ -71,7 +71,7 @@ def list_pairs(root: Path, split: Split) -> list[Pair]:
     """Image and mask of every name, ordered by name.
 
     Raises:
-        DataError: a folder is missing or empty, a name stands twice, or a partner is missing.
+        DataError: a folder is missing or empty, a name occurs twice, or a partner is missing.
     """
     images, masks = (_by_name(root / split / kind) for kind in ("images", "masks"))
     lone = sorted(images.keys() ^ masks.keys())
@@ -118,13 +118,13 @@ def _common_shape(pairs: list[Pair]) -> tuple[int, int, int]:
         mask_size = head(mask)[1]
         if mask_size != image_size:
             raise DataError(
-                f"the mask {mask} has another size than its image {image}",
+                f"the mask {mask} differs in size from its image {image}",
                 expected=shape_words(image_size),
                 got=shape_words(mask_size),
             )
         if image_size != size:
             raise DataError(
-                f"the image {image} has another size",
+                f"the image {image} differs in size",
                 expected=f"{shape_words(size)}, as {pairs[0][0]}",
                 got=shape_words(image_size),
             )
@@ -156,7 +156,7 @@ class _Table:
             code, count = int(codes[wrong][0]), int(wrong.sum())
             value: int | Colour = (code >> 16, code >> 8 & 255, code & 255) if self.by_colour else code
             raise DataError(
-                f"the mask {path} has a value that is not declared",
+                f"the mask {path} has an undeclared value",
                 expected=f"one of values={{{self.declared}}}",
                 got=f"{value}; {count} such pixels",
                 fix=f"values={{{self.declared}, {value}: CLASS}}",

@@ -1,4 +1,4 @@
-"""Text as token files: bytes or characters, with a JSON file beside them that says which number is what."""
+"""Text as token files: bytes or characters, with a JSON file next to them that says what each number means."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the numbers of an encoded text stand for.
+    """What the numbers of an encoded text mean.
 
     Args:
         level: byte: token i is the byte i of UTF-8. char: token i is the character `characters[i]`.
@@ -66,7 +66,7 @@ class Vocabulary:
         return tokens
 
     def decode(self, tokens: NDArray[np.integer]) -> str:
-        """Tokens [N] -> text; bytes that are no UTF-8 become U+FFFD."""
+        """Tokens [N] -> text; bytes that are not UTF-8 become U+FFFD."""
         if self.level == "byte":
             return np.asarray(tokens).astype(np.uint8).tobytes().decode(errors="replace")
         return "".join(self.characters[i] for i in np.asarray(tokens).tolist())
@@ -95,9 +95,11 @@ def encode_text_file(path: Path | str, out: Path | str, *, level: Level = "char"
         vocabulary = Vocabulary(level, "" if level == "byte" else _characters(path))
         _write_both(path, out, vocabulary)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8", expected="UTF-8, or level='byte'", got=error) from error
+        raise DataError(f"{path} is not UTF-8 text", expected="UTF-8, or level='byte'", got=error) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be encoded into {out}", expected="a text, and room", got=error) from error
+        raise DataError(
+            f"{path} cannot be encoded into {out}", expected="a text file, and free space", got=error
+        ) from error
     return vocabulary
 
 
@@ -124,7 +126,7 @@ def encoded_text(path: Path, folder: Path, level: Level) -> Path:
 
 
 def read_vocabulary(token_file: Path | str) -> Vocabulary:
-    """The vocabulary that `encode_text_file` wrote beside a token file.
+    """The vocabulary that `encode_text_file` wrote next to a token file.
 
     Raises:
         DataError: there is none, it is damaged, or it belongs to a token file of another length.

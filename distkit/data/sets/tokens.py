@@ -18,12 +18,12 @@ from distkit.errors import DataError
 
 TokenDtype = Literal["uint16", "uint32"]
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
-#: What a fingerprint reads of a file: at most so many blocks of 64 KiB.
+#: What a fingerprint reads of a file: at most this many blocks of 64 KiB.
 FINGERPRINT_BLOCKS = 256
 
 
 class TokenFile:
-    """A file of tokens and nothing else. It is mapped, never loaded; a copy sent to another process maps it anew.
+    """A file of tokens and nothing else. It is mapped, never loaded; a copy sent to another process maps it again.
 
     Args:
         path: the file.
@@ -31,7 +31,7 @@ class TokenFile:
 
     Raises:
         ConfigError: another dtype.
-        DataError: the file is missing or empty, or its size is no multiple of a token's.
+        DataError: the file is missing or empty, or its size is not a multiple of a token's.
     """
 
     def __init__(self, path: Path | str, dtype: TokenDtype = "uint16") -> None:
@@ -135,7 +135,7 @@ class TokenDataset:
         """Tells this file, with its vocabulary, from another: 16 hexadecimal digits.
 
         A sha256 of the number of tokens, of evenly spread blocks of them (of everything up to 16 MiB), and of the
-        vocabulary that lies beside the file.
+        vocabulary next to the file.
         """
         tokens = self.file.tokens
         digest = hashlib.sha256(f"{self.file.dtype} {len(tokens)}\n".encode())
@@ -150,7 +150,7 @@ class TokenDataset:
         """int64 [B] on the CPU -> inputs int64 [B, L] and targets int64 [B, L], contiguous.
 
         Raises:
-            DataError: a token is not below `vocab_size`; the message says where it stands in the file.
+            DataError: a token is not below `vocab_size`; the message says where it is in the file.
         """
         if self._windows is None:
             self._windows = self._overlapping_by_one()
@@ -181,5 +181,5 @@ class TokenDataset:
 
 
 def vocabulary_file(token_file: Path) -> Path:
-    """Where the vocabulary of an encoded text lies."""
+    """Path of the vocabulary of an encoded text."""
     return token_file.with_name(token_file.name + ".json")

@@ -177,7 +177,7 @@ def _download(row: TorchvisionSet, root: Path) -> None:
 
 
 def _reuse_archives(opener: _Opener, root: Path, target: Path, temporary: Path) -> None:
-    """Give the archives that lie in `root` to the new download where their md5 is right."""
+    """Reuse archives in `root` for the new download if their md5 is right."""
     from torchvision.datasets.utils import check_integrity
 
     filename = getattr(opener, "filename", None)
@@ -258,7 +258,7 @@ def resident_images(
             images = image.new_empty((len(view), *image.shape))
         if image.shape != images.shape[1:]:
             raise DataError(
-                f"image {i} of {source} has another size",
+                f"image {i} of {source} differs in size",
                 expected=f"{list(images.shape[1:])}, as image 0",
                 got=list(image.shape),
             )

@@ -21,7 +21,7 @@ def _signed(value: int) -> int:
 
 
 GAMMA = _signed(0x9E3779B97F4A7C15)
-#: Keeps apart the draws of one name and position; any odd number unrelated to GAMMA will do.
+#: Keeps apart the draws of one name and position; any odd number unrelated to GAMMA works.
 GAMMA_DRAW = _signed(0xD1342543DE82EF95)
 MIX_1 = _signed(0xBF58476D1CE4E5B9)
 MIX_2 = _signed(0x94D049BB133111EB)

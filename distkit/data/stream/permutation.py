@@ -28,7 +28,7 @@ MAX_LENGTH = 2**48
 
 
 def permute(seed: int, epoch: int | Int64, n: int, places: Int64) -> Int64:
-    """Which index stands at each place of an epoch.
+    """The index at each place of an epoch.
 
     Args:
         seed: 0 to 2^63 - 1.
@@ -48,9 +48,10 @@ def permute(seed: int, epoch: int | Int64, n: int, places: Int64) -> Int64:
 
 
 def invert(seed: int, epoch: int | Int64, n: int, indices: Int64) -> Int64:
-    """At which place of an epoch each index stands: `invert(..., permute(..., places)) == places`.
+    """The place of each index in an epoch: `invert(..., permute(..., places)) == places`.
 
-    Arguments, result and errors as in `permute`, with places and indices exchanged.
+    Training does not need it; it tells which step reads a given sample, and tests use it. Arguments, result and errors
+    as in `permute`, with places and indices exchanged.
     """
     return _walk(seed, epoch, n, indices, -1)
 
@@ -60,7 +61,7 @@ def _walk(seed: int, epoch: int | Int64, n: int, values: Int64, direction: int) 
     keys = _keys(seed, epoch, n, SMALL_ROUNDS if bits <= SMALL_BITS else ROUNDS)
     rounds = range(len(keys))[::direction]
     if values.size and (values.min() < 0 or values.max() >= n):
-        raise IndexError(f"places and indices lie in [0, {n}), got {values.min()} to {values.max()}")
+        raise IndexError(f"places and indices must be in [0, {n}), got {values.min()} to {values.max()}")
     out = _feistel(keys, bits, values.astype(np.uint64), rounds)
     pending = np.flatnonzero(out >= n)
     while pending.size:

@@ -1,6 +1,6 @@
-"""The endless sample stream (contract C1): which sample stands at which position, and which positions a rank reads.
+"""The endless sample stream (contract C1): which sample is at which position, and which positions a rank reads.
 
-Position p lies in epoch p // n at place p % n, and holds sample `permute(seed, p // n, n, p % n)`. Nothing here knows
+Position p is in epoch p // n at place p % n, and holds sample `permute(seed, p // n, n, p % n)`. Nothing here knows
 about worlds, workers or restarts beyond the positions that are asked for.
 """
 
@@ -21,7 +21,7 @@ def microbatch_start(step: int, split: BatchSplit, rank: int, accum_index: int) 
     """First position of a microbatch, which is that position and the `split.microbatch_size - 1` after it.
 
     A step's positions are dealt in microbatches, round by round over the ranks: the starts of one rank's microbatches
-    lie `world_size * microbatch_size` apart, also across steps.
+    are `world_size * microbatch_size` apart, across steps too.
 
     Args:
         step: which global batch, >= 0.
@@ -36,7 +36,7 @@ def microbatch_start(step: int, split: BatchSplit, rank: int, accum_index: int) 
 class SampleStream:
     """Sample indices by position. Memory does not grow with the data set.
 
-    Requests whose starts lie a fixed distance apart, as a training loop makes them, are served from a block of
+    Requests whose starts are a fixed distance apart, as a training loop makes them, are served from a block of
     upcoming answers that is computed at once; any other request is computed alone. Both give the same indices.
 
     Args:
@@ -64,7 +64,7 @@ class SampleStream:
     def indices(self, start_position: int, count: int) -> Int64:
         """Sample indices at the positions start_position .. start_position + count - 1, int64 [count], a fresh array.
 
-        The positions may lie in several epochs. `start_position` >= 0, start_position + count < 2^63.
+        The positions may span several epochs. `start_position` >= 0, start_position + count < 2^63.
         """
         stride = start_position - self._last_start
         regular = stride > 0 and stride == self._last_stride
@@ -80,7 +80,7 @@ class SampleStream:
         return np.array(self._block[0])
 
     def global_batch(self, step: int) -> Int64:
-        """Sample indices of one whole step, int64 [global_batch_size]: what the ranks share out between them."""
+        """Sample indices of one whole step, int64 [global_batch_size], over all ranks; tests compare with it."""
         return self.indices(step * self.global_batch_size, self.global_batch_size)
 
     def _at(self, positions: Int64) -> Int64:

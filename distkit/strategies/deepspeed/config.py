@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: a generated configuration, a user's JSON over it, and what the two may not contradict."""
+"""DeepSpeed's configuration: a generated one, a user's JSON that overrides it, and what the two must not contradict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Section = dict[str, object]
 
 #: Gradients in one bucket and gathered parameters in one go, at most (DeepSpeed's defaults need 2 GB for tiny models).
 BUCKET_NUMEL = 50_000_000
-#: Sections that would do again, or otherwise, what the run's own options say.
+#: Sections that would repeat or contradict the run's own options.
 OWN_FLAGS = {
     "activation_checkpointing": "--activation-checkpointing.mode full",
     "optimizer": "--optim.name adamw",
@@ -35,7 +35,7 @@ TAKEN = (
     "prescale_gradients", "steps_per_print", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
     "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
-#: Options of zero_optimization under which weights or optimizer state lie where a checkpoint does not find them.
+#: Options of zero_optimization under which weights or optimizer state are where a checkpoint does not find them.
 UNMAPPED = (
     "cpu_offload", "cpu_offload_params", "elastic_checkpoint", "mics_shard_size",
     "stage3_use_all_reduce_for_fetch_params", "zenflow", "zero_hpz_partition_size",
@@ -51,7 +51,7 @@ def deepspeed_config(config: TrainConfig, split: BatchSplit, stage: int, numel: 
         split: its batch sizes.
         stage: of ZeRO, 1, 2 or 3.
         numel: parameters of the model.
-        pinned: whether what is offloaded lies in pinned memory, for a GPU to copy from.
+        pinned: whether what is offloaded is in pinned memory, for a GPU to copy from.
 
     Raises:
         ConfigError: the user's JSON cannot be read, or contradicts the run; both are named.
@@ -73,7 +73,7 @@ def generate(config: TrainConfig, split: BatchSplit, stage: int, numel: int, *, 
     if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": bucket // 4,
-            # parameters as small as a norm's stay gathered; averaged weights would have to be gathered anew
+            # parameters as small as a norm's stay gathered; averaged weights would have to be gathered again
             "stage3_param_persistence_threshold": 0 if config.ema_decay is not None else numel // 10_000,
             "stage3_max_reuse_distance": bucket // 4,
             "stage3_max_live_parameters": max(bucket, numel // 4),
@@ -121,7 +121,7 @@ def read(path: Path) -> Section:
 
 
 def merge(below: Mapping[str, object], above: Mapping[str, object]) -> Section:
-    """`above` over `below`, section by section; "auto" leaves what lies below."""
+    """`above` over `below`, section by section; "auto" leaves what is below."""
     merged = dict(below)
     for name, value in above.items():
         under = below.get(name)
@@ -137,7 +137,7 @@ def _without_auto(section: Section) -> Section:
 
 
 def check(own: Section, config: TrainConfig, split: BatchSplit, stage: int) -> None:
-    """Refuse a user's configuration that says something else than the run.
+    """Refuse a user's configuration that contradicts the run.
 
     Raises:
         ConfigError: naming both.
@@ -170,11 +170,11 @@ def check(own: Section, config: TrainConfig, split: BatchSplit, stage: int) -> N
     for name, (theirs, ours, fix) in said.items():
         if theirs is not None and theirs != "auto" and theirs != ours:
             raise ConfigError(f"{where} and the run contradict each other in {name}",
-                              expected=f"{ours}, as the run has", got=f"{theirs}",
+                              expected=f"{ours}, as in the run", got=f"{theirs}",
                               fix=f"{fix}, or leave it out of the file")  # fmt: skip
     for name, fix in OWN_FLAGS.items():
         if name in own:
-            raise ConfigError(f'{where}: "{name}" is for the run\'s own options to say', expected="a file without it",
+            raise ConfigError(f'{where}: "{name}" is set by the run\'s own options', expected="a file without it",
                               got=json.dumps(own[name])[:80], fix=fix)  # fmt: skip
     for name in BEHIND:
         section = own.get(name)
@@ -212,7 +212,7 @@ def _check_precision(own: Section, config: TrainConfig, where: str) -> None:
     autocast = _section(own, "torch_autocast", where)
     for name in ("enabled", "dtype"):
         if name in autocast:
-            raise ConfigError(f'{where}: "torch_autocast" holds {name}, which is for --precision to say',
+            raise ConfigError(f'{where}: "torch_autocast" holds {name}, which is set by --precision',
                               expected="lower_precision_safe_modules alone", got=autocast[name],
                               fix="--precision bf16")  # fmt: skip
     if autocast and config.precision not in ("bf16", "fp16"):

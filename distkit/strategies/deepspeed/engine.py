@@ -41,7 +41,7 @@ def start_engine(
     Raises:
         ConfigError: DeepSpeed knows no such option, or not with this value.
     """
-    # for good: DeepSpeed reads it now and later
+    # left set: DeepSpeed reads it now and later
     os.environ["DS_ACCELERATOR"] = device.type
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
@@ -72,7 +72,7 @@ def start_engine(
         except (AssertionError, DeepSpeedConfigError) as error:
             if not from_file:
                 raise
-            raise ConfigError("--zero.config holds what DeepSpeed refuses", expected="options that fit each other",
+            raise ConfigError("--zero.config holds options that DeepSpeed rejects", expected="consistent options",
                               got=error, fix="see DeepSpeed's documentation of its JSON") from error  # fmt: skip
         AcceleratorState._reset_state(reset_partial_state=True)
     return cast("DeepSpeedEngine", engine)

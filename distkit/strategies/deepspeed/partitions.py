@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from distkit.config import OptimConfig
 from distkit.errors import CheckpointError
 from distkit.optim import OptimizerState
 from distkit.tensors.flat_shard import FlatShard
@@ -45,7 +46,7 @@ class Partition:
     Attributes:
         flat: fp32 weights [elements], some of them padding.
         group: its parameter group.
-        fragments: every parameter of it, also those of which no element is on this rank.
+        fragments: every parameter of it, including those with no element on this rank.
     """
 
     flat: Tensor
@@ -168,7 +169,7 @@ class Zero3Optimizer(ZeroOptimizer):
             self.zero.grad_partitions_flat_buffer.zero_()
 
     def reshard(self) -> None:
-        """Drop what a forward without a backward has left gathered, with the weights of then."""
+        """Drop what a forward without a backward left gathered, whose weights are out of date."""
         self.zero._partition_all_parameters()
 
     def refresh_copies_(self) -> None:
@@ -186,7 +187,7 @@ def _range_here(parameter: Any) -> tuple[int, int]:
 
 
 def whole_numel(parameter: Any) -> int:
-    """Elements of a parameter, also where ZeRO 3 has cut it."""
+    """Elements of a parameter, even if ZeRO 3 has cut it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -211,9 +212,16 @@ class FlatOptimizerState(OptimizerState):
         inner: the optimizer that updates flat partitions.
         partitions: of this rank.
         groups: names of the parameters in each parameter group.
+        facts: as of OptimizerState.
     """
 
-    def __init__(self, inner: Optimizer, partitions: Sequence[Partition], groups: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self,
+        inner: Optimizer,
+        partitions: Sequence[Partition],
+        groups: Sequence[Sequence[str]],
+        facts: type[OptimConfig],
+    ) -> None:
         self._inner, self._partitions, self._groups = inner, partitions, groups
         shards: dict[str, Tensor] = {f.name: f.of(p.flat) for p in partitions for f in p.fragments}
         stand_in: Optimizer = object.__new__(type(inner))
@@ -229,7 +237,7 @@ class FlatOptimizerState(OptimizerState):
                         key: fragment.of(value) if _is_flat(value, partition.flat) else value
                         for key, value in state.items()
                     }
-        super().__init__(stand_in, shards)
+        super().__init__(stand_in, shards, facts)
 
     def compare(self, structure: Mapping[str, object]) -> list[str]:
         """Also: a saved state cannot be flat where some parameters of a group have state and some have none."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distkit.config import TrainConfig, split_batch
+from distkit.config import OPTIMIZERS, TrainConfig, split_batch
 from distkit.errors import ConfigError
 from distkit.optim import OptimizerState, named_parameters
 from distkit.runtime.process import Runtime
@@ -29,9 +29,6 @@ from distkit.strategies.deepspeed.engine import gather_whole_, require_installed
 from distkit.strategies.deepspeed.partitions import FlatOptimizerState, Zero3Optimizer, ZeroOptimizer, whole_numel
 from distkit.strategies.parameters import GradientWatch, state_dict_names
 from distkit.strategies.sharded import Sharded, refuse_scalars
-
-#: Optimizers that treat each element by itself, so that they can update a run of elements of any parameters.
-ELEMENTWISE = ("sgd", "adam", "adamw", "adamax", "nadam", "radam", "rmsprop", "rprop", "adadelta", "asgd")
 
 
 class DeepSpeed(Sharded):
@@ -135,7 +132,7 @@ class DeepSpeed(Sharded):
     @property
     def optimizer_state(self) -> OptimizerState:
         """The inner optimizer's state by parameter name; what belongs to elements is cut as they are."""
-        return FlatOptimizerState(self.optimizer, self.zero.partitions, self._groups)
+        return FlatOptimizerState(self.optimizer, self.zero.partitions, self._groups, type(self.config.optim))
 
     def refresh_copies_(self) -> None:
         """Copy the weights to offloaded master copies, and gather again what stays gathered."""
@@ -158,18 +155,20 @@ class DeepSpeed(Sharded):
         super().check()
         config = self.config
         require_installed(config.strategy)
-        if config.optim.name not in ELEMENTWISE:
+        usable = [name for name, row in OPTIMIZERS.items() if row.takes_flat_shards]
+        if config.optim.name not in usable:
             raise ConfigError(f"--optim.name {config.optim.name} cannot update runs of elements, as --strategy "
-                              f"{config.strategy} cuts parameters", expected=", ".join(ELEMENTWISE),
+                              f"{config.strategy} cuts parameters", expected=", ".join(usable),
                               got=config.optim.name, fix="--optim.name adamw, or --strategy auto")  # fmt: skip
         if self.runtime.device.type not in ("cpu", "cuda"):
             raise ConfigError(f"--strategy {config.strategy} on {self.runtime.device.type}", expected="cuda or cpu",
                               fix="--strategy auto")  # fmt: skip
         self._refuse_whole_compilation("blocks")
-        if config.precision == "fp16" and (
-            config.optim.name not in ("sgd", "adam", "adamw") or config.zero.offload != "none"
-        ):
+        # fused kernels skip an update by themselves
+        fused = [name for name in reversed(usable) if self.runtime.device.type in OPTIMIZERS[name].fused_on]
+        if config.precision == "fp16" and (config.optim.name not in fused or config.zero.offload != "none"):
             raise ConfigError(f"--precision fp16 with --strategy {config.strategy} needs an optimizer that skips bad "
-                              "updates on the device", expected="adamw, adam or sgd, and no --zero.offload",
+                              "updates on the device",
+                              expected=f"{', '.join(fused[:-1])} or {fused[-1]}, and no --zero.offload",
                               got=f"--optim.name {config.optim.name} --zero.offload {config.zero.offload}",
                               fix="--precision bf16")  # fmt: skip

@@ -136,8 +136,8 @@ def test_list_says_what_is_wrong(run: Path) -> None:
     assert "is not JSON" in lines[2]
     assert lines[3].rstrip().endswith("ddp")
     assert lines[5].endswith("loss not finite  (of step 15)  <- newest")
-    assert lines[6] == "unfinished, gone when the run starts again: .tmp-step-000000025, .trash-step-000000001"
-    assert lines[7] == "put aside because they did not verify: damaged-1-step-000000030"
+    assert lines[6] == "unfinished, removed when the run starts again: .tmp-step-000000025, .trash-step-000000001"
+    assert lines[7] == "set aside because they failed verification: damaged-1-step-000000030"
 
 
 def test_list_as_json(run: Path) -> None:
@@ -211,7 +211,7 @@ def test_verify(run: Path) -> None:
     assert not sound
     lost, damaged, verified = text.splitlines()
     assert lost == f"damaged: {at(run, 5)}: missing file {MANIFEST}"
-    assert damaged.startswith(f"damaged: {at(run, 10)}: shard-00001-of-00002-000.safetensors does not have the sha256")
+    assert damaged.startswith(f"damaged: {at(run, 10)}: shard-00001-of-00002-000.safetensors does not match its sha256")
     assert verified.startswith(f"{at(run, 15)}: verified")
     text, sound = check(at(run, 5))
     assert (text, sound) == (f"damaged: {at(run, 5)}: missing file {MANIFEST}", False)
@@ -416,7 +416,7 @@ def test_prune_says_first_and_does_it_then(run: Path) -> None:
     text = prune(run, retention)
     assert f"would go: {at(run, 5)}, " in text
     assert "1 of 3 checkpoints stay, of steps 15" in text
-    assert text.endswith("with --yes does it")
+    assert text.endswith("add --yes to remove them")
     assert kept(run) == [5, 10, 15]
     text = prune(run, retention, yes=True)
     assert f"removed: {at(run, 10)}, " in text

@@ -303,7 +303,7 @@ def test_other_folders_are_told_apart(encoded, tmp_path):
         PackedSplit(encoded)
     assert f"version {VERSION + 1}" in str(caught.value)
     (encoded / "index.json").unlink()
-    with pytest.raises(DataError, match="not packed to their end"):
+    with pytest.raises(DataError, match="files of an unfinished pack"):
         open_packed(encoded.parent, "train")
 
 
@@ -334,7 +334,7 @@ def test_the_source_must_be_as_it_should(small, tmp_path):
     with pytest.raises(ConfigError, match="--workers"):
         pack(str(small), out, num_workers=0)
     save(small / "train" / "ant" / "07.png", size=(9, 9))
-    with pytest.raises(DataError, match=r"07.png has another size"):
+    with pytest.raises(DataError, match=r"07.png differs in size"):
         pack(str(small), out, form="raw")
     assert "encoded" in pack(str(small), out / "auto", splits=["train"])
     shutil.rmtree(small / "test" / "ant")

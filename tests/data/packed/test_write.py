@@ -200,11 +200,11 @@ def test_an_unfinished_pack_of_another_source_or_with_other_options_is_refused(s
     pack(str(small), out, shard_bytes=SHARD)
     (out / "train" / "index.json").unlink()
     for options in ({"form": "encoded"}, {"shard_bytes": 2 * SHARD}):
-        with pytest.raises(DataError, match="files of something else") as caught:
+        with pytest.raises(DataError, match="files of another, unfinished pack") as caught:
             pack(str(small), out, splits=["train"], **{"shard_bytes": SHARD, **options})
         assert "--overwrite" in str(caught.value)
     os.utime(small / "train" / "ant" / "00.png", ns=(1, 1))
-    with pytest.raises(DataError, match="files of something else"):
+    with pytest.raises(DataError, match="files of another, unfinished pack"):
         pack(str(small), out, splits=["train"], shard_bytes=SHARD)
     pack(str(small), out, splits=["train"], shard_bytes=2 * SHARD, overwrite=True)
     assert len(list((out / "train").glob("images-*"))) == 6
@@ -240,7 +240,7 @@ def test_a_dead_writer_blocks_nobody(small, tmp_path):
     wait_for_shards(tmp_path / "out" / "train", 3)
     os.kill(first.pid, signal.SIGSTOP)
     second = start(SLOW, small, tmp_path / "out")
-    assert second.stderr.readline().startswith("waiting for another process, which writes ")
+    assert second.stderr.readline().startswith("waiting for another process, which is writing ")
     first.kill()
     first.communicate()
     _, err = second.communicate(timeout=60)

@@ -125,7 +125,7 @@ def test_sets_that_say_nothing_and_sets_that_say_nonsense(tmp_path):
     Own.fingerprint = "mine"
     assert fingerprint_of(as_dataset(Own())) == "mine"
     Own.fingerprint = 3
-    with pytest.raises(DataError, match="fingerprint of Own is no text"):
+    with pytest.raises(DataError, match="fingerprint of Own is not a string"):
         fingerprint_of(as_dataset(Own()))
     (tmp_path / "t.bin").write_bytes(bytes(100))
     tokens = TokenDataset(tmp_path / "t.bin", 4)

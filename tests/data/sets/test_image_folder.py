@@ -209,7 +209,7 @@ def empty_image(root):
 
 def another_size(root):
     save(root / "train" / "cat" / "2.png", size=(32, 31))
-    return f"{root / 'train' / 'cat' / '2.png'} has another size"
+    return f"{root / 'train' / 'cat' / '2.png'} differs in size"
 
 
 @pytest.mark.parametrize(

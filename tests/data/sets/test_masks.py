@@ -121,20 +121,20 @@ def two_of_a_name(root):
 
 def other_mask_size(root):
     save(root / "train" / "masks" / "1.tif", np.zeros((8, 9), np.uint8))
-    return "masks/1.tif has another size than its image", "images/1.png", "8x10 pixels", "8x9 pixels"
+    return "masks/1.tif differs in size from its image", "images/1.png", "8x10 pixels", "8x9 pixels"
 
 
 def other_pair_size(root):
     save(root / "train" / "images" / "3.png", grey(0, (4, 4)))
     save(root / "train" / "masks" / "3.tif", np.zeros((4, 4), np.uint8))
-    return "images/3.png has another size", "8x10 pixels, as", "4x4 pixels"
+    return "images/3.png differs in size", "8x10 pixels, as", "4x4 pixels"
 
 
 def undeclared(root):
     pixels = np.zeros((8, 10), np.uint8)
     pixels[3, 4] = pixels[3, 5] = 7
     save(root / "train" / "masks" / "1.tif", pixels)
-    return "masks/1.tif has a value", "{0: 0, 255: 1}", "got:      7; 2 such pixels", "7: CLASS"
+    return "masks/1.tif has an undeclared value", "{0: 0, 255: 1}", "got:      7; 2 such pixels", "7: CLASS"
 
 
 def truncated(root):

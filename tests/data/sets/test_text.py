@@ -64,10 +64,10 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="is empty"):
         encode_text_file(path, out / "a.bin")
     path.write_bytes("für".encode("latin-1"))
-    with pytest.raises(DataError, match="no text in UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8 text"):
         encode_text_file(path, out / "a.bin")
     path.write_bytes("für".encode()[:2])
-    with pytest.raises(DataError, match="no text in UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8 text"):
         encode_text_file(path, out / "a.bin")
     assert encode_text_file(path, tmp_path / "b.bin", level="byte").size == 256
     with pytest.raises(DataError, match="cannot be encoded"):

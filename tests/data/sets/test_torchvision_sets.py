@@ -354,7 +354,7 @@ def test_any_set_becomes_resident():
     [
         (
             Pictures(sizes=((8, 6), (8, 6), (8, 5))),
-            r"image 2 of pictures has.*\n.*\[3, 6, 8\].*\n.*\[3, 5, 8\]",
+            r"image 2 of pictures differs in size.*\n.*\[3, 6, 8\].*\n.*\[3, 5, 8\]",
         ),
         (Pictures(targets=(0, "a", 1, 1)), "sample 1 of pictures has the wrong form"),
         ([(torch.rand(3, 4, 4), 1)], "sample 0"),
