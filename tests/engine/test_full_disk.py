@@ -124,7 +124,8 @@ def test_a_disk_without_one_free_block_hides_nothing(how: str, tmp_path: Path, m
     run = tmp_path / "out" / "run"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000005"]
     assert not list(run.glob(".tmp-*"))
-    assert json.loads((run / "status.json").read_text())["state"] == "running"  # what could be written last
+    # what could be written last: closing a file may have freed a block
+    assert json.loads((run / "status.json").read_text())["state"] in ("running", "failed")
 
 
 def test_a_read_only_directory_is_refused_before_step_1(tmp_path: Path) -> None:

@@ -157,12 +157,13 @@ def test_without_checkpoints_it_says_that_nothing_is_saved(tmp_path: Path) -> No
 
 
 def test_a_second_signal_ends_at_once_and_says_so(tmp_path: Path) -> None:
-    env = environment({"SEND": "forward:0:3:INT", "SLOWLY": "20", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+    env = environment({"SLOWLY": "60", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
     command = [sys.executable, str(RECIPE), *FLAGS]
     with started(command, tmp_path, env, tmp_path / "run") as process:
         err = (tmp_path / "run").with_suffix(".err")
-        # SLOWLY comes before the third forward: the second step has begun
-        wait_for(lambda: "ends it at once" in err.read_text(), process, 100)
+        wait_for((tmp_path / "run" / "status.json").exists, process, 100)
+        process.send_signal(signal.SIGINT)
+        wait_for(lambda: "ends it at once" in err.read_text(), process, 20)
         time.sleep(1.2)
         process.send_signal(signal.SIGINT)
         process.wait(15)
