@@ -1,6 +1,7 @@
 """Shared by all tests: the helpers are importable, one thread a process, and no child process outlives a test."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 # Read when torch is imported. Tests run side by side, and tensors this small gain nothing from a second thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# nohup and `command &` in a script ignore these, and every process that a test starts would inherit that.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _children() -> set[int]:
