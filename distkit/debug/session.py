@@ -23,7 +23,7 @@ from distkit.losses import LossOutput
 
 logger = logging.getLogger(__name__)
 
-#: Steps after which a model that cannot memorise one batch has something wrong with it.
+#: Steps after which a model that cannot memorize one batch has something wrong with it.
 OVERFIT_STEPS = 300
 #: Overfitted when the loss is below this share of the first one.
 OVERFIT_RATIO = 0.02
@@ -195,7 +195,7 @@ def name_unused(module: nn.Module) -> int:
 
 
 def conclude_overfit(losses: list[float], num_batches: int) -> None:
-    """Report whether the batches were memorised.
+    """Report whether the batches were memorized.
 
     Raises:
         TrainingError: they were not.
@@ -203,7 +203,7 @@ def conclude_overfit(losses: list[float], num_batches: int) -> None:
     first, last = losses[0], max(losses[-num_batches:])
     if not (math.isfinite(last) and last < OVERFIT_RATIO * first):
         raise TrainingError(
-            f"the model did not memorise {num_batches} batch(es): loss {first:.4f} -> {last:.4f} "
+            f"the model did not memorize {num_batches} batch(es): loss {first:.4f} -> {last:.4f} "
             f"in {len(losses)} steps\n"
             "  check: the learning rate, labels that do not belong to their samples, strong augmentation or dropout, "
             "a loss that is detached from the model"

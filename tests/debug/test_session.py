@@ -159,7 +159,7 @@ def test_overfitting_one_batch(tmp_path: Path) -> None:
     assert "overfit test passed" in ended.stdout
     stuck = debug(tmp_path, "--debug.overfit-batches", "1", "--global-batch-size", "2", "--optim.lr", "1e-9")
     assert stuck.returncode == 1
-    assert "did not learn 1 batch(es) by heart" in stuck.stderr
+    assert "did not memorize 1 batch(es)" in stuck.stderr
 
 
 def test_pdb_opens_at_the_exception(tmp_path: Path) -> None:
