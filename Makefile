@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 ARGS ?=
 TESTS ?= tests
 # Test files that run at the same time.
-WORKERS ?= 2
+WORKERS ?= 3
 PYTEST = $(BIN)/python -m pytest $(TESTS)
 SIDE_BY_SIDE = -n $(WORKERS) --dist worksteal
 

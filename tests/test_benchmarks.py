@@ -56,6 +56,7 @@ def test_the_data_path_runs_at_memory_speed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # two threads beside another's two take ten times as long
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not TEXT.exists(), reason="tinyshakespeare is not at hand")
 def test_the_tiny_gpt_learns_shakespeare() -> None:
@@ -67,6 +68,7 @@ def test_the_tiny_gpt_learns_shakespeare() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # two threads beside another's two take ten times as long
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not CIFAR.exists(), reason="CIFAR-10 (JPEG) is not at hand")
 def test_the_quick_preset_learns_real_images(tmp_path: Path) -> None:
