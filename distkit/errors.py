@@ -68,10 +68,19 @@ class RankFailedError(TrainingError):
     """Another rank failed first; its rank and cause are in the message."""
 
 
+class RankSilentError(RankFailedError):
+    """Another rank does not answer."""
+
+
 class Stopped(DistkitError):
-    """The run was asked to stop; the same command continues it."""
+    """The run was asked to stop; the same command continues it.
+
+    Attributes:
+        retryable: a scheduler should continue it by itself; not where its owner asked for the stop.
+    """
 
     exit_code: ClassVar[int] = 75
+    retryable: bool = True
 
 
 def shorten(names: Iterable[str], limit: int = 3) -> str:

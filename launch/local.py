@@ -13,12 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 try:
     from distkit.errors import ConfigError
-    from distkit.runtime.local_ranks import die_with_parent, free_port, rank_environment
+    from distkit.runtime.local_ranks import free_port, rank_environment
 except ModuleNotFoundError as error:
     message = f"{sys.executable} has no {error.name}\n  type:     PYTHON=.venv/bin/python launch/local.sh -n 2 RECIPE"
     print(f"launch/local.sh: {message}", file=sys.stderr)
@@ -104,6 +103,7 @@ class Ranks:
 
     def _run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
         # signals arrive as bytes here, so that none is missed between a look at the ranks and the next wait
+        guardian = Guardian(self.grace)
         receiver, sender = socket.socketpair()
         sender.setblocking(False)
         signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
@@ -115,8 +115,8 @@ class Ranks:
             for rank, environment in enumerate(environments):
                 environment = {**environment, "TORCHELASTIC_ERROR_FILE": str(self.error_files[rank])}
                 # a session of its own: it can be ended with all that it started, and a terminal's Ctrl-C comes once
-                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
-                                           preexec_fn=partial(die_with_parent, os.getpid()))  # fmt: skip
+                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+                guardian.watch(process.pid)
                 self.processes.append(process)
                 self.running[rank] = process
             while self.running:
@@ -135,6 +135,7 @@ class Ranks:
             self.kill()
             for process in self.processes:
                 process.wait()
+            guardian.dismiss()
             self.say_cause()
         return self.exit_code
 
@@ -196,6 +197,59 @@ class Ranks:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+class Guardian:
+    """A process that ends the ranks if this one is killed: with a SIGTERM, so that a run is saved, and after `grace`
+    seconds with SIGKILL.
+    """
+
+    def __init__(self, grace: float) -> None:
+        receiver, self._sender = os.pipe()
+        self._pid = os.fork()
+        if self._pid:
+            os.close(receiver)
+            return
+        os.close(self._sender)
+        os.setsid()  # what ends the launcher must not end it
+        for name in FORWARDED:
+            signal.signal(name, signal.SIG_IGN)
+        text = b""
+        while chunk := os.read(receiver, 4096):
+            text += chunk
+        if not text.endswith(b"dismissed"):
+            end_groups([int(word) for word in text.split()], grace)
+        os._exit(0)
+
+    def watch(self, pid: int) -> None:
+        """Watch over one more rank, which leads a process group."""
+        os.write(self._sender, f"{pid} ".encode())
+
+    def dismiss(self) -> None:
+        """All ranks have ended."""
+        os.write(self._sender, b"dismissed")
+        os.close(self._sender)
+        os.waitpid(self._pid, 0)
+
+
+def end_groups(groups: Sequence[int], grace: float) -> None:
+    """End process groups: SIGTERM, at most `grace` seconds, SIGKILL."""
+    left = send(signal.SIGTERM, groups)
+    deadline = time.monotonic() + grace
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        left = send(0, left)
+    send(signal.SIGKILL, left)
+
+
+def send(number: int, groups: Sequence[int]) -> list[int]:
+    """Send a signal (0: none) to process groups; those that exist."""
+    there = []
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, number)
+            there.append(group)
+    return there
 
 
 def say(message: str) -> None:

@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from distkit.errors import ConfigError, DistkitError, RankFailedError, Stopped, TrainingError
+from distkit.errors import ConfigError, DistkitError, RankFailedError, RankSilentError, Stopped, TrainingError
 from distkit.runtime.heartbeat import PHASE, SAVING, STATE, STEP, Peer, Phase, State
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ SIGNALS_OF_A_CRASH = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGI
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a run failed: the rank that was first, None when all ranks found the same."""
+    """Why a run failed: the rank that was first, None when all ranks found the same.
+
+    `retryable`: the same command may do better the next time, for nothing in the run itself was wrong.
+    """
 
     rank: int | None
     host: str | None
@@ -50,6 +53,7 @@ class Cause:
     what_happened: str
     what_to_do: str
     exit_code: int = 1
+    retryable: bool = False
 
     def __str__(self) -> str:
         return f"{self.what_happened}; {self.what_to_do}" if self.what_to_do else self.what_happened
@@ -230,13 +234,14 @@ def dead(peer: Peer, status: int | None) -> Cause:
         known = signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
         what, todo = f"{{rank}} was killed by {known} {{place}}", f"look for who sent it; {RESUMES}"
         if number == signal.SIGKILL:
-            todo = f"perhaps out of memory: {out_of_memory_hint()}; {RESUMES}"
+            todo = f"possibly out of memory: {out_of_memory_hint()}; {RESUMES}"
         elif number in SIGNALS_OF_A_CRASH:
             todo = f"native code crashed: PYTHONFAULTHANDLER=1 shows where; {RESUMES}"
     else:
         what = f"{{rank}} ended with exit code {os.WEXITSTATUS(status)} {{place}}, before the run was done"
         todo = f"something it called ended its process (os._exit); {RESUMES}"
-    return cause_of(peer, place(peer), what, todo)
+    exited = status is not None and os.WIFEXITED(status)
+    return cause_of(peer, place(peer), what, todo, retryable=not exited)
 
 
 def out_of_memory_hint() -> str:
@@ -247,7 +252,7 @@ def out_of_memory_hint() -> str:
         kills = int(events[events.index("oom_kill") + 1])
         if kills:
             return f"the kernel has killed {kills} processes of its control group for memory"
-    return "the kernel's log tells"
+    return "check the kernel log (dmesg)"
 
 
 def own_cause(error: BaseException, runtime: Runtime) -> Cause:
@@ -274,7 +279,8 @@ def own_cause(error: BaseException, runtime: Runtime) -> Cause:
         todo = f"a smaller --microbatch-size needs less; {RESUMES}"
     else:
         todo = f"its traceback says where; after a fix {RESUMES}"
-    return Cause(runtime.rank, host, phase_name(phase), step, what, todo, code)
+    retryable = isinstance(error, RankSilentError)
+    return Cause(runtime.rank, host, phase_name(phase), step, what, todo, code, retryable)
 
 
 def place(peer: Peer) -> tuple[int, int]:
@@ -287,10 +293,10 @@ def stuck_at(peer: Peer) -> tuple[int, int]:
     return (Phase.SAVE, peer.cells[SAVING]) if peer.cells[SAVING] else place(peer)
 
 
-def cause_of(peer: Peer, where: tuple[int, int], what: str, todo: str) -> Cause:
-    """What was found out about another rank; `what` has {rank} and {place} in it."""
+def cause_of(peer: Peer, where: tuple[int, int], what: str, todo: str, *, retryable: bool = True) -> Cause:
+    """The cause when another rank is to blame; `what` has {rank} and {place} in it."""
     words = what.format(rank=f"rank {peer.rank} on {peer.host}", place=phase_words(*where))
-    return Cause(peer.rank, peer.host, phase_name(where[0]), where[1], words, todo)
+    return Cause(peer.rank, peer.host, phase_name(where[0]), where[1], words, todo, retryable=retryable)
 
 
 def phase_name(phase: int) -> str:
@@ -336,7 +342,7 @@ def record(cause: Cause, runtime: Runtime, directory: RunDirectory | None, step:
         try:
             directory.write_failure(cause.to_json(), cause.what_happened, step)
         except TrainingError as error:
-            print(f"distkit: {error}; it says another state than this run's", file=sys.stderr)
+            print(f"distkit: {error}; it is out of date", file=sys.stderr)
 
 
 def lowest_able(cause: Cause, runtime: Runtime) -> int:

@@ -93,7 +93,7 @@ def opened(run: Run) -> Iterator[None]:
             observer.close("completed", "")
     except Stopped as stopped:
         close_parts(run, "preempted", str(stopped))
-        directory.write_status("preempted", progress.step, str(stopped))
+        directory.write_status("preempted", progress.step, str(stopped), retryable=stopped.retryable)
         raise
     except BaseException as failure:
         # the other ranks hear of it before anything is closed here
@@ -110,7 +110,7 @@ def give_up(run: Run, cause: Cause) -> None:
     directory = run.directory
     record(cause, run.runtime, directory, run.progress.step)
     if run.config.run_dir is None and directory.writes and list_checkpoints(directory.checkpoints):
-        print(f"distkit: the same command with --run-dir {directory.path} goes on with this run", file=sys.stderr)
+        print(f"distkit: to continue this run, add --run-dir {directory.path} to the same command", file=sys.stderr)
     close_parts(run, "failed", cause.what_happened)
 
 

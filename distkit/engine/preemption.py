@@ -44,12 +44,12 @@ def stopping_together(run: Run) -> Iterator[None]:
     try:
         yield
     except StopRequested as request:
-        stop(run, why(request.wishes, run.runtime.world_size))
+        stop(run, request.wishes)
     finally:
         heartbeat.watch = None
 
 
-def stop(run: Run, reason: str) -> NoReturn:
+def stop(run: Run, wishes: dict[int, int]) -> NoReturn:
     """Save this step unless it is saved already or there is no time for it, and leave.
 
     Raises:
@@ -57,7 +57,7 @@ def stop(run: Run, reason: str) -> NoReturn:
     """
     run.runtime.position.enter(Phase.END, run.progress.step)
     report_saves(run, wait=True)
-    reason, step = run.runtime.broadcast(reason), run.progress.step
+    wishes, step = run.runtime.broadcast(wishes), run.progress.step
     if run.saver is None:
         saved = "nothing is saved (--checkpoint.no-enabled): the same command begins again"
     elif run.saver.committed == step:
@@ -72,8 +72,8 @@ def stop(run: Run, reason: str) -> NoReturn:
         else:
             saved = f"not saved: the same command continues from {continues_from(run)}"
     run.watch.done_with("STOP")
-    stopped = Stopped(f"stopped after step {step} ({reason}); {saved}")
-    stopped.on_all_ranks = True
+    stopped = Stopped(f"stopped after step {step} ({why(wishes, run.runtime.world_size)}); {saved}")
+    stopped.on_all_ranks, stopped.retryable = True, STOP_FILE not in wishes.values()
     raise stopped
 
 

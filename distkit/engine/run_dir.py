@@ -16,15 +16,16 @@ from distkit.errors import ConfigError, TrainingError
 from distkit.files import remove_temporaries, sync_folder, write_bytes, write_json
 
 State = Literal["running", "completed", "preempted", "failed"]
-#: What a run writes beside its checkpoints; a FIFO or a folder in place of one would be met in the middle of a run.
 #: In recipe/: where the file beside it was copied from, and its sha256.
 SOURCE = "source.json"
+#: What a run writes beside its checkpoints; a FIFO or a folder in place of one would be met in the middle of a run.
 FILES = ("config.json", "environment.json", "status.json", "summary.json", "metrics.jsonl")
 
 
 @dataclass
 class RunDirectory:
-    """The files of one run. Every rank knows the path; only rank 0 (`writes`) touches it, and holds its lease.
+    """The files of one run. Every rank knows the path; rank 0 (`writes`) writes it and holds its lease;
+    where rank 0 cannot, another one says why the run failed.
 
     Attributes:
         path: the directory.
@@ -113,7 +114,7 @@ class RunDirectory:
         for name in FILES:
             file = self.path / name
             if file.exists() and not file.is_file():
-                raise ConfigError(f"{file} is no regular file", expected="a file that a run wrote, or none",
+                raise ConfigError(f"{file} is not a regular file", expected="a file that a run wrote, or none",
                                   fix=f"rm -r {file}")  # fmt: skip
 
     def _check_still_empty(self) -> None:
@@ -121,7 +122,7 @@ class RunDirectory:
         if self.holds_run():
             self.release()
             raise ConfigError(f"another run was started in {self.path} just now", expected="one run in a directory",
-                              fix="the same command again goes on with it")  # fmt: skip
+                              fix="the same command again, which continues it")  # fmt: skip
 
     def holds_run(self) -> bool:
         """True when a run was started here."""
@@ -152,13 +153,16 @@ class RunDirectory:
             self.lease.release()
             self.lease = None
 
-    def write_status(self, state: State, step: int, reason: str | None = None) -> None:
+    def write_status(
+        self, state: State, step: int, reason: str | None = None, *, retryable: bool | None = None
+    ) -> None:
         """Say in status.json how the run stands.
 
         Raises:
             TrainingError: the disk is full or failing.
         """
-        status = {"state": state, "step": step, "reason": reason, "cause": None, "attempt": self.attempt}
+        status = {"state": state, "step": step, "reason": reason, "retryable": retryable, "cause": None,
+                  "attempt": self.attempt}  # fmt: skip
         self._write("status.json", status)
 
     def write_failure(self, cause: Mapping[str, object], reason: str, step: int | None) -> None:
@@ -167,7 +171,7 @@ class RunDirectory:
         The first cause of an attempt stays, and so does a completed run. Any rank may call this when rank 0 cannot.
 
         Args:
-            cause: rank, host, phase, step, what_happened, what_to_do.
+            cause: rank, host, phase, step, what_happened, what_to_do, retryable.
             reason: the same in a line.
             step: finished steps; None in start-up, when those of the attempt before count.
 
@@ -181,7 +185,7 @@ class RunDirectory:
         if before.get("cause") == cause or state == "completed" or (state, self._last_attempt()) == ("failed", attempt):
             return
         status = {"state": "failed", "step": before.get("step", 0) if step is None else step, "reason": reason,
-                  "cause": cause, "attempt": attempt}  # fmt: skip
+                  "retryable": cause["retryable"], "cause": cause, "attempt": attempt}  # fmt: skip
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "status.json", status)

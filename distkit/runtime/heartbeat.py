@@ -24,7 +24,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distkit.errors import RankFailedError
+from distkit.errors import RankSilentError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -306,7 +306,7 @@ class Heartbeat:
 
         Raises:
             StopRequested: it must not begin, on any rank.
-            RankFailedError: another rank does not say how far it is.
+            RankSilentError: another rank does not say how far it is.
         """
         cells = self.position.cells
         done = cells[UNIT]
@@ -322,7 +322,7 @@ class Heartbeat:
                 silent = [peer.rank for peer in self.peers if not peer.cells[FROZEN]]
                 ending = [rank for rank in silent if self._is_ending(rank)]
                 if ending or self.cause is not None or time.monotonic() > end:
-                    raise RankFailedError(f"ranks {ending or silent} do not say where to stop")
+                    raise RankSilentError(f"ranks {ending or silent} do not say where to stop")
                 self._condition.wait(AGREEING_SECONDS)
             return self._last_unit
 

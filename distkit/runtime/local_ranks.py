@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import random
 import select
 import signal
 import socket
 import sys
 import threading
+from pathlib import Path
+
+from distkit.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
+PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOWEST_PORT = 10_000
+TRIES = 1000
 
 
 def die_with_parent(owner: int) -> None:
@@ -45,13 +55,29 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         return {}
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port),
     }  # fmt: skip
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+def free_port(address: str = LOOPBACK) -> int:
+    """A port that nobody listens on: at random, below those that the kernel gives to outgoing connections.
+
+    It stays free for the seconds until the launcher takes it, unless another job chooses the same of some 20,000.
+
+    Raises:
+        ConfigError: none was found.
+    """
+    for _ in range(TRIES):
+        port = random.SystemRandom().randrange(LOWEST_PORT, _first_outgoing_port())
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind((address, port))
+            return port
+    raise ConfigError(f"no free port on {address or socket.gethostname()}", expected=f"one above {LOWEST_PORT}")
+
+
+def _first_outgoing_port() -> int:
+    try:
+        first = int(PORT_RANGE.read_text().split()[0])
+    except (OSError, ValueError):
+        first = 32_768
+    return first if first > LOWEST_PORT + TRIES else 65_536

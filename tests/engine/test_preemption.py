@@ -116,6 +116,7 @@ def test_a_file_stop_stops_one_process(tmp_path: Path) -> None:
     assert done.returncode == 75
     assert "(a file STOP in the run directory)" in done.stderr
     assert not (tmp_path / "run" / "STOP").exists()
+    assert status(tmp_path)["retryable"] is False
     (again,) = once(tmp_path, {}, world_size=1)
     assert again.returncode == 0
 
@@ -223,14 +224,16 @@ LAUNCHERS = {
     "local.sh": [str(LAUNCH / "local.sh"), "-n", "2"],
 }  # fmt: skip
 
+NAMES, TARGETS = ("TERM", "USR1", "HUP", "INT"), ("rank 0", "rank 1", "launcher")
+
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TERM", "USR1", "HUP", "INT"])
 @pytest.mark.parametrize(
-    ("launcher", "target"),
-    [("python", "rank 0")]
-    + [(launcher, target) for launcher in list(LAUNCHERS)[1:] for target in ("rank 0", "rank 1", "launcher")],
+    ("launcher", "target", "name"),
+    [("python", "rank 0", name) for name in NAMES]
+    + [(launcher, target, name) for launcher in list(LAUNCHERS)[1:] for target in TARGETS for name in NAMES]
+    + [(launcher, "launcher", "KILL") for launcher in list(LAUNCHERS)[1:]],
 )
 def test_a_signal_to_anyone_under_any_launcher(
     tmp_path: Path, undisturbed: tuple[str, object], launcher: str, target: str, name: str
@@ -252,7 +255,8 @@ def test_a_signal_to_anyone_under_any_launcher(
             assert time.monotonic() < deadline
             time.sleep(0.1)
     assert status(tmp_path)["state"] == "preempted"
-    if launcher in ("python", "local.sh"):
+    assert status(tmp_path)["retryable"] is True
+    if launcher in ("python", "local.sh") and name != "KILL":
         assert process.returncode == 75
     world_size = 1 if launcher == "python" else 2
     assert {done.returncode for done in once(tmp_path, {}, world_size)} == {0}

@@ -135,7 +135,7 @@ def test_what_is_no_file_is_refused_before_the_run(name: str, make: Callable[[Pa
     directory = RunDirectory(tmp_path, writes=True)
     directory.claim()
     assert directory.completed_steps() == -1
-    with pytest.raises(ConfigError, match=f"{name} is no regular file"):
+    with pytest.raises(ConfigError, match=f"{name} is not a regular file"):
         directory.create({}, {}, None, saves=True)
     directory.release()
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import random
 import socket
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
 from distkit.errors import ConfigError
+from distkit.runtime.local_ranks import LOOPBACK, free_port
 
-LOOPBACK = "127.0.0.1"
 SIOCGIFADDR = 0x8915
-PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-LOWEST_PORT = 10_000
-TRIES = 1000
 
 
 @dataclass(frozen=True)
@@ -57,27 +51,3 @@ def address_of(interface: str) -> str:
             raise ConfigError(f"{socket.gethostname()} has no address on network interface {interface}",
                               expected=f"one of {names}", fix='interface = "ib0" in slurm/site.toml') \
                 from error  # fmt: skip
-
-
-def free_port(address: str) -> int:
-    """A port that nobody listens on: at random, below those that the kernel gives to outgoing connections.
-
-    It stays free for the seconds until the launcher takes it, unless another job chooses the same of some 20,000.
-
-    Raises:
-        ConfigError: none was found.
-    """
-    for _ in range(TRIES):
-        port = random.SystemRandom().randrange(LOWEST_PORT, _first_outgoing_port())
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind((address, port))
-            return port
-    raise ConfigError(f"no free port on {address or socket.gethostname()}", expected=f"one above {LOWEST_PORT}")
-
-
-def _first_outgoing_port() -> int:
-    try:
-        first = int(PORT_RANGE.read_text().split()[0])
-    except (OSError, ValueError):
-        first = 32_768
-    return first if first > LOWEST_PORT + TRIES else 65_536

@@ -13,14 +13,6 @@ from distkit.commands.show import read_json
 from distkit.errors import Stopped
 
 DONE, FAILED, GO_ON = 0, 1, Stopped.exit_code
-#: In the reason of a run whose owner stopped it, as engine/preemption.py says it.
-STOP_FILE = "a file STOP"
-#: How engine/endings.py names what may go better the next time: a rank that was killed, is gone, stopped, silent or
-#: behind. What a recipe raised is not among it, whatever its message says.
-RETRYABLE = re.compile(
-    r"rank \d+ on \S+?(: no sign of life | was killed by | is gone, | is stopped | has been (in|after) )"
-    r"|rank \d+ on \S+ failed [^:]*: ranks \[[\d, ]+\] do not say where to stop$"
-)
 
 
 @dataclass(frozen=True)
@@ -100,9 +92,10 @@ def _ending(status: Mapping[str, object], begun: bool, job: str, run_dir: Path, 
     if not begun:
         unbegun = (f"was not begun yet when {told} came", GO_ON)
         return unbegun if told else ("was not begun by this job: its output says why", FAILED)
+    retryable = status.get("retryable") is True
     if state == "preempted":
-        return f"was preempted at step {step} ({reason})", DONE if STOP_FILE in reason else GO_ON
+        return f"was preempted at step {step} ({reason})", GO_ON if retryable else DONE
     if state == "running":
         holder = (read_json(run_dir / "lease.json") or {}).get("job", job)
         return ("was killed", GO_ON) if holder == job else (f"is running in job {holder}", FAILED)
-    return f"failed at step {step}: {reason}", GO_ON if RETRYABLE.match(reason) else FAILED
+    return f"failed at step {step}: {reason}", GO_ON if retryable else FAILED

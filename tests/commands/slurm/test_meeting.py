@@ -4,8 +4,9 @@ import socket
 
 import pytest
 
-from distkit.commands.slurm.meeting import LOOPBACK, address_of, choose_meeting, free_port
+from distkit.commands.slurm.meeting import address_of, choose_meeting
 from distkit.errors import ConfigError
+from distkit.runtime.local_ranks import LOOPBACK, free_port
 
 
 def test_one_node_meets_on_loopback_and_more_on_the_interface_or_the_host_name() -> None:
