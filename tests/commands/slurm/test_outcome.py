@@ -127,7 +127,7 @@ def failed(error: BaseException) -> Cause:
         dead(peer(), signal.SIGKILL), dead(peer(), signal.SIGSEGV), dead(peer(), None), silent(False, 100.0),
         silent(True, 0.0), failed(RankSilentError("ranks [1, 3] do not say where to stop")),
     ],
-    ids=str,
+    ids=["killed", "crashed", "gone", "no sign of life", "late", "silent at a stop"],
 )  # fmt: skip
 def test_what_a_rank_could_not_help_is_retried(tmp_path: Path, cause: Cause) -> None:
     write(tmp_path, {"state": "failed", "attempt": 1, "reason": cause.what_happened, "retryable": cause.retryable})
@@ -141,7 +141,7 @@ def test_what_a_rank_could_not_help_is_retried(tmp_path: Path, cause: Cause) -> 
         failed(ConfigError("--lr 1")), failed(SystemExit(3)), failed(KeyboardInterrupt()), failed(MemoryError("x")),
         dead(peer(), 3 << 8), failed(RankFailedError("rank 1 failed while building the data: ValueError: x")),
     ],
-    ids=str,
+    ids=["ValueError", "TrainingError", "ConfigError", "exit", "interrupt", "MemoryError", "exited", "another's"],
 )  # fmt: skip
 def test_what_the_recipe_did_is_not(tmp_path: Path, cause: Cause) -> None:
     write(tmp_path, {"state": "failed", "attempt": 1, "reason": cause.what_happened, "retryable": cause.retryable})
