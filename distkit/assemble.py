@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distkit.config import BatchSplit, CheckpointConfig, TrainConfig, split_batch, to_json
+from distkit.config import BatchSplit, CheckpointConfig, Constant, TrainConfig, split_batch, to_json
 from distkit.data import Dataset, as_dataset
 from distkit.data.reading.iterable import IterableData, IterableSource
 from distkit.data.reading.loader import EvaluationLoader
@@ -26,6 +26,7 @@ from distkit.data.sets.fingerprint import fingerprint_of
 from distkit.ema import Ema
 from distkit.engine.flops import FirstBatch, describe_peak, outline_utilization
 from distkit.engine.meter import Meter
+from distkit.engine.modes import choose_modes_, describe_modes
 from distkit.engine.resume import check_resume, choose_checkpoint, put_damaged_aside
 from distkit.engine.run import Best, Data, ResumePoint, Run, Trackers
 from distkit.engine.run_dir import RunDirectory, check_usable
@@ -66,6 +67,7 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
 def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDirectory) -> Run:
     """`assemble` in a directory that is already chosen; the caller releases it."""
     fault("start-up", runtime.rank, 0)
+    check_schedule(recipe, config)
     resume = choose_checkpoint(config, runtime, directory)
     strategy = build_strategy(config, runtime)
     data = open_data(recipe, config, runtime)
@@ -165,6 +167,14 @@ def check_sizes(train_set: Dataset, split: BatchSplit) -> None:
         )
 
 
+def check_schedule(recipe: Recipe[C], config: C) -> None:
+    """Refuse a schedule that the recipe's own would hide."""
+    if recipe.build_schedule is not None and config.schedule != Constant():
+        raise ConfigError(f"--schedule.name {config.schedule.name}, but recipe {recipe.name} has a build_schedule",
+                          expected="the schedule of one of the two", got=str(config.schedule),
+                          fix="no option of --schedule, and none in the preset")  # fmt: skip
+
+
 def check_evaluation(config: TrainConfig, test_set: Dataset | None) -> None:
     """Refuse evaluations without a test set, and a schedule that needs evaluations but gets none."""
     if test_set is None and config.eval_every is not None and not config.debug.enabled:
@@ -178,7 +188,7 @@ def check_evaluation(config: TrainConfig, test_set: Dataset | None) -> None:
 
 
 def build_model(recipe: Recipe[C], config: C, train_set: Dataset | IterableData | None = None) -> nn.Module:
-    """The recipe's model with its initial weights, on the CPU, in training mode; the same on every rank.
+    """The recipe's model with its initial weights, on the CPU, in the modes of training; the same on every rank.
 
     Args:
         recipe, config: of the run.
@@ -191,8 +201,7 @@ def build_model(recipe: Recipe[C], config: C, train_set: Dataset | IterableData 
         model = recipe.build_model(config)
         if recipe.init_model_ is not None and train_set is not None:
             recipe.init_model_(config, model, train_set)
-    # pretrained models come in evaluation mode; a layer that must stay in it overrides `train`
-    model.train()
+    choose_modes_(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the model has no parameter to train", expected="at least one with requires_grad")
     return model
@@ -230,6 +239,11 @@ def open_loop(
     best = Best(*recipe.best)
     saves = config.checkpoint.enabled and not config.debug.enabled and resume.completed_steps < num_steps
     own_schedule = recipe.build_schedule
+    schedule = (
+        own_schedule(config, num_steps)
+        if own_schedule is not None
+        else config.schedule.build(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    )
     return Run(
         recipe=recipe.name,
         config=config,
@@ -241,9 +255,7 @@ def open_loop(
         loader=train.loader if utilization is None else FirstBatch(train.loader, utilization.see),
         test_loader=None if test is None else EvaluationLoader(test.fetcher, len(test.dataset)),
         compute_loss=partial(recipe.compute_loss, config),
-        schedule=own_schedule(config, num_steps)
-        if own_schedule is not None
-        else config.schedule.build(num_steps=num_steps, steps_per_epoch=steps_per_epoch),
+        schedule=schedule,
         plateau=config.schedule.tracker(),
         ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay, strategy.model_tensors()),
         directory=directory,
@@ -252,7 +264,9 @@ def open_loop(
         aliases=aliases,
         buffer_specs=buffer_specs(strategy.module),
         utilization=utilization,
-        facts=describe(config, runtime, strategy, split, num_steps, train, test) | describe_peak(config, runtime),
+        facts=describe(config, runtime, strategy, split, num_steps, train, test)
+        | ({"schedule": "build_schedule of the recipe"} if own_schedule is not None else {})
+        | describe_peak(config, runtime),
         meter=Meter(runtime, copies=strategy.reuses_outputs),
         trackers=Trackers(best),
         saver=build_saver(directory.checkpoints, runtime, config.checkpoint, recipe=recipe.name, strategy=strategy.name,
@@ -323,7 +337,8 @@ def describe(
         "precision": config.precision
         + (", compiled" if config.compile else "")
         + (f"; {config.optim.name} waits for the device once per step to skip bad updates" if waits else ""),
-        "model": f"{strategy.model_name}, {parameters:,} parameters",
+        "model": f"{strategy.model_name}, {parameters:,} parameters"
+        + (f"; in evaluation mode: {kept}" if (kept := describe_modes(strategy.module)) else ""),
         "train_data": train.summary,
         "test_data": "none" if test is None else summary_of(test.dataset),
         "placement": train.placement,
@@ -331,7 +346,8 @@ def describe(
         + ("microbatch" if split.accum_steps == 1 else "microbatches"),
         "length": f"{num_steps:,} steps, {train.num_samples / split.global_batch_size:,.1f} per epoch",
         "checkpoints": describe_saves(config.checkpoint) if config.checkpoint.enabled else "none",
-        "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}, schedule {config.schedule.name}",
+        "optimizer": f"{config.optim.name}, lr {config.optim.lr:g}",
+        "schedule": config.schedule.name,
     }
 
 

@@ -15,7 +15,7 @@ from distkit.config.checkpoint import CheckpointConfig, ResumeConfig
 from distkit.config.choice import Choice, describe, from_values
 from distkit.config.data import DataConfig
 from distkit.config.optim import OPTIMIZERS, SGD, OptimConfig
-from distkit.config.schedule import SCHEDULES, Cosine, ScheduleConfig
+from distkit.config.schedule import SCHEDULES, Constant, ScheduleConfig
 from distkit.config.strategy import (
     ActivationCheckpointingConfig,
     DDPConfig,
@@ -152,7 +152,7 @@ class TrainConfig:
     """Activations that the backward recomputes."""
     optim: OptimConfig = field(default_factory=SGD)
     """The optimizer."""
-    schedule: ScheduleConfig = field(default_factory=Cosine)
+    schedule: ScheduleConfig = field(default_factory=Constant)
     """The learning rate over the steps."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""

@@ -69,7 +69,7 @@ def watch(ending: Ending, seconds: float, done: threading.Event) -> None:
 
 def may_hang(ending: Ending) -> bool:
     """False in the start-up of a single process: it may download for hours, and nobody waits for it."""
-    return ending.runtime.world_size > 1 or ending.runtime.position.cells[PHASE] != Phase.START_UP
+    return ending.runtime.cpu_group is not None or ending.runtime.position.cells[PHASE] != Phase.START_UP
 
 
 def end_the_hang(ending: Ending) -> None:

@@ -21,8 +21,8 @@ def build(run_dir: Path) -> TensorboardObserver:
 class TensorboardObserver(Observer):
     """Writes every number of train and eval events under `train/` and `eval/`, at its step, into `log_dir`.
 
-    A resumed run writes another file there and tells TensorBoard to hide what the killed one wrote after the restored
-    step. Files are flushed after each evaluation, and every two minutes.
+    A resumed or restarted run writes another file there and tells TensorBoard to hide what the killed one wrote after
+    the restored step. Files are flushed after each evaluation, and every two minutes.
     """
 
     def __init__(self, log_dir: Path) -> None:
@@ -35,7 +35,8 @@ class TensorboardObserver(Observer):
             # tensorboard's own imports, which a run cannot help.
             warnings.simplefilter("ignore", DeprecationWarning)
             from torch.utils.tensorboard import SummaryWriter
-        self._writer = SummaryWriter(self.log_dir, purge_step=step + 1 if step else None)
+        continues = any(self.log_dir.glob("*tfevents*"))
+        self._writer = SummaryWriter(self.log_dir, purge_step=step + 1 if continues else None)
 
     def record(self, event: Event) -> None:
         """Write the numbers of a train or eval event; other events are ignored."""

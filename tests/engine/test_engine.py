@@ -404,6 +404,22 @@ def test_a_model_that_comes_in_evaluation_mode_is_trained(tmp_path: Path) -> Non
     assert run.strategy.module.training
 
 
+def test_a_recipes_own_schedule_is_used_and_said(tmp_path: Path) -> None:
+    recipe = replace(tiny.RECIPE, build_schedule=lambda config, num_steps: lambda step: 1 - step / num_steps)
+    config = replace(BASE, run_dir=tmp_path / "run", schedule=Constant())
+    run = assemble(recipe, config, start(config, Topology()))
+    assert [run.schedule(step) for step in (0, 10)] == [1.0, 0.5]
+    assert run.facts["schedule"] == "build_schedule of the recipe"
+
+
+def test_a_schedule_beside_the_recipes_own_is_refused(tmp_path: Path) -> None:
+    recipe = replace(tiny.RECIPE, build_schedule=lambda config, num_steps: lambda step: 1.0)
+    config = replace(BASE, run_dir=tmp_path / "run", schedule=Constant(warmup_steps=3))
+    with pytest.raises(ConfigError, match="has a build_schedule"):
+        assemble(recipe, config, start(config, Topology()))
+    assert not (tmp_path / "run").exists()
+
+
 def test_lbfgs_reports_each_global_batch_once(tmp_path: Path) -> None:
     config = replace(BASE, optim=LBFGS(lr=0.1), num_steps=4, report_every=4)
     run = build_run(tmp_path, config)

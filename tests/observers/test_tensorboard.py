@@ -37,3 +37,9 @@ def test_a_resumed_run_hides_what_was_written_after_its_checkpoint(tmp_path: Pat
     run(tmp_path, 0, 4)
     run(tmp_path, 2, 3)
     assert curves(tmp_path)["train/loss"] == [(1, 1.0), (2, 0.5), (3, 0.3333)]
+
+
+def test_a_run_that_begins_again_hides_all_of_the_attempt_before(tmp_path: Path) -> None:
+    run(tmp_path, 0, 4)
+    run(tmp_path, 0, 2)
+    assert curves(tmp_path)["train/loss"] == [(1, 1.0), (2, 0.5)]
