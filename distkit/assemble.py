@@ -27,6 +27,7 @@ from distkit.ema import Ema
 from distkit.engine.flops import FirstBatch, describe_peak, outline_utilization
 from distkit.engine.meter import Meter
 from distkit.engine.modes import choose_modes_, describe_modes
+from distkit.engine.probe import probe
 from distkit.engine.resume import check_resume, choose_checkpoint, put_damaged_aside
 from distkit.engine.run import Best, Data, ResumePoint, Run, Trackers
 from distkit.engine.run_dir import RunDirectory, check_usable
@@ -76,6 +77,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
     with runtime.raise_on_all_ranks("comparing the checkpoint with the run"):
         check_resume(run)
     if not (config.debug.enabled or run.finished):
+        probe(run)
         write_directory(recipe, run)
     return run
 

@@ -108,5 +108,8 @@ class Microbatches(Protocol):
     def microbatch(self, step: int, accum_index: int) -> Batch:
         """This rank's microbatch `accum_index` of global batch `step`, on the device."""
 
+    def first(self) -> Batch:
+        """The first microbatch of a run, read in this process; `microbatch` gives it again."""
+
     def close(self) -> None:
         """Leave no thread and no process behind."""

@@ -94,6 +94,10 @@ class RepeatedLoader:
         """A microbatch of global batch `step % num_batches`."""
         return self._loader.microbatch(step % self._num_batches, accum_index)
 
+    def first(self) -> Batch:
+        """The first microbatch."""
+        return self._loader.first()
+
     def close(self) -> None:
         """Close what is repeated."""
         self._loader.close()

@@ -172,6 +172,7 @@ class FirstBatch:
     def __init__(self, loader: Microbatches, see: Callable[[Batch], None]) -> None:
         self._loader, self._see = loader, see
         self.microbatch: Callable[[int, int], Batch] = self._first
+        self.first: Callable[[], Batch] = loader.first
         self.close: Callable[[], None] = loader.close
 
     def _first(self, step: int, accum_index: int) -> Batch:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distkit.errors import TrainingError
+from distkit.errors import ConfigError, TrainingError
 from distkit.losses import LossOutput
 from distkit.runtime.process import Runtime
 
@@ -31,22 +31,29 @@ RESERVED = frozenset({"event", "step", "epoch", "loss", "lr", "samples", "sample
 
 
 def check_output(output: LossOutput) -> None:
-    """Refuse what cannot be reported; costs nothing on the device.
+    """Refuse what cannot be trained on or reported; costs nothing on the device.
 
     Raises:
-        TrainingError: naming the field of LossOutput and what it should be.
+        ConfigError: naming what compute_loss returned, or the field of LossOutput, and what it should be.
     """
+    if not isinstance(output, LossOutput):
+        raise ConfigError("compute_loss returned no LossOutput", expected="LossOutput(loss), or with sums and weight",
+                          got=type(output).__name__, fix="return LossOutput(loss)")  # fmt: skip
+    if not isinstance(output.sums, Mapping) or not all(isinstance(name, str) for name in output.sums):
+        raise ConfigError("compute_loss: sums must be a dict", expected='{"correct": tensor}',
+                          got=repr(output.sums)[:80])  # fmt: skip
     fields = {"loss": output.loss, **{f"sums[{name!r}]": value for name, value in output.sums.items()}}
     if output.weight is not None:
         fields["weight"] = output.weight
     for name, value in fields.items():
         if not isinstance(value, Tensor) or value.ndim != 0:
-            got = f"{type(value).__name__} {list(value.shape) if isinstance(value, Tensor) else value!r}"
-            raise TrainingError(f"compute_loss: {name} must be a tensor without dims, got {got}")
+            got = list(value.shape) if isinstance(value, Tensor) else repr(value)[:60]
+            raise ConfigError(f"compute_loss: {name} must be a tensor without dims",
+                              expected="one number a microbatch, as a tensor: mean() for loss, sum() for sums",
+                              got=f"{type(value).__name__} {got}")  # fmt: skip
     if taken := RESERVED & output.sums.keys():
-        raise TrainingError(
-            f"compute_loss: sums must not be named {', '.join(sorted(taken))}: events already have these fields"
-        )
+        raise ConfigError(f"compute_loss: sums must not be named {', '.join(sorted(taken))}",
+                          expected="names that events do not have already")  # fmt: skip
 
 
 #: Before the name of a recipe's sum, in the names of a meter's state.

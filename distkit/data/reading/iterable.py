@@ -10,7 +10,8 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -125,6 +126,15 @@ class IterableSource:
         positions = torch.arange(start, start + self.split.microbatch_size, device=self.device)
         batch = self.augment(to_device(batch, self.device), Draws(self.seed, positions))
         return to_device(batch, self.device, self.channels_last)
+
+    def first(self) -> Batch:
+        """The first microbatch, from a data set of its own, read in this process.
+
+        Raises:
+            DataError: the data set is empty.
+        """
+        with closing(replace(self, num_workers=0)) as source:
+            return source.microbatch(0, 0)
 
     def state_dict(self) -> dict[str, object]:
         """This rank's position, ready for JSON; batches that workers prefetched do not count as read.

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+
 from distkit.config import BatchSplit
 from distkit.data.batch import Batch
 from distkit.data.reading.fetchers import Batches, Fetcher
-from distkit.data.stream.requests import evaluation_requests, training_requests
+from distkit.data.reading.workers import WorkerFetcher
+from distkit.data.stream.requests import Request, evaluation_requests, training_requests
 from distkit.data.stream.stream import SampleStream
 
 
@@ -38,6 +44,14 @@ class Loader:
         self._next = (step + 1, 0) if last else (step, accum_index + 1)
         return self._batches.__next__()
 
+    def first(self) -> Batch:
+        """This rank's first microbatch of a run, read in this process and apart from the others.
+
+        Raises:
+            DataError, TrainingError: what reading it raised.
+        """
+        return read_one(self.fetcher, training_requests(self.stream, self.split, self.rank, 0, 0))
+
     def close(self) -> None:
         """Leave no thread and no process behind. The loader can be used again."""
         if self._batches is not None:
@@ -58,3 +72,15 @@ class EvaluationLoader:
     def open(self, samples: range, size: int) -> Batches:
         """Batches of at most `size` of these samples, in order; close it afterwards."""
         return self.fetcher.open(evaluation_requests(samples, size))
+
+    def first(self, size: int) -> Batch:
+        """The first samples, at most `size`, read in this process."""
+        return read_one(self.fetcher, evaluation_requests(range(min(size, self.num_samples)), size))
+
+
+def read_one(fetcher: Fetcher, requests: Iterator[Request]) -> Batch:
+    """The batch of the first request; nothing is read ahead, and no process is started."""
+    if isinstance(fetcher, WorkerFetcher):
+        fetcher = replace(fetcher, num_workers=0)
+    with closing(fetcher.open(islice(requests, 1))) as batches:
+        return batches.__next__()

@@ -1,0 +1,140 @@
+"""One batch of each split through the recipe's loss before the first step, so that what is wrong with it is said now.
+
+Nothing is left of it: no gradient, no statistics, no random number drawn, nothing written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from distkit.data import Batch, batch_size
+from distkit.engine.meter import check_output
+from distkit.engine.run import Run
+from distkit.errors import ConfigError
+from distkit.losses import LossOutput
+from distkit.runtime.seeding import capture_rng, restore_rng
+from distkit.tensors.buffers import buffer_slots, extra_states, set_extra_states
+
+
+def probe(run: Run) -> None:
+    """Compute the loss of one microbatch of the training set and of one batch of the test set; all ranks together.
+
+    Raises:
+        ConfigError: a batch or a loss that cannot be trained, evaluated or reported, or that trains what is not in the
+            model; the message names the function of the recipe.
+    """
+    loader, test = run.loader, run.test_loader
+    with run.runtime.raise_on_all_ranks("reading the first batch of the training set"):
+        batch = loader.first()
+        batch_size(batch)
+    with untouched(run), run.strategy.evaluating():
+        check_training(run, batch)
+    if test is None:
+        return
+    with run.runtime.raise_on_all_ranks("reading the first batch of the test set"):
+        batch = test.first(run.config.eval_batch_size or run.split.microbatch_size)
+        batch_size(batch)
+    with untouched(run), run.strategy.evaluating(), torch.no_grad():
+        run.strategy.module.eval()
+        check_metrics(run, loss_of(run, batch))
+
+
+def loss_of(run: Run, batch: Batch) -> LossOutput:
+    """The checked loss of `batch`."""
+    with run.strategy.precision():
+        output = run.compute_loss(run.strategy.module, batch)
+    check_output(output)
+    return output
+
+
+def check_training(run: Run, batch: Batch) -> None:
+    """Refuse a loss that does not depend on the model's parameters, or depends on others."""
+    # hooks would be compiled into the forward
+    with noting_parameters([] if run.config.compile else list(run.strategy.module.modules())) as own:
+        output = loss_of(run, batch)
+    if not output.loss.requires_grad:
+        raise ConfigError("compute_loss returned a loss without a gradient",
+                          expected="a loss computed from model(...), without detach, item or no_grad",
+                          got=f"a {output.loss.dtype} tensor that does not require one")  # fmt: skip
+    if run.config.compile:
+        return
+    foreign = [leaf for leaf in leaves(output.loss) if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
+    if foreign:
+        raise ConfigError(
+            f"compute_loss trains {len(foreign)} parameters that are not in the model: they would never move",
+            expected="every parameter in what build_model returns",
+            got=", ".join(f"one of shape {list(parameter.shape)}" for parameter in foreign[:3]),
+            fix="self.criterion = … in the model, and model.criterion(…) in compute_loss",
+        )
+
+
+@contextmanager
+def noting_parameters(modules: list[nn.Module]) -> Iterator[dict[int, nn.Parameter]]:
+    """Every parameter that a module has when its forward begins, by id: fsdp has the gathered ones only then."""
+    own = {id(parameter): parameter for module in modules[:1] for parameter in module.parameters()}
+
+    def note(module: nn.Module, _args: object) -> None:
+        own.update({id(parameter): parameter for parameter in module.parameters()})
+
+    handles = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield own
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The tensors that a backward of `loss` would give gradients."""
+    nodes, known = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            yield variable
+        nodes.extend(following for following, _ in node.next_functions)
+
+
+def check_metrics(run: Run, output: LossOutput) -> None:
+    """Refuse choices of the recipe and the configuration that name a metric which is not reported."""
+    names = ["loss", *output.sums]
+    wanted = {"the recipe's best": run.trackers.rule.metric}
+    if run.plateau is not None:
+        wanted["--schedule.metric"] = run.plateau.metric
+    for who, metric in wanted.items():
+        if metric not in names:
+            raise ConfigError(f"{who} is {metric}, which compute_loss does not report for the test set",
+                              expected=f"one of {', '.join(names)}", got=metric)  # fmt: skip
+
+
+@contextmanager
+def untouched(run: Run) -> Iterator[None]:
+    """Afterwards generators, buffers, extra states and modes of the model are as before."""
+    model, generators = run.strategy.module, capture_rng(run.runtime.device)
+    modes = {module: module.training for module in model.modules()}
+    buffers = {(slot.owner, slot.key): (slot.tensor, copy.deepcopy(slot.tensor)) for slot in buffer_slots(model)}
+    extras = copy.deepcopy(extra_states(model))
+    try:
+        yield
+    finally:
+        for slot in list(buffer_slots(model)):
+            tensor, values = buffers.get((slot.owner, slot.key), (None, None))
+            if tensor is not None and values is not None:
+                with torch.no_grad():
+                    tensor.set_(values.untyped_storage(), 0, values.shape, values.stride())
+            if (slot.owner, slot.key) in buffers:
+                slot.owner._buffers[slot.key] = tensor
+            else:
+                del slot.owner._buffers[slot.key]
+        set_extra_states(model, extras)
+        for module, mode in modes.items():
+            module.training = mode
+        restore_rng(generators, run.runtime.device)
