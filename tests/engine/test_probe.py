@@ -182,9 +182,14 @@ def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_what_was_there_is_put_back_also_after_an_error(tmp_path: Path) -> None:
     run = build(tmp_path, tiny.RECIPE)
     module = run.strategy.module
-    with pytest.raises(ValueError, match="now"), untouched(run):
-        module.eval()
-        raise ValueError("now")
+
+    def fail() -> None:
+        with untouched(run):
+            module.eval()
+            raise ValueError("now")
+
+    with pytest.raises(ValueError, match="now"):
+        fail()
     assert module.training
 
 
