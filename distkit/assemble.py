@@ -36,6 +36,7 @@ from distkit.errors import ConfigError, DataError
 from distkit.observers import build_observers
 from distkit.optim import build_optimizer, default_param_groups, skips_on_device
 from distkit.recipe import Recipe
+from distkit.returned import check_dataset, check_groups, check_model, check_schedule, left_out
 from distkit.runtime import Topology
 from distkit.runtime.environment import describe_environment
 from distkit.runtime.faults import fault
@@ -68,7 +69,7 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
 def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDirectory) -> Run:
     """`assemble` in a directory that is already chosen; the caller releases it."""
     fault("start-up", runtime.rank, 0)
-    check_schedule(recipe, config)
+    check_one_schedule(recipe, config)
     resume = choose_checkpoint(config, runtime, directory)
     strategy = build_strategy(config, runtime)
     data = open_data(recipe, config, runtime)
@@ -142,8 +143,10 @@ def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Data
         # the same generators for both splits and every rank: a recipe may split one set at random
         with seeded(derive_seed(config.seed, "data")):
             train = recipe.build_dataset(config, "train")
+            check_dataset(train, "train")
         with seeded(derive_seed(config.seed, "data")):
             test = recipe.build_dataset(config, "test")
+            check_dataset(test, "test")
         if train is None:
             raise DataError(f"build_dataset of recipe {recipe.name} returned None for the split train",
                             expected="a data set with __len__ and fetch or __getitem__")  # fmt: skip
@@ -169,7 +172,7 @@ def check_sizes(train_set: Dataset, split: BatchSplit) -> None:
         )
 
 
-def check_schedule(recipe: Recipe[C], config: C) -> None:
+def check_one_schedule(recipe: Recipe[C], config: C) -> None:
     """Refuse a schedule that the recipe's own would hide."""
     if recipe.build_schedule is not None and config.schedule != Constant():
         raise ConfigError(f"--schedule.name {config.schedule.name}, but recipe {recipe.name} has a build_schedule",
@@ -200,12 +203,10 @@ def build_model(recipe: Recipe[C], config: C, train_set: Dataset | IterableData 
         ConfigError: the model has no parameter to train.
     """
     with seeded(derive_seed(config.seed, "init")):
-        model = recipe.build_model(config)
+        model = check_model(recipe.build_model(config))
         if recipe.init_model_ is not None and train_set is not None:
             recipe.init_model_(config, model, train_set)
     choose_modes_(model)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("the model has no parameter to train", expected="at least one with requires_grad")
     return model
 
 
@@ -226,7 +227,7 @@ def open_loop(
     num_steps = count_steps(config, steps_per_epoch)
     aliases = {name: canonical for name, canonical in state_dict_names(model).items() if name != canonical}
     utilization = outline_utilization(config, runtime, model)
-    strategy.prepare(model, optimizer_builder(recipe, config))
+    strategy.prepare(model, optimizer_builder(recipe, config, resume.warnings))
     reading = Reading(
         data=config.data,
         seed=config.seed,
@@ -242,7 +243,7 @@ def open_loop(
     saves = config.checkpoint.enabled and not config.debug.enabled and resume.completed_steps < num_steps
     own_schedule = recipe.build_schedule
     schedule = (
-        own_schedule(config, num_steps)
+        check_schedule(own_schedule(config, num_steps))
         if own_schedule is not None
         else config.schedule.build(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
     )
@@ -306,14 +307,15 @@ def count_steps(config: TrainConfig, steps_per_epoch: float) -> int:
     return math.ceil(round(config.num_epochs * steps_per_epoch, 6))
 
 
-def optimizer_builder(recipe: Recipe[C], config: C) -> Callable[[nn.Module], Optimizer]:
-    """model -> optimizer, over the recipe's own parameter groups where it has them."""
+def optimizer_builder(recipe: Recipe[C], config: C, notes: list[str]) -> Callable[[nn.Module], Optimizer]:
+    """model -> optimizer, over the recipe's own parameter groups where it has them; what they leave out is noted."""
 
     def build(model: nn.Module) -> Optimizer:
-        own = recipe.build_param_groups
-        groups = own(config, model) if own is not None else default_param_groups(model, config.optim)
-        if not groups:
-            raise ConfigError("the model has no parameter to train", expected="at least one with requires_grad")
+        if recipe.build_param_groups is None:
+            return build_optimizer(config.optim, default_param_groups(model, config.optim))
+        groups = check_groups(recipe.build_param_groups(config, model), model)
+        if note := left_out(groups, model):
+            notes.append(note)
         return build_optimizer(config.optim, groups)
 
     return build

@@ -52,8 +52,8 @@ FLOORS = (
     ),
     Floor(
         2,
-        ("checkpoint", "observers", "recipe"),
-        "how a save and a restore work; where values are reported; the record of what to train",
+        ("checkpoint", "observers", "recipe", "returned"),
+        "how a save and a restore work; where values are reported; what to train, and what its functions return",
         "yes",
     ),
     Floor(3, ("engine",), "the loop, the run's state, resume, endings, evaluation", "yes"),

@@ -150,7 +150,7 @@ def fake_run(recipe: Recipe[Any], config: TrainConfig, model: nn.Module, dataset
     runtime = Runtime(topology=Topology(), device=CUDA)
     split: BatchSplit = split_batch(config, 1)
     strategy = build_strategy(config, runtime)
-    strategy.prepare(model.train(), optimizer_builder(recipe, config))
+    strategy.prepare(model.train(), optimizer_builder(recipe, config, []))
     fetcher = InlineFetcher(BatchMaker(dataset, config.seed, CUDA, config.channels_last))
     run = Run(
         recipe=recipe.name,
