@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 import threading
 from collections.abc import Sequence
+from pathlib import Path
+from traceback import extract_tb
+from types import TracebackType
 from typing import TypeVar
 
 from distkit.cli import parse
@@ -18,6 +22,23 @@ from distkit.runtime.faults import check_faults
 from distkit.runtime.signals import StopSignals
 
 C = TypeVar("C", bound=TrainConfig)
+_other_errors = sys.excepthook
+
+
+def refuse_file(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End a recipe's file that refuses itself before `main`, such as a preset with a wrong value, as `main` would."""
+    if not isinstance(error, ConfigError) or hasattr(sys, "ps1"):
+        _other_errors(kind, error, trace)
+        return
+    if rank_for_messages(os.environ) == 0:
+        others = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<")
+        calls = [call for call in extract_tb(trace) if not call.filename.startswith(others)]
+        print(f"distkit: error: {error}", *[f"  in:       {call.filename}:{call.lineno}" for call in calls[-1:]],
+              sep="\n", file=sys.stderr)  # fmt: skip
+    leave(ConfigError.exit_code)
+
+
+sys.excepthook = refuse_file
 
 
 def main(recipe: Recipe[C], argv: Sequence[str] | None = None) -> None:

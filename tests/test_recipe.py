@@ -1,6 +1,9 @@
 """The recipe from its command line: good runs, wrong lines, debug mode. Every process is a real one."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,3 +225,37 @@ def test_a_bug_in_the_recipe_shows_its_traceback_and_marks_the_run_failed(tmp_pa
 def test_recipe_is_importable_without_running(tmp_path: Path) -> None:
     run = only(run_recipe_cli([], tmp_path, recipe=ROOT / "distkit" / "recipe.py"))
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        ('presets = {"default": tiny.TinyConfig(num_steps=10, precision="bf17")}', 2, "--precision"),
+        ('presets = {"default": tiny.TinyConfig(num_steps=10, optim=AdamW(lr=-1.0))}', 2, "--optim.lr"),
+        ("presets = {}", 2, "has no presets"),
+        ('presets = {"default": tiny.TinyConfig(steps=10)}', 1, "TypeError"),
+    ],
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_file_that_refuses_itself_ends_like_a_wrong_option(
+    line: str, code: int, says: str, rank: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "my_recipe.py"
+    file.write_text(
+        "from dataclasses import replace\nfrom distkit import main\nfrom distkit.config import AdamW\n"
+        f"from support import tiny\n{line}\nmain(replace(tiny.RECIPE, presets=presets))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "RANK": rank}
+    done = subprocess.run(
+        [sys.executable, str(file)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code
+    if code == 2:
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.splitlines()) < 10
+    if code == 1 or rank == "0":
+        assert says in done.stderr
+        assert "my_recipe.py" in done.stderr
+    else:
+        assert done.stderr == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["my_recipe.py"]
