@@ -34,6 +34,7 @@ def probe(run: Run) -> None:
         batch_size(batch)
     with untouched(run), run.strategy.evaluating():
         check_training(run, batch)
+    run.resume.warnings.extend(run.strategy.compiler_notes())
     if test is None:
         return
     with run.runtime.raise_on_all_ranks("reading the first batch of the test set"):
@@ -42,6 +43,7 @@ def probe(run: Run) -> None:
     with untouched(run), run.strategy.evaluating(), torch.no_grad():
         run.strategy.module.eval()
         check_metrics(run, loss_of(run, batch))
+    run.strategy.skip_compiler_notes()  # compiled once more without gradients
 
 
 def loss_of(run: Run, batch: Batch) -> LossOutput:
@@ -134,7 +136,12 @@ def untouched(run: Run) -> Iterator[None]:
                 slot.owner._buffers[slot.key] = tensor
             else:
                 del slot.owner._buffers[slot.key]
-        set_extra_states(model, extras)
+        set_extra_states(model, {name: extras[name] for name in extras if can_restore(model.get_submodule(name))})
         for module, mode in modes.items():
             module.training = mode
         restore_rng(generators, run.runtime.device)
+
+
+def can_restore(module: nn.Module) -> bool:
+    """False for a module that gives an extra state and takes none: what it gives is no state."""
+    return type(module).set_extra_state is not nn.Module.set_extra_state

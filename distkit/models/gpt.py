@@ -270,9 +270,8 @@ class GPT(nn.Module):
         self.norm = RMSNorm()
         self._init_()
 
-    @property
-    def head(self) -> nn.Module:
-        """What gives the logits: the embedding."""
+    def get_output_embeddings(self) -> nn.Module:
+        """What gives the logits: the embedding (the name is that of transformers)."""
         return self.embedding
 
     def _init_(self) -> None:

@@ -22,8 +22,8 @@ def default_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGro
     Parameters with fewer than two dims (norms, biases) are not decayed unless config.decay_all. Within a group the
     order is that of model.named_parameters(); no group is empty, and where nothing is decayed there is one.
     muon: hidden matrices get kind "muon". What has not two dims, embeddings, and the head get kind "adamw" (Jordan
-    2024, https://kellerjordan.github.io/posts/muon/). The head is `model.head` where there is one, as in timm, else the
-    last nn.Linear in module order.
+    2024, https://kellerjordan.github.io/posts/muon/). The head is `model.get_output_embeddings()` where there is that
+    method, as in transformers, `model.head` where there is one, as in timm, else the last nn.Linear in module order.
 
     Raises:
         ConfigError: nothing is trainable, or the optimizer cannot take sparse (or dense) gradients that the model has.
@@ -73,7 +73,8 @@ def _sparse_parameters(model: nn.Module) -> set[Tensor]:
 def _embeddings_and_head(model: nn.Module) -> set[Tensor]:
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    head = getattr(model, "head", None)
+    output_embeddings = getattr(model, "get_output_embeddings", None)
+    head = getattr(model, "head", None) if output_embeddings is None else output_embeddings()
     last = head.parameters() if isinstance(head, nn.Module) else [module.weight for module in linears[-1:]]
     return {*(module.weight for module in embeddings), *last}
 

@@ -104,6 +104,8 @@ class CompilerWatch:
             for reason in reasons[self._failures.get(code, 0) :]:
                 # the number of the compilation is of no use
                 why = re.sub(r"^\d+/\d+(_\d+)?: ", "", _first_line(reason))
+                if "GLOBAL_STATE changed: grad_mode" in why:
+                    continue  # what evaluations compiled; beside it stands why the training did not fit
                 fix = "; --compile-dynamic compiles once for all sizes" if "size mismatch" in why else ""
                 yield (
                     f"torch.compile compiled {code.co_name} ({_location(code.co_filename, code.co_firstlineno)}) "
