@@ -57,8 +57,13 @@ def loss_of(run: Run, batch: Batch) -> LossOutput:
 def check_training(run: Run, batch: Batch) -> None:
     """Refuse a loss that does not depend on the model's parameters, or depends on others."""
     # hooks would be compiled into the forward
-    with noting_parameters([] if run.config.compile else list(run.strategy.module.modules())) as own:
+    root = run.strategy.module
+    with noting_calls([] if run.config.compile else list(root.modules())) as (called, own):
         output = loss_of(run, batch)
+    if run.strategy.needs_forward and called and root not in called:
+        raise ConfigError("compute_loss calls parts of the model and never the model itself, which alone exchanges "
+                          "gradients", expected="model(...) in compute_loss",
+                          fix="move the calls of its parts into the model's forward")  # fmt: skip
     if not output.loss.requires_grad:
         raise ConfigError("compute_loss returned a loss without a gradient",
                           expected="a loss computed from model(...), without detach, item or no_grad",
@@ -76,16 +81,18 @@ def check_training(run: Run, batch: Batch) -> None:
 
 
 @contextmanager
-def noting_parameters(modules: list[nn.Module]) -> Iterator[dict[int, nn.Parameter]]:
-    """Every parameter that a module has when its forward begins, by id: fsdp has the gathered ones only then."""
+def noting_calls(modules: list[nn.Module]) -> Iterator[tuple[set[nn.Module], dict[int, nn.Parameter]]]:
+    """The modules that are called, and their parameters then, by id: fsdp has the gathered ones only then."""
+    called: set[nn.Module] = set()
     own = {id(parameter): parameter for module in modules[:1] for parameter in module.parameters()}
 
     def note(module: nn.Module, _args: object) -> None:
+        called.add(module)
         own.update({id(parameter): parameter for parameter in module.parameters()})
 
     handles = [module.register_forward_pre_hook(note) for module in modules]
     try:
-        yield own
+        yield called, own
     finally:
         for handle in handles:
             handle.remove()

@@ -34,6 +34,7 @@ class Strategy(ABC):
         optimizer: the raw torch optimizer.
         scaler: fp16's gradient scaler; does nothing in the other precisions.
         skipped: updates that fp16 skipped, a 0-dim float32 tensor on the device.
+        needs_forward: only a call of the whole model exchanges gradients or gathers parameters.
         reuses_outputs: a forward overwrites what the one before returned, as CUDA graphs do.
     """
 
@@ -42,6 +43,7 @@ class Strategy(ABC):
     model: nn.Module
     eval_model: nn.Module
     optimizer: Optimizer
+    needs_forward: bool = True
 
     def __init__(self, config: TrainConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime

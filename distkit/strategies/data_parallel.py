@@ -33,6 +33,7 @@ class DataParallel(Strategy):
         self._ddp = self._wrap(self.module) if runtime.world_size > 1 else None
         self.name = "ddp" if self._ddp is not None else "single"
         self.model = self._ddp if self._ddp is not None else self.module
+        self.needs_forward = self._ddp is not None
         self.eval_model = self.module
         if config.compile and config.compile_scope != "blocks":
             # in place: parameter names stay as they are, and DDP, which cannot be compiled itself, calls what was
@@ -62,6 +63,7 @@ class DataParallel(Strategy):
         )
         wrapped = accelerator.prepare_model(module)
         assert isinstance(wrapped, DistributedDataParallel), type(wrapped)
+        wrapped.__class__ = _WithAttributes  # accelerate chooses the class
         settle_buckets(wrapped)
         return wrapped
 
@@ -82,6 +84,16 @@ class DataParallel(Strategy):
         if self._ddp is not None:
             for buffer in [*self.module.buffers(), *averages]:
                 dist.broadcast(buffer, src=0)
+
+
+class _WithAttributes(DistributedDataParallel):
+    """Hands out what the model has by its names, such as `model.criterion`, as every other strategy does."""
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)  # type: ignore[no-any-return]
 
 
 def settle_buckets(ddp: DistributedDataParallel) -> None:

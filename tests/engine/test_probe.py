@@ -210,3 +210,58 @@ def test_data_that_can_be_read_once_only_loses_nothing(tmp_path: Path) -> None:
     run = build(tmp_path, replace(tiny.RECIPE, build_dataset=build_dataset), replace(BASE, eval_every=None))
     assert run.loader.microbatch(0, 0)["indices"].tolist() == list(range(8))  # type: ignore[index,call-overload]
     run.loader.close()
+
+
+class WithCriterion(nn.Module):
+    """A model that holds its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.criterion = nn.Linear(tiny.FEATURES, tiny.CLASSES), Criterion()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+def of_the_model(_config: tiny.TinyConfig, model: Any, batch: dict[str, Tensor]) -> LossOutput:
+    return LossOutput(model.criterion(model(batch["inputs"]), batch["labels"]))
+
+
+def of_a_part(_config: tiny.TinyConfig, model: Any, batch: dict[str, Tensor]) -> LossOutput:
+    return LossOutput(model.criterion(model.body(batch["inputs"]), batch["labels"]))
+
+
+def centers(folder: str, strategy: StrategyName, compute_loss: Loss) -> list[float] | str:
+    """The criterion's parameters after three steps, or what is refused."""
+    config = replace(BASE, run_dir=Path(folder) / "run", strategy=strategy, num_steps=4)
+    recipe = replace(tiny.RECIPE, build_model=lambda config: WithCriterion(), compute_loss=compute_loss,
+                     best=("loss", "min"))  # fmt: skip
+    runtime = start(config, read_topology(os.environ))
+    try:
+        run = assemble(recipe, config, runtime)
+        for _ in range(3):
+            train_step(run)
+        run.loader.close()
+        weights = run.strategy.whole_weights()
+        return weights["criterion.centers"].tolist() if weights else []
+    except ConfigError as error:
+        return str(error)
+    finally:
+        runtime.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_a_criterion_in_the_model_is_trained_on_several_ranks(strategy: StrategyName, tmp_path: Path) -> None:
+    (alone,) = run_ranks(centers, 1, str(tmp_path / "alone"), "single", of_the_model)
+    several = run_ranks(centers, 2, str(tmp_path / "several"), strategy, of_the_model)[0]
+    assert several == pytest.approx(alone, abs=1e-6)
+    assert alone != pytest.approx([1.0] * tiny.CLASSES, abs=1e-3)
+
+
+@pytest.mark.distributed
+def test_a_loss_that_never_calls_the_model_is_refused_on_several_ranks(tmp_path: Path) -> None:
+    (alone,) = run_ranks(centers, 1, str(tmp_path / "alone"), "single", of_a_part)
+    assert len(alone) == tiny.CLASSES
+    for said in run_ranks(centers, 2, str(tmp_path / "several"), "ddp", of_a_part):
+        assert "never the model itself" in said
