@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from distkit.errors import ConfigError
@@ -50,10 +51,10 @@ def _skipped(folder: Path) -> list[str]:
     from distkit.checkpoint.retention import list_checkpoints
 
     checkpoints = folder / "checkpoints"
-    state = next(
-        (read_json(checkpoints / step_name(step) / STATE) for step in list_checkpoints(checkpoints)[-1:]), None
-    )
-    value: object = state
+    value: object = None
+    with suppress(ConfigError):  # a damaged one is for `distkit checkpoint verify` to name
+        newest = list_checkpoints(checkpoints)[-1:]
+        value = next((read_json(checkpoints / step_name(step) / STATE) for step in newest), None)
     for name in ("parts", "skips", "skips"):
         value = value.get(name) if isinstance(value, dict) else None
     entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []

@@ -39,7 +39,7 @@ class Guard:
         self._buffers = BufferCopies(strategy.module)
         self._log: list[tuple[int, Tensor]] = []
         self._found: list[tuple[int, Table]] = []
-        if runtime.world_size > 1 and not self._scaled:
+        if not self._scaled:
             strategy.watch_own_gradients()
 
     def begin(self) -> None:

@@ -111,7 +111,7 @@ def loss_lost(run: Run, means: Means) -> NonFiniteError:
         first = [source for source, found in steps.items() if found == (begin, end)]
         when = f"step {begin} ({samples_of(run, begin)})" if begin == end else f"one of the steps {begin} to {end}"
         what = f"the loss{of_ranks([source.rank for source in first], world_size)} became {first[0].value} in {when}"
-        if len(first) == world_size > 1:
+        if 1 < len(first) == world_size:
             what += ", perhaps through the gradients of the step before"
     error = NonFiniteError(what)
     error.on_all_ranks = True

@@ -128,9 +128,10 @@ class Strategy(ABC):
         return norm
 
     def watch_own_gradients(self) -> None:
-        """From now on `own_gradients` tells what this rank's backwards gave, before ranks exchange gradients."""
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        self._own_gradients = OwnGradients(trained, self.runtime.device)
+        """From now on `own_gradients` tells what this rank's backwards gave, where ranks exchange gradients."""
+        if self.runtime.world_size > 1:
+            trained = [p for p in self.module.parameters() if p.requires_grad]
+            self._own_gradients = OwnGradients(trained, self.runtime.device)
 
     def own_gradients(self) -> Tensor | None:
         """The largest magnitude of a gradient that this rank's backwards gave since the last call; never waits.

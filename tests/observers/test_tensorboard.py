@@ -37,3 +37,14 @@ def test_a_resumed_run_hides_what_was_written_after_its_checkpoint(tmp_path: Pat
     run(tmp_path, 0, 4)
     run(tmp_path, 2, 3)
     assert curves(tmp_path)["train/loss"] == [(1, 1.0), (2, 0.5), (3, 0.3333)]
+
+
+def test_going_back_hides_what_came_after(tmp_path: Path) -> None:
+    observer = TensorboardObserver(tmp_path)
+    observer.start(RunInfo(recipe="cifar10", run_dir=tmp_path, num_steps=10, facts={}), 0)
+    for step in (1, 2, 3, 4):
+        observer.record({"event": "train", "step": step, "loss": float(step)})
+    observer.go_back(2)
+    observer.record({"event": "train", "step": 3, "loss": 9.0})
+    observer.close("completed", "")
+    assert curves(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.0), (3, 9.0)]
