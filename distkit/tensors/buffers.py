@@ -79,7 +79,8 @@ def buffer_specs(module: nn.Module) -> dict[str, TensorSpec]:
 def nan_buffers(module: nn.Module) -> frozenset[str]:
     """Names of the buffers that hold NaN: on purpose, where the model was just built."""
     tensors = {slot.name: slot.tensor for slot in buffer_slots(module)}
-    return frozenset(n for n, tensor in tensors.items() if tensor is not None and not is_finite(tensor, infinity=True))
+    dense = {name: tensor for name, tensor in tensors.items() if tensor is not None and not tensor.is_sparse}
+    return frozenset(name for name, tensor in dense.items() if not is_finite(tensor, infinity=True))
 
 
 def check_buffer_specs(module: nn.Module, at_start: Mapping[str, TensorSpec], step: int) -> None:
