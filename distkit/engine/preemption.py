@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from distkit.engine.ledger import BadStepsError
+from distkit.engine.rollback import with_advice
 from distkit.engine.run import Run
 from distkit.engine.save import report_saves, save
 from distkit.engine.watch import JOB_END, NO_LAUNCHER, STOP_FILE, slurm_job_end
-from distkit.errors import Stopped
+from distkit.errors import NonFiniteError, Stopped
 from distkit.runtime.heartbeat import StopRequested
 from distkit.runtime.position import Phase
 
@@ -61,9 +62,9 @@ def stop(run: Run, wishes: dict[int, int]) -> NoReturn:
     wishes, step = run.runtime.broadcast(wishes), run.progress.step
     try:
         saved = save_before_leaving(run)
-    except BadStepsError as error:
-        if run.config.on_nan != "rollback":
-            raise
+    except NonFiniteError as error:
+        if run.config.on_nan != "rollback" or not isinstance(error, BadStepsError):
+            raise with_advice(error, run)  # noqa: B904  # it is the same error
         # the same command finds the same in the same steps, and has the time to go back
         saved = f"not saved, {str(error).splitlines()[0]}: the same command continues from {continues_from(run)}"
     run.watch.done_with("STOP")
@@ -76,7 +77,7 @@ def save_before_leaving(run: Run) -> str:
     """Save this step unless it is saved already or there is no time for it; what came of that.
 
     Raises:
-        BadStepsError: it is not finite.
+        NonFiniteError: it is not finite.
     """
     report_saves(run, wait=True)
     if run.saver is None:
