@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.harness import Ended, run_ranks, run_recipe_cli
+from support.harness import ROOT, Ended, run_ranks, run_recipe_cli
 from support.planted import BASE, RECIPE, PlantedConfig, sample_at, steps_with
 from support.strategy_runs import STRATEGIES, CountReads
 from support.writing import rehash
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distkit.assemble import assemble
 from distkit.commands import run as distkit
-from distkit.config import OPTIMIZERS, AdamW, CheckpointConfig, OptimConfig
+from distkit.config import OPTIMIZERS, AdamW, CheckpointConfig, DDPConfig, FSDPConfig, OptimConfig, RMSprop
 from distkit.engine.fit import fit
 from distkit.engine.ledger import Ledger, Skip
 from distkit.engine.run import Run
@@ -102,6 +102,37 @@ def test_every_strategy_leaves_the_same_steps_out_and_names_the_rank(strategy: s
     assert back == skipped
 
 
+#: Ranks, and what is not as in the test above: exchanges of another form, optimizers that wait for the decision.
+WAYS: dict[str, tuple[int, dict[str, object]]] = {
+    "accumulation, static graph": (2, {"microbatch_size": 1, "ddp": DDPConfig(static_graph=True)}),
+    "bf16 gradients": (2, {"strategy": "ddp", "ddp": DDPConfig(bf16_gradients=True)}),
+    "compiled": (2, {"compile": True, "compile_backend": "eager"}),
+    "four ranks": (4, {"strategy": "ddp"}),
+    "replicas of shards": (4, {"strategy": "fsdp", "fsdp": FSDPConfig(replicas=2)}),
+    "offloaded": (2, {"strategy": "fsdp", "fsdp": FSDPConfig(cpu_offload=True), "microbatch_size": 2}),
+    "waiting": (2, {"strategy": "fsdp", "optim": RMSprop(lr=0.01), "weighted": True}),
+    "fp16": (2, {"precision": "fp16"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_to_exchange_and_to_update(way: str, tmp_path: Path) -> None:
+    world_size, changes = WAYS[way]
+    config = replace(BASE, bad_loss=(BAD_LOSS,), bad_gradient=(BAD_GRADIENT,), checkpoint=SAVING, ema_decay=0.9,
+                     optim=AdamW(lr=0.01))  # fmt: skip
+    config = replace(config, **changes)  # type: ignore[arg-type]
+    skipped = run_ranks(train, world_size, str(tmp_path / "skip"), replace(config, on_nan="skip"))
+    back = run_ranks(train, world_size, str(tmp_path / "back"), replace(config, on_nan="rollback"))
+    assert back == skipped
+    digest, ledger = skipped[0]
+    assert len(digest) == 64, digest
+    # fp16's scaler has its own way with gradients
+    assert [step for step, _, _ in ledger] == ([10] if way == "fp16" else [5, 10, 15])
+    assert all(len(ranks) == 1 for _, ranks, _ in ledger)
+
+
 ON_DEVICE = {"sgd", "adam", "adamw", "adagrad"}
 
 
@@ -147,13 +178,14 @@ def test_the_decision_never_waits_for_the_device(changes: dict[str, object], tmp
 @pytest.mark.parametrize("how", ["skip", "rollback"])
 @pytest.mark.parametrize("kill_at", ["12", "17"])
 def test_a_resume_across_a_skip_is_exact(
-    how: str, kill_at: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    how: str, kill_at: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # saves at 8 and 16, or at 11 and 22; both bad samples come before the kill, and again after it
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    # killed between saves; both bad samples come before the kill, and again after it
     folder = tmp_path / "trial"
     flags = ["--on-nan", how, "--bad-loss", str(BAD_LOSS), "--bad-gradient", str(BAD_GRADIENT), "--dropout", "0.3",
              "--noise", "0.1", "--ema-decay", "0.9", "--batch-norm", "--eval-every", "7", "--checkpoint.enabled",
-             "--microbatch-size", "2"]  # fmt: skip
+             "--microbatch-size", "2", "--checkpoint.save-every", "4"]  # fmt: skip
     argv = ["verify-resume", str(PLANTED), "--nproc", "2", "--steps", "30", "--kill-at", kill_at]
     code = distkit([*argv, "--folder", str(folder), "--", *flags])
     assert code == 0, capsys.readouterr().err
