@@ -194,10 +194,10 @@ def measure_held(folder: Path, strategy: StrategyName, world_size: int) -> dict[
         if run.progress.step == STEPS - 1 and not found:
             found[MOMENTS[0]] = held(run)
 
-    def before_update() -> None:
+    def before_update(leave_out: Tensor | None = None) -> None:
         if run.progress.step == STEPS - 1:
             found[MOMENTS[1]] = held(run)
-        update()
+        update(leave_out)
 
     run.strategy.backward, run.strategy.update = after_backward, before_update  # type: ignore[method-assign]
     fit(run)

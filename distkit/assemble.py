@@ -25,6 +25,7 @@ from distkit.data.reading.placement import Placed, Reading, TrainSource, open_tr
 from distkit.data.sets.fingerprint import fingerprint_of
 from distkit.ema import Ema
 from distkit.engine.flops import FirstBatch, describe_peak, outline_utilization
+from distkit.engine.guard import Guard, describe_guard
 from distkit.engine.meter import Meter
 from distkit.engine.modes import choose_modes_, describe_modes
 from distkit.engine.probe import probe
@@ -44,7 +45,7 @@ from distkit.runtime.process import Runtime
 from distkit.runtime.seeding import derive_seed, seeded
 from distkit.strategies import Strategy, build_strategy, set_fp32_precision
 from distkit.strategies.parameters import state_dict_names
-from distkit.tensors.buffers import buffer_specs
+from distkit.tensors.buffers import buffer_specs, nan_buffers
 
 C = TypeVar("C", bound=TrainConfig)
 #: One process on the CPU without a process group: the default for calling a stage from a notebook.
@@ -247,6 +248,7 @@ def open_loop(
         if own_schedule is not None
         else config.schedule.build(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
     )
+    guard = None if config.on_nan == "raise" else Guard(strategy, runtime)
     return Run(
         recipe=recipe.name,
         config=config,
@@ -266,11 +268,14 @@ def open_loop(
         data_state=train.loader if isinstance(train.loader, IterableSource) else None,
         aliases=aliases,
         buffer_specs=buffer_specs(strategy.module),
+        nan_buffers=nan_buffers(strategy.module),
         utilization=utilization,
         facts=describe(config, runtime, strategy, split, num_steps, train, test)
         | ({"schedule": "build_schedule of the recipe"} if own_schedule is not None else {})
+        | describe_guard(config, strategy)
         | describe_peak(config, runtime),
-        meter=Meter(runtime, copies=strategy.reuses_outputs),
+        meter=Meter(runtime, copies=strategy.reuses_outputs, drops_bad=guard is not None),
+        guard=guard,
         trackers=Trackers(best),
         saver=build_saver(directory.checkpoints, runtime, config.checkpoint, recipe=recipe.name, strategy=strategy.name,
                           best=best, source=resume.own_step) if saves else None,

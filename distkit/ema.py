@@ -49,11 +49,21 @@ class Ema:
         self._slots = [(places[name], slot.owner._buffers, slot.key) for name, slot in slots.items() if name in places]
 
     @torch.no_grad()
-    def update_(self, step: int) -> None:
-        """Move the shadow towards the live weights; `step` counts finished updates from 0."""
+    def update_(self, step: int, leave_out: Tensor | None = None) -> None:
+        """Move the shadow towards the live weights; `step` counts finished updates from 0.
+
+        Args:
+            step: of the update.
+            leave_out: bool, 0-dim on the device: True leaves the shadow as it is; nothing waits for it.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         self._take_buffers()
-        torch._foreach_lerp_(self._shadow_list, self._live_list, 1 - decay)
+        if leave_out is None:
+            torch._foreach_lerp_(self._shadow_list, self._live_list, 1 - decay)
+            return
+        for shadow, live in zip(self._shadow_list, self._live_list, strict=True):
+            moved = torch.lerp(shadow, live, 1 - decay)
+            shadow.copy_(torch.where(leave_out.to(shadow.device), shadow, moved))
 
     @torch.no_grad()
     def restart_(self) -> None:

@@ -51,3 +51,19 @@ def test_state_round_trip() -> None:
     assert all(torch.equal(first.shadow[name], second.shadow[name]) for name in first.shadow)
     with pytest.raises(KeyError, match="extra"):
         second.load_state_dict({**first.state_dict(), "extra": torch.ones(1)})
+
+
+def test_an_update_that_is_left_out_moves_nothing() -> None:
+    net = model()
+    ema, other = Ema(net, 0.9), Ema(net, 0.9)
+    for step in range(3):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(0.1)
+        ema.update_(step)
+        other.update_(step, torch.tensor(False))
+    assert all(torch.equal(ema.shadow[name], tensor) for name, tensor in other.shadow.items())
+    with torch.no_grad():
+        net[0].weight.fill_(float("nan"))  # type: ignore[index,union-attr,operator]
+    other.update_(3, torch.tensor(True))
+    assert all(torch.equal(ema.shadow[name], tensor) for name, tensor in other.shadow.items())

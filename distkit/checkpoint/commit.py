@@ -32,7 +32,7 @@ from distkit.checkpoint.format import (
 )
 from distkit.checkpoint.plan import Layout
 from distkit.checkpoint.write import write_file
-from distkit.errors import CheckpointError
+from distkit.errors import CheckpointError, NonFiniteError
 from distkit.files import sync_folder, write_bytes
 from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
@@ -82,6 +82,7 @@ class Outcome:
         error: None, or why it failed, with the rank.
         nbytes, seconds: what all ranks wrote, and how long that took.
         warning: what went wrong after the checkpoint stood: its parent was not synced, old ones were not removed.
+        lost: the tensor that is NaN or infinite, where that is the error; the ranks are not to blame, nor is the disk.
     """
 
     step: int
@@ -89,15 +90,17 @@ class Outcome:
     nbytes: int = 0
     seconds: float = 0.0
     warning: str | None = None
+    lost: str | None = None
 
 
 @dataclass(frozen=True)
 class Vote:
-    """What one rank says about its part."""
+    """What one rank says about its part; `lost` as of Outcome."""
 
     step: int
     files: Mapping[str, FileEntry]
     error: str | None = None
+    lost: str | None = None
 
 
 def commit(folder: Path, job: Job, runtime: Runtime) -> Outcome:
@@ -119,10 +122,13 @@ def commit(folder: Path, job: Job, runtime: Runtime) -> Outcome:
     try:
         vote = Vote(job.step, _write_files(target, job, state, runtime))
         point("before_vote")
+    except NonFiniteError as failure:
+        vote = Vote(job.step, {}, f"{failure} is NaN or infinite", str(failure))
     except Exception as failure:
         vote = Vote(job.step, {}, describe(failure))
     votes = runtime.gather(vote)
     error = _first_error([other.error for other in votes])
+    lost = _first_lost([other.lost for other in votes])
     nbytes = sum(entry.bytes for other in votes for entry in other.files.values())
     warning = None
     if error is None:
@@ -135,7 +141,7 @@ def commit(folder: Path, job: Job, runtime: Runtime) -> Outcome:
     if error is not None:
         if runtime.is_main_process:
             shutil.rmtree(target, ignore_errors=True)
-        return Outcome(job.step, error)
+        return Outcome(job.step, error, lost=lost)
     return Outcome(job.step, None, nbytes, time.perf_counter() - start, warning)
 
 
@@ -177,6 +183,15 @@ def _first_difference(answers: list[tuple[int, str | None]]) -> str | None:
 
 def _first_error(errors: list[str | None]) -> str | None:
     return next((f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None), None)
+
+
+def _first_lost(names: list[str | None]) -> str | None:
+    """The first rank's tensor, a weight if there is one."""
+    lost = [(not name.startswith("model/"), rank, name) for rank, name in enumerate(names) if name is not None]
+    if not lost:
+        return None
+    _, rank, name = min(lost)
+    return name if len(names) == 1 else f"{name} (in the part of rank {rank})"
 
 
 def _make(target: Path) -> None:

@@ -41,12 +41,14 @@ class Snapshot:
         own: tensors that this rank alone has, under names that contain its number.
         values: everything else, ready for JSON; rank 0's is saved.
         own_values: what this rank alone knows, ready for JSON.
+        judged: names in `shared` that must not be NaN -> whether they may be infinite; else nothing is saved.
     """
 
     shared: Mapping[str, Tensor]
     own: Mapping[str, Tensor]
     values: Mapping[str, object]
     own_values: Mapping[str, object] = field(default_factory=dict)
+    judged: Mapping[str, bool] = field(default_factory=dict)
 
 
 class Saver:
@@ -173,6 +175,8 @@ class Saver:
         return [self._count(save.result())]
 
     def _count(self, outcome: Outcome) -> Outcome:
+        if outcome.lost is not None:  # nothing is wrong with the disk
+            return outcome
         self._failures = 0 if outcome.error is None else self._failures + 1
         self.committed = outcome.step if outcome.error is None else self.committed
         self._last_error = outcome.error
@@ -216,7 +220,7 @@ class Saver:
         value_of = partial(piece_of, {**snapshot.shared, **snapshot.own})
         try:
             fault("staging", self._runtime.rank, step)
-            return (self._stage_all if self.behind else self._stage_each)(value_of), None
+            return (self._stage_all if self.behind else self._stage_each)(value_of, snapshot.judged), None
         except Exception as failure:  # no memory, say
             return {}, describe(failure)
 
@@ -227,7 +231,7 @@ class Saver:
         fits = not self._runtime.any_rank(needed > free)()
         return fits if self.config.asynchronous == "auto" else self.config.asynchronous == "on"
 
-    def _stage_all(self, value_of: Callable[[Piece], Tensor]) -> dict[str, Contents]:
+    def _stage_all(self, value_of: Callable[[Piece], Tensor], judged: Mapping[str, bool]) -> dict[str, Contents]:
         """Copy all files into their buffers now; the thread waits for the device, the step does not."""
         files: dict[str, tuple[ShardFile, Tensor]] = {}
         for index, (name, file) in enumerate(self._files.items()):
@@ -237,11 +241,12 @@ class Saver:
 
         def contents(file: ShardFile, buffer: Tensor) -> memoryview:
             copied()
+            file.check_finite(buffer, judged)
             return tensor_bytes(buffer[: file.nbytes])
 
         return {name: partial(contents, *file) for name, file in files.items()}
 
-    def _stage_each(self, value_of: Callable[[Piece], Tensor]) -> dict[str, Contents]:
+    def _stage_each(self, value_of: Callable[[Piece], Tensor], judged: Mapping[str, bool]) -> dict[str, Contents]:
         """Copy a file when its turn to be written comes, into one of a few buffers that are kept."""
         largest = max((file.nbytes for file in self._files.values()), default=0)
         free = iter(range(self._threads))
@@ -252,6 +257,7 @@ class Saver:
                 mine.buffer = self._staging.buffer(next(free), largest, self._runtime.device)
             file.fill_(mine.buffer, value_of)
             self._runtime.wait()
+            file.check_finite(mine.buffer, judged)
             return tensor_bytes(mine.buffer[: file.nbytes])
 
         # before the threads, which share them out

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from distkit.checkpoint.format import DTYPES, spec_bytes
 from distkit.checkpoint.plan import Piece
+from distkit.errors import NonFiniteError
 from distkit.files import atomic_file
+from distkit.tensors.finite import is_finite
 from distkit.tensors.spec import TensorSpec, spec_of, torch_dtype
 
 
@@ -61,6 +63,22 @@ class ShardFile:
             if stop > start:
                 target = buffer[start:stop].view(torch_dtype(piece.dtype)).view(piece.shape)
                 target.copy_(value_of(piece), non_blocking=True)
+
+    def check_finite(self, buffer: Tensor, judged: Mapping[str, bool]) -> None:
+        """Refuse a file, as `fill_` put it into `buffer`, with a tensor that is NaN or infinite; weights come first.
+
+        Args:
+            buffer: uint8, at least `nbytes`; copies into it have ended.
+            judged: names of tensors that must not be NaN -> whether they may be infinite.
+
+        Raises:
+            NonFiniteError: its message is the tensor's name.
+        """
+        for key in sorted(self.pieces, key=lambda key: not self.pieces[key].name.startswith("model/")):
+            piece, (start, stop) = self.pieces[key], self.header.spans[key]
+            values = buffer[start:stop].view(torch_dtype(piece.dtype))
+            if piece.name in judged and not is_finite(values, infinity=judged[piece.name]):
+                raise NonFiniteError(piece.name)
 
 
 def write_tensors(file: BinaryIO, header: Header, values: Iterable[Tensor]) -> None:

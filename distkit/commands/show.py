@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from distkit.errors import ConfigError
@@ -26,6 +27,7 @@ def command(args: Sequence[str]) -> str:
         lines += _holder_and_progress(folder)
     if status.get("reason"):
         lines.append(f"  reason: {status['reason']}")
+    lines += _skipped(folder)
     for name, value in (read_json(folder / "summary.json") or {}).items():
         if isinstance(value, dict):
             value = "  ".join(f"{key} {_format(number)}" for key, number in value.items())
@@ -41,6 +43,22 @@ def _holder_and_progress(folder: Path) -> list[str]:
     lines = [f"  runs as {who}" if (who := holder(folder)) else "  but no process is running it: it was killed"]
     steps = list_checkpoints(folder / "checkpoints")
     return [*lines, f"  saved at step {steps[-1]}" if steps else "  nothing saved yet"]
+
+
+def _skipped(folder: Path) -> list[str]:
+    """The ledger of skipped steps, as the newest checkpoint has it."""
+    from distkit.checkpoint.format import STATE, step_name
+    from distkit.checkpoint.retention import list_checkpoints
+
+    checkpoints = folder / "checkpoints"
+    value: object = None
+    with suppress(ConfigError):  # a damaged one is for `distkit checkpoint verify` to name
+        newest = list_checkpoints(checkpoints)[-1:]
+        value = next((read_json(checkpoints / step_name(step) / STATE) for step in newest), None)
+    for name in ("parts", "skips", "skips"):
+        value = value.get(name) if isinstance(value, dict) else None
+    entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+    return [f"  skipped step {entry.get('step')}: {entry.get('why')}" for entry in entries]
 
 
 def _format(value: object) -> object:

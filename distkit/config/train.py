@@ -34,7 +34,10 @@ Split = Literal["train", "test"]
 CompileScope = Literal["auto", "whole", "blocks"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 CompileBackend = Literal["inductor", "aot_eager", "eager", "cudagraphs"]
+OnNan = Literal["raise", "skip", "rollback"]
 
+#: Steps that a run may leave out; more of them have a reason that skipping does not cure.
+MAX_SKIPS = 10
 #: Sections that are one of several classes, and these classes by name.
 CHOICES: dict[str, Mapping[str, type[Choice]]] = {"optim": OPTIMIZERS, "schedule": SCHEDULES}
 
@@ -130,6 +133,11 @@ class TrainConfig:
     """Peak dense TFLOP/s of one rank's device in this precision, > 0, for mfu; None: its data sheet's, if known."""
     num_threads: int | None = None
     """CPU threads per rank, >= 1; None: OMP_NUM_THREADS if above 1, else cores / ranks."""
+    on_nan: OnNan = field(default="raise", metadata=_PLAIN)
+    """What all ranks do when the loss or a gradient of one is NaN or infinite. raise: end the run at the next report.
+    skip: leave that update out. rollback: go back to the last checkpoint, and leave that global batch out this time."""
+    max_skips: int = field(default=MAX_SKIPS, metadata=_PLAIN)
+    """Steps that --on-nan skip or rollback may leave out in the whole run before it ends, >= 1."""
     report_every: int = 50
     """Steps between train lines, >= 1."""
     eval_every: int | None = None
@@ -177,7 +185,7 @@ class TrainConfig:
             )
         require(self.precision in get_args(Precision), "precision", "fp32, tf32, bf16 or fp16", self.precision, "bf16")
         examples = {"num_steps": "1000", "global_batch_size": "128", "microbatch_size": "64", "report_every": "50",
-                    "eval_every": "500"}  # fmt: skip
+                    "eval_every": "500", "max_skips": "10"}  # fmt: skip
         for name, example in examples.items():
             require_number(name, getattr(self, name), least=1, example=example)
         require_number("eval_batch_size", self.eval_batch_size, least=1, example="256")
@@ -185,6 +193,7 @@ class TrainConfig:
         if self.run_dir is not None:
             require(self.run_dir != Path(), "run_dir", "a directory of its own", repr(str(self.run_dir)), "runs/NAME")
         self._check_compile()
+        self._check_on_nan()
         check_sections(self.strategy, {"ddp": self.ddp, "fsdp": self.fsdp, "zero": self.zero})
         for name in ("num_epochs", "max_grad_norm", "max_grad_value", "peak_tflops", "timeout_seconds",
                      "watchdog_seconds"):  # fmt: skip
@@ -211,6 +220,21 @@ class TrainConfig:
         set_ = [flag(name) for name, default in defaults.items() if getattr(self, name) != default]
         if set_ and not self.compile:
             raise ConfigError(f"{', '.join(set_)} without --compile", expected="--compile too", fix="--compile")
+
+    def _check_on_nan(self) -> None:
+        """Refuse a choice that would be ignored, or that cannot be done."""
+        require(self.on_nan in get_args(OnNan), "on_nan", "raise, skip or rollback", self.on_nan, "skip")
+        if self.on_nan == "raise" and self.max_skips != MAX_SKIPS:
+            raise ConfigError("--max-skips without --on-nan skip or rollback", expected="one of them too",
+                              got=f"--max-skips {self.max_skips}", fix="--on-nan skip")  # fmt: skip
+        if self.on_nan != "raise" and self.optim.needs_closure:
+            raise ConfigError(f"--optim.name {self.optim.name} moves the weights several times in a step, before it is "
+                              "known whether all of them are finite", expected="--on-nan raise",
+                              got=f"--on-nan {self.on_nan}", fix="--on-nan raise")  # fmt: skip
+        if self.on_nan == "rollback" and not self.checkpoint.enabled:
+            raise ConfigError("--on-nan rollback goes back to a checkpoint, and none is saved",
+                              expected="--checkpoint.enabled, or another choice", got="--checkpoint.no-enabled",
+                              fix="--on-nan skip")  # fmt: skip
 
 
 def reset_for_debugging(config: C) -> C:

@@ -425,8 +425,8 @@ def complain(error: BaseException, rank: int, world_size: int) -> int:
             traceback.print_exception(error)
         say(f"distkit: error{who}: {failed or error}")
     elif isinstance(error, DistkitError) and (world_size == 1 or error.on_all_ranks):
-        if rank == 0:
-            say(f"distkit: error{who}: {error}")
+        if rank == 0:  # what all ranks found is on one line, as in status.json
+            say(f"distkit: error{who}: {failed if error.on_all_ranks and failed.cause.rank is None else error}")
     else:
         if not isinstance(error, DistkitError | KeyboardInterrupt):
             traceback.print_exception(error)

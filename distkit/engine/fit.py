@@ -15,8 +15,10 @@ from distkit.checkpoint.retention import list_checkpoints
 from distkit.checkpoint.shard_file import save_weights
 from distkit.engine.endings import Cause, first_cause, record
 from distkit.engine.evaluate import evaluate
+from distkit.engine.nonfinite import check_weights, evaluation_note, loss_lost, settle_bad_steps
 from distkit.engine.preemption import stopping_together
 from distkit.engine.resume import restore, restore_generators, resume_notes
+from distkit.engine.rollback import roll_back
 from distkit.engine.run import Run
 from distkit.engine.save import report_saves, save, save_due
 from distkit.engine.train_step import due, train_step
@@ -35,35 +37,48 @@ def fit(run: Run) -> Summary:
         What summary.json says: last and best evaluation, samples_per_second, state_digest.
 
     Raises:
-        NonFiniteError: the loss of a report is NaN or infinite, on all ranks alike.
+        NonFiniteError: the loss of a report or the weights are NaN or infinite, and --on-nan gives no way to go on; on
+            all ranks alike.
         Stopped: the run was told to stop, and is saved.
         CheckpointError: more saves in a row failed than `--checkpoint.max-failures` allows.
     """
-    config, progress, clock = run.config, run.progress, run.clock
-    if run.resume.checkpoint is not None:
-        restore(run, run.resume.checkpoint)
+    checkpoint = run.resume.checkpoint
+    if checkpoint is not None:
+        restore(run, checkpoint)
     with opened(run), stopping_together(run):
-        restore_generators(run)
-        clock.begin()
+        if checkpoint is not None and not run.takes_weights_only:
+            restore_generators(run, checkpoint)
+        run.clock.begin()
         if evaluation_is_owed(run):
             evaluate_now(run)
             save(run)
-        while progress.step < run.num_steps:
-            run.runtime.heartbeat.next_unit()
-            train_step(run)
-            if faults.armed:
-                faults.fault("step", run.runtime.rank, progress.step)
-            if due(config.report_every, progress.step, run.num_steps):
-                report(run)
-            if due(config.eval_every, progress.step, run.num_steps):
-                evaluate_now(run)
-            if save_due(run):
-                save(run)
-        return finish(run)
+        while True:
+            try:
+                train(run)
+                return finish(run)
+            except NonFiniteError as error:
+                roll_back(run, error)
+
+
+def train(run: Run) -> None:
+    """All steps that are left; report, evaluate and save when due."""
+    config, progress = run.config, run.progress
+    while progress.step < run.num_steps:
+        run.runtime.heartbeat.next_unit()
+        train_step(run)
+        if faults.armed:
+            faults.fault("step", run.runtime.rank, progress.step)
+        if due(config.report_every, progress.step, run.num_steps):
+            report(run)
+        if due(config.eval_every, progress.step, run.num_steps):
+            evaluate_now(run)
+        if save_due(run):
+            save(run)
 
 
 def evaluate_now(run: Run) -> None:
     """Evaluate, out of training's time."""
+    settle_bad_steps(run)
     run.runtime.wait()  # what is queued still belongs to training
     with run.clock.excluded():
         report_evaluation(run)
@@ -125,7 +140,14 @@ def close_parts(run: Run, status: str, message: str) -> None:
 
 
 def report(run: Run) -> None:
-    """One train line: means over all ranks since the last one. The only place where a step waits for the device."""
+    """One train line: means over all ranks since the last one. The only place where a step waits for the device.
+
+    Raises:
+        NonFiniteError: with --on-nan raise, their loss is not finite, naming the rank; see also `settle_bad_steps`.
+    """
+    settle_bad_steps(run)
+    if run.meter.is_empty:  # every step since the last line was passed over
+        return
     means = run.meter.reduce()
     settle_utilization(run)
     samples_per_second = run.clock.lap(means.samples)
@@ -149,15 +171,10 @@ def report(run: Run) -> None:
         event["skipped_updates"] = int(run.strategy.skipped.item())
     run.meter.data_wait_seconds = 0.0
     run.tell(event)
+    if run.guard is None and not math.isfinite(means.loss):
+        raise loss_lost(run, means)
     report_compiler(run)
     report_saves(run)
-    if not math.isfinite(means.loss):
-        error = NonFiniteError(
-            f"the loss became {means.loss} in the {run.config.report_every} steps before step {run.progress.step}; "
-            "the same command with --debug names the module and the step"
-        )
-        error.on_all_ranks = True
-        raise error
 
 
 def settle_utilization(run: Run) -> None:
@@ -193,7 +210,10 @@ def report_evaluation(run: Run) -> None:
                 f"--schedule.metric {metric} is not reported; there are {', '.join(means.metrics)}, loss"
             )
         run.plateau.update(values[metric])
-    line = {name: value for name, value in values.items() if name != "step"}
+    line: dict[str, float | str] = {name: value for name, value in values.items() if name != "step"}
+    if means.not_finite:
+        run.note(evaluation_note(run, means, len(run.test_loader)))
+        line["nonfinite_ranks"] = ", ".join(sorted({str(source.rank) for source in means.not_finite}))
     run.tell({"event": "eval", "step": run.progress.step, **line, "samples": means.samples, "best": is_best})
 
 
@@ -202,10 +222,12 @@ def finish(run: Run) -> Summary:
 
     Raises:
         CheckpointError: the last checkpoint could not be saved.
+        BadStepsError: the weights are not finite.
     """
     run.runtime.position.enter(Phase.END, run.progress.step)
     report_saves(run, wait=True)
     run.synchronize_buffers_()
+    check_weights(run)
     summary: Summary = {
         "recipe": run.recipe,
         "step": run.progress.step,
@@ -216,6 +238,8 @@ def finish(run: Run) -> Summary:
         "state_digest": run.runtime.broadcast(state_digest(run.learned_tensors())),
         **run.facts,
     }
+    if run.ledger.skips:
+        summary["skipped_steps"] = ", ".join(str(skip.step) for skip in run.ledger.skips)
     if run.utilization is not None:
         summary |= run.utilization.summary(run.clock.average())
     save_final_weights(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,12 +18,34 @@ FOLD_EVERY = 256
 
 
 @dataclass(frozen=True, kw_only=True)
+class NotFinite:
+    """A value of a report that is NaN or infinite, and the rank whose samples made it so.
+
+    Attributes:
+        rank, name: where, and which value: "loss" or one of the recipe's sums.
+        value: of this rank, as it was when it was no longer finite.
+        begin, end: it came with the samples from `begin` to `end` - 1 of the `seen` that the rank counted.
+    """
+
+    rank: int
+    name: str
+    value: float
+    begin: int
+    end: int
+    seen: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Means:
-    """Values of one report: `loss` (the weighted mean) and each of the recipe's sums / samples."""
+    """Values of one report: `loss` (the weighted mean) and each of the recipe's sums / samples.
+
+    `not_finite` says where those come from that are not finite.
+    """
 
     samples: int
     loss: float
     metrics: dict[str, float]
+    not_finite: tuple[NotFinite, ...] = ()
 
 
 #: Names of an event's own fields, which a sum may not take.
@@ -78,10 +101,11 @@ class Meter:
     Args:
         runtime: this process.
         copies: copy them instead, because the next forward writes over them (Strategy.reuses_outputs).
+        drops_bad: leave values that are not finite out of the sums, and such losses out of their mean.
     """
 
-    def __init__(self, runtime: Runtime, *, copies: bool = False) -> None:
-        self._runtime, self._copies = runtime, copies
+    def __init__(self, runtime: Runtime, *, copies: bool = False, drops_bad: bool = False) -> None:
+        self._runtime, self._copies, self._drops_bad = runtime, copies, drops_bad
         self._dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
         self._checked = False
         #: Norm of the last step's gradients (0-dim, on the device), where it was measured.
@@ -95,6 +119,13 @@ class Meter:
         self._loss, self._weight = self._zero(), self._zero()
         self._pending: list[tuple[LossOutput, int]] = []
         self._samples = 0
+        #: The sum of losses after so many samples, from time to time: near which a loss was not finite.
+        self._folded: list[tuple[int, Tensor]] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """True when nothing was counted since the last report."""
+        return not (self._pending or self._samples)
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=self._dtype, device=self._runtime.device)
@@ -122,18 +153,31 @@ class Meter:
         weighted = [(output.loss, output.weight) for output in outputs if output.weight is not None]
         if weighted:
             weights = self._stack([weight for _, weight in weighted])
-            self._loss += (self._stack([loss for loss, _ in weighted]) * weights).sum()
-            self._weight += weights.sum()
+            self._add_losses(self._stack([loss for loss, _ in weighted]), weights)
         # by size and on the host: a tensor of sizes would be a copy to the device that waits for it
         for size in {count for output, count in self._pending if output.weight is None}:
             losses = [output.loss for output, count in self._pending if count == size and output.weight is None]
-            self._loss += self._stack(losses).sum() * size
-            self._weight += size * len(losses)
+            self._add_losses(self._stack(losses), size)
         for name in sorted({name for output in outputs for name in output.sums}):
-            values = self._stack([output.sums[name] for output in outputs if name in output.sums]).sum()
+            values = self._stack([output.sums[name] for output in outputs if name in output.sums])
+            values = (torch.where(values.isfinite(), values, 0.0) if self._drops_bad else values).sum()
             self._sums[name] = values + self._sums[name] if name in self._sums else values
         self._samples += sum(count for _, count in self._pending)
+        self._folded.append((self._samples, self._loss))
         self._pending.clear()
+
+    def _add_losses(self, losses: Tensor, weights: Tensor | int) -> None:
+        """Add `losses` times `weights`: of each, or one number for all."""
+        if self._drops_bad:
+            good = losses.isfinite() & (weights.isfinite() if isinstance(weights, Tensor) else True)
+            losses, weights = torch.where(good, losses, 0.0), torch.where(good, weights, 0)
+        # not in place: `_folded` keeps what the sums were
+        if isinstance(weights, Tensor):
+            self._loss = self._loss + (losses * weights).sum()
+            self._weight = self._weight + weights.sum()
+        else:
+            self._loss = self._loss + losses.sum() * weights
+            self._weight = self._weight + weights * len(losses)
 
     def _stack(self, values: list[Tensor]) -> Tensor:
         return torch.stack([value.detach() for value in values]).to(self._dtype)
@@ -164,6 +208,7 @@ class Meter:
         self._reset()
         self._loss, self._weight, self._samples = own.pop("loss"), own.pop("weight"), int(tensors["samples"])
         self._sums = {name.removeprefix(_SUMS): value for name, value in own.items()}
+        self._folded.append((self._samples, self._loss))
 
     @staticmethod
     def merge(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -188,6 +233,7 @@ class Meter:
         Raises:
             TrainingError: ranks reported different names, or nothing was counted.
         """
+        recent = self._pending[:]
         self._fold()
         # a rank may have had no sample to evaluate, and then knows no names
         seen = [names for names, samples in self._runtime.gather((sorted(self._sums), self._samples)) if samples]
@@ -199,6 +245,35 @@ class Meter:
         loss, weight, samples, *sums = self._runtime.all_reduce_(torch.stack(values)).tolist()
         if samples == 0:
             raise TrainingError("nothing to report: no sample was seen on any rank")
+        all_finite = all(map(math.isfinite, (loss, weight, *sums)))
+        not_finite = () if all_finite else self._sources(recent)
         self._reset()
         metrics = {name: value / samples for name, value in zip(names, sums, strict=True)}
-        return Means(samples=round(samples), loss=loss / weight if weight else float("nan"), metrics=metrics)
+        mean = loss / weight if weight else float("nan")
+        return Means(samples=round(samples), loss=mean, metrics=metrics, not_finite=not_finite)
+
+    def _sources(self, recent: Sequence[tuple[LossOutput, int]]) -> tuple[NotFinite, ...]:
+        """What is not finite on each rank; all ranks together. `recent` was pending before the last fold."""
+        here = [] if math.isfinite(loss := self._loss.item()) else [("loss", *self._first_bad_loss(recent, loss))]
+        here += [
+            (name, value.item(), 0, self._samples) for name, value in self._sums.items() if not value.isfinite().item()
+        ]
+        return tuple(
+            NotFinite(rank=rank, name=name, value=value, begin=begin, end=end, seen=seen)
+            for rank, (found, seen) in enumerate(self._runtime.gather((here, self._samples)))
+            for name, value, begin, end in found
+        )
+
+    def _first_bad_loss(self, recent: Sequence[tuple[LossOutput, int]], total: float) -> tuple[float, int, int]:
+        """The first loss of this rank that was not finite, and between which samples it came."""
+        begin = 0
+        for end, value in self._folded[:-1] if recent else self._folded:
+            if not value.isfinite().item():
+                return value.item(), begin, end
+            begin = end
+        for output, count in recent:
+            value = output.loss if output.weight is None else output.loss * output.weight
+            if not value.isfinite().item():
+                return output.loss.item(), begin, begin + count
+            begin += count
+        return total, 0, self._samples

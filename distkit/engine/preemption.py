@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from distkit.engine.ledger import BadStepsError
+from distkit.engine.rollback import with_advice
 from distkit.engine.run import Run
 from distkit.engine.save import report_saves, save
 from distkit.engine.watch import JOB_END, NO_LAUNCHER, STOP_FILE, slurm_job_end
-from distkit.errors import Stopped
+from distkit.errors import NonFiniteError, Stopped
 from distkit.runtime.heartbeat import StopRequested
 from distkit.runtime.position import Phase
 
@@ -51,31 +53,44 @@ def stopping_together(run: Run) -> Iterator[None]:
 
 
 def stop(run: Run, wishes: dict[int, int]) -> NoReturn:
-    """Save this step unless it is saved already or there is no time for it, and leave.
+    """Save this step where that is possible, and leave.
 
     Raises:
         Stopped: always, unless a save fails in a way that ends the run.
     """
     run.runtime.position.enter(Phase.END, run.progress.step)
-    report_saves(run, wait=True)
     wishes, step = run.runtime.broadcast(wishes), run.progress.step
-    if run.saver is None:
-        saved = "nothing is saved (--checkpoint.no-enabled): the same command begins again"
-    elif run.saver.committed == step:
-        saved = "the same command continues from there"
-    elif run.runtime.broadcast(run.watch.time_left() < run.watch.save_seconds):
-        saved = f"too late for a save: the same command continues from {continues_from(run)}"
-    else:
-        save(run)
-        report_saves(run, wait=True)
-        if run.saver.committed == step:
-            saved = "saved: the same command continues from there"
-        else:
-            saved = f"not saved: the same command continues from {continues_from(run)}"
+    try:
+        saved = save_before_leaving(run)
+    except NonFiniteError as error:
+        if run.config.on_nan != "rollback" or not isinstance(error, BadStepsError):
+            raise with_advice(error, run)  # noqa: B904  # it is the same error
+        # the same command finds the same in the same steps, and has the time to go back
+        saved = f"not saved, {str(error).splitlines()[0]}: the same command continues from {continues_from(run)}"
     run.watch.done_with("STOP")
     stopped = Stopped(f"stopped after step {step} ({why(wishes, run.runtime.world_size)}); {saved}")
     stopped.on_all_ranks, stopped.retryable = True, STOP_FILE not in wishes.values()
     raise stopped
+
+
+def save_before_leaving(run: Run) -> str:
+    """Save this step unless it is saved already or there is no time for it; what came of that.
+
+    Raises:
+        NonFiniteError: it is not finite.
+    """
+    report_saves(run, wait=True)
+    if run.saver is None:
+        return "nothing is saved (--checkpoint.no-enabled): the same command begins again"
+    if run.saver.committed == run.progress.step:
+        return "the same command continues from there"
+    if run.runtime.broadcast(run.watch.time_left() < run.watch.save_seconds):
+        return f"too late for a save: the same command continues from {continues_from(run)}"
+    save(run)
+    report_saves(run, wait=True)
+    if run.saver.committed == run.progress.step:
+        return "saved: the same command continues from there"
+    return f"not saved: the same command continues from {continues_from(run)}"
 
 
 def continues_from(run: Run) -> str:

@@ -38,6 +38,8 @@ from distkit.tensors.spec import spec_of
 
 #: Fields that decide which samples a step reads: with another value it would be another run.
 FIXED = ("seed", "global_batch_size")
+#: Parts that a checkpoint may lack: a schedule may have been changed for one with history; ledgers are younger.
+ADDED = ("plateau", "skips")
 
 
 def choose_checkpoint(config: TrainConfig, runtime: Runtime, directory: RunDirectory) -> ResumePoint:
@@ -186,7 +188,7 @@ def read_strictly(checkpoint: VerifiedCheckpoint) -> Iterator[None]:
 
 
 def restore(run: Run, checkpoint: VerifiedCheckpoint) -> None:
-    """Bring back everything but the random generators."""
+    """Bring back everything but the random generators, from where the run starts."""
     if run.takes_weights_only:
         weights = prefixed("model", run.model_tensors())
         load_tensors(checkpoint.directory, checkpoint.manifest, _matching(weights, checkpoint))
@@ -195,6 +197,11 @@ def restore(run: Run, checkpoint: VerifiedCheckpoint) -> None:
         if run.ema is not None:
             run.ema.restart_()
         return
+    restore_all(run, checkpoint)
+
+
+def restore_all(run: Run, checkpoint: VerifiedCheckpoint) -> None:
+    """Bring back everything but the random generators, from a checkpoint of this run or of one like it."""
     with read_strictly(checkpoint):
         _restore_all(run, checkpoint)
 
@@ -216,7 +223,7 @@ def _restore_all(run: Run, checkpoint: VerifiedCheckpoint) -> None:
     set_extra_states(strategy.module, saved_extra_states(checkpoint))
     run.meter.load_state_tensors(_meter_tensors(run, checkpoint))
     for name, part in parts(run).items():
-        if name in checkpoint.parts() or name != "plateau":  # a schedule may have been changed for one with history
+        if name in checkpoint.parts() or name not in ADDED:
             part.load_state_dict(cast(dict[str, object], checkpoint.parts()[name]))
     for observer in run.observers:
         observer.load_state_dict(cast(dict[str, str], checkpoint.parts()["observers"]))
@@ -260,14 +267,12 @@ def _data_position(run: Run, checkpoint: VerifiedCheckpoint) -> Mapping[str, obj
     return ranks[run.runtime.rank if run.runtime.rank < len(ranks) else 0].get("data")
 
 
-def restore_generators(run: Run) -> None:
+def restore_generators(run: Run, checkpoint: VerifiedCheckpoint) -> None:
     """Bring back this rank's random generators: last, because opening data and observers may draw numbers.
 
     A rank or a kind of device that was not there keeps the seed of its number; `resume_notes` says so.
     """
-    checkpoint, device = run.resume.checkpoint, run.runtime.device
-    if checkpoint is None or run.takes_weights_only:
-        return
+    device = run.runtime.device
     saved = _read_tensors(checkpoint, f"rng/{run.runtime.rank:05d}/")
     if not saved or saved.keys() != capture_rng(device).keys():
         return

@@ -19,6 +19,8 @@ from distkit.data.reading.loader import EvaluationLoader
 from distkit.ema import Ema
 from distkit.engine.clock import Clock
 from distkit.engine.flops import Utilization
+from distkit.engine.guard import Guard
+from distkit.engine.ledger import Ledger
 from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
 from distkit.engine.watch import Watch
@@ -162,10 +164,13 @@ class Run:
         schedule, plateau: step -> multiplier of the learning rate, and the factor that follows a metric.
         data_state: the position in an iterable data set; None for other data, whose position is the step.
         buffer_specs: dtype and shape of the persistent buffers, as the model was built.
+        nan_buffers: names of buffers that the model was built with NaN in.
         aliases: further names that the model's state dict has for tied tensors -> their name in checkpoints.
         utilization: None where the device's peak is not known.
         facts: the resolved choices, printed at the start and repeated in summary.json.
         saver: None where no checkpoint is saved.
+        ledger: the steps that were left out because of NaN or infinity.
+        guard: None with --on-nan raise.
     """
 
     recipe: str
@@ -185,6 +190,7 @@ class Run:
     ema: Ema | None = None
     data_state: DataState | None = None
     buffer_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    nan_buffers: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
     utilization: Utilization | None = None
     resume: ResumePoint = field(default_factory=ResumePoint)
@@ -193,6 +199,8 @@ class Run:
     facts: Mapping[str, str] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     trackers: Trackers = field(default_factory=Trackers)
+    ledger: Ledger = field(default_factory=Ledger)
+    guard: Guard | None = None
     clock: Clock = field(default_factory=Clock)
     watch: Watch = field(default_factory=Watch)
 

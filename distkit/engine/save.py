@@ -13,6 +13,7 @@ from distkit.checkpoint.read import read_state
 from distkit.checkpoint.retention import Retention, choose_removed, list_checkpoints, score_of
 from distkit.checkpoint.saver import Saver
 from distkit.config import CheckpointConfig
+from distkit.engine.nonfinite import settle_bad_steps, weights_lost
 from distkit.engine.run import Best, Run
 from distkit.engine.state import snapshot
 from distkit.engine.train_step import due
@@ -73,7 +74,9 @@ def save(run: Run) -> None:
 
     Raises:
         CheckpointError: too many saves in a row have failed, or none could be resumed from; on all ranks alike.
+        NonFiniteError: the weights are not finite, as `settle_bad_steps` and `tell` find; on all ranks alike.
     """
+    settle_bad_steps(run)
     if run.saver is not None:
         run.runtime.position.enter(Phase.SAVE, run.progress.step)
         fault("save", run.runtime.rank, run.progress.step)
@@ -91,16 +94,29 @@ def report_saves(run: Run, *, wait: bool = False) -> None:
 
 
 def tell(run: Run, outcomes: list[Outcome]) -> None:
-    """Report a checkpoint event for each outcome; end the run after too many failures."""
+    """Report a checkpoint event for each outcome; end the run after too many failures.
+
+    Raises:
+        BadStepsError: what was to be saved was not finite: such a checkpoint would push out the good ones.
+        CheckpointError: too many saves in a row have failed.
+    """
     for outcome in outcomes:
-        if outcome.error is None:
-            line = {"bytes": outcome.nbytes, "seconds": outcome.seconds}
-            run.watch.save_seconds = max(run.watch.save_seconds, outcome.seconds)
-            run.tell({"event": "checkpoint", "step": outcome.step, **line})
-        else:
-            run.tell({"event": "checkpoint", "step": outcome.step,
-                      "error": f"not saved; the previous one is kept: {outcome.error}"})  # fmt: skip
-        if outcome.warning is not None:
-            run.tell({"event": "note", "step": outcome.step, "message": f"saved, but then: {outcome.warning}"})
+        report_outcome(run, outcome)
+    for outcome in outcomes:
+        if outcome.lost is not None:
+            raise weights_lost(run, outcome.step, outcome.lost)
     if outcomes and run.saver is not None:
         run.saver.check()
+
+
+def report_outcome(run: Run, outcome: Outcome) -> None:
+    """A checkpoint event for `outcome`, and a note of what went wrong after it."""
+    if outcome.error is None:
+        line = {"bytes": outcome.nbytes, "seconds": outcome.seconds}
+        run.watch.save_seconds = max(run.watch.save_seconds, outcome.seconds)
+        run.tell({"event": "checkpoint", "step": outcome.step, **line})
+    else:
+        run.tell({"event": "checkpoint", "step": outcome.step,
+                  "error": f"not saved; the previous one is kept: {outcome.error}"})  # fmt: skip
+    if outcome.warning is not None:
+        run.tell({"event": "note", "step": outcome.step, "message": f"saved, but then: {outcome.warning}"})

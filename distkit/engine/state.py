@@ -1,14 +1,14 @@
 """What a run saves (C3): one dictionary of named parts.
 
 Tensors: model/NAME, extra/MODULE, optimizer/PARAMETER/KEY, ema/NAME, scaler/NAME, and for each rank rng/RANK/NAME and
-meter/RANK/NAME. Values: progress, trackers, clock, plateau, observers, extra states that are not tensors, and the
-structure of the optimizer's state. Data and learning rate have no state: both are functions of the step. Only an
-iterable data set has a position, one for each rank.
+meter/RANK/NAME. Values: progress, trackers, clock, skips (the ledger), plateau, observers, extra states that are not
+tensors, and the structure of the optimizer's state. Data and learning rate have no state: both are functions of the
+step. Only an iterable data set has a position, one for each rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol, cast
 
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch import Tensor
 from distkit.checkpoint.saver import Snapshot
 from distkit.config import to_json
 from distkit.engine.run import Run
+from distkit.optim import named_parameters
 from distkit.runtime.seeding import capture_rng
-from distkit.tensors.buffers import extra_states, split_extra
+from distkit.tensors.buffers import buffer_slots, extra_states, split_extra
 
 
 class Part(Protocol):
@@ -32,7 +33,8 @@ class Part(Protocol):
 
 def parts(run: Run) -> dict[str, Part]:
     """The stateful parts without tensors, by name."""
-    named = {"progress": run.progress, "trackers": run.trackers, "clock": run.clock}
+    named: dict[str, object] = {"progress": run.progress, "trackers": run.trackers, "clock": run.clock}
+    named["skips"] = run.ledger
     if run.plateau is not None:
         named["plateau"] = run.plateau
     return cast(dict[str, Part], named)
@@ -51,6 +53,27 @@ def live_tensors(run: Run) -> dict[str, Tensor]:
     return tensors | prefixed("scaler", run.strategy.scaler_tensors())
 
 
+def saved_tensors(run: Run) -> dict[str, Tensor]:
+    """Every tensor that is not a rank's own: the live ones, extra states, the optimizer's state."""
+    extra, _ = split_extra(extra_states(run.strategy.module))
+    return live_tensors(run) | extra | prefixed("optimizer", run.strategy.optimizer_state.tensors())
+
+
+def judged_tensors(run: Run, tensors: Collection[str]) -> dict[str, bool]:
+    """Of the names of `saved_tensors`, those that must not be NaN -> whether they may be infinite.
+
+    Trained weights, their averages and optimizer state may not. Buffers may (a mask of -inf), and are not judged where
+    they are caches of their layers or held NaN when the model was built; frozen parameters and extra states are not.
+    """
+    module = run.strategy.module
+    trained = [name for name, parameter in named_parameters(module).items() if parameter.requires_grad]
+    buffers = [slot.name for slot in buffer_slots(module) if slot.persistent and slot.name not in run.nan_buffers]
+    names = dict.fromkeys(trained, False) | dict.fromkeys(buffers, True)
+    judged = {f"{part}/{name}": infinity for part in ("model", "ema") for name, infinity in names.items()}
+    judged |= dict.fromkeys((name for name in tensors if name.startswith("optimizer/")), False)
+    return {name: infinity for name, infinity in judged.items() if name in tensors}
+
+
 def snapshot(run: Run) -> Snapshot:
     """The state at this step boundary; its tensors are the live ones, to be copied before the next step.
 
@@ -58,14 +81,15 @@ def snapshot(run: Run) -> Snapshot:
     """
     strategy, rank = run.strategy, run.runtime.rank
     run.synchronize_buffers_()
-    optimizer_state = strategy.optimizer_state
-    extra, extra_values = split_extra(extra_states(strategy.module))
+    shared = saved_tensors(run)
+    _, extra_values = split_extra(extra_states(strategy.module))
     observers: dict[str, str] = {}
     for observer in run.observers:
         observers |= observer.state_dict()
     values = {name: part.state_dict() for name, part in parts(run).items()}
     return Snapshot(
-        shared=live_tensors(run) | extra | prefixed("optimizer", optimizer_state.tensors()),
+        shared=shared,
+        judged=judged_tensors(run, shared),
         own=prefixed(f"rng/{rank:05d}", capture_rng(run.runtime.device))
         | prefixed(f"meter/{rank:05d}", run.meter.state_tensors()),
         values={
@@ -77,7 +101,7 @@ def snapshot(run: Run) -> Snapshot:
             "aliases": run.aliases,
             "config": to_json(run.config),
             "parts": values
-            | {"observers": observers, "optimizer": optimizer_state.structure()}
+            | {"observers": observers, "optimizer": strategy.optimizer_state.structure()}
             | {"extra": extra_values},
         },
         own_values={} if run.data_state is None else {"data": run.data_state.state_dict()},

@@ -25,21 +25,42 @@ def due(every: int | None, step: int, num_steps: int) -> bool:
 
 
 def train_step(run: Run) -> None:
-    """Do step `run.progress.step`: set the learning rate, compute gradients, clip, update, average."""
-    strategy, progress = run.strategy, run.progress
+    """Do step `run.progress.step`: set the learning rate, compute gradients, clip, update, average.
+
+    With a guard (--on-nan skip or rollback) a step that is not finite on some rank moves nothing. Steps that were the
+    reason for going back to a checkpoint are passed over: their samples are read, and nothing else is done.
+    """
+    strategy, progress, guard = run.strategy, run.progress, run.guard
     run.runtime.position.cells[STEP] = progress.step + 1
     set_lr(strategy.optimizer, run.lr_multiplier())
+    if run.ledger.passed_over and progress.step + 1 in run.ledger.passed_over:
+        pass_over(run)
+        return
+    bad = None
     if strategy.needs_closure:
         evaluations = count()
         # the loss is evaluated several times on one global batch, and reported once
         strategy.update_with_closure(lambda: global_loss(run, report=next(evaluations) == 0))
     else:
-        compute_gradients(run)
+        if guard is not None:
+            guard.begin()
+        outputs = compute_gradients(run)
+        bad = None if guard is None else guard.judge(progress.step + 1, outputs)
         run.meter.grad_norm = strategy.clip_gradients_(due(run.config.report_every, progress.step + 1, run.num_steps))
-        strategy.update()
+        strategy.update(bad)
     if run.ema is not None:
-        run.ema.update_(progress.step)
+        run.ema.update_(progress.step, bad)
+    if guard is not None and bad is not None:
+        guard.end(bad)
     progress.step += 1
+
+
+def pass_over(run: Run) -> None:
+    """Leave the step out: nothing moves, and no random generator is used."""
+    for accum_index in range(run.split.accum_steps):
+        next_microbatch(run, accum_index)
+    run.meter.grad_norm = None
+    run.progress.step += 1
 
 
 def compute_gradients(run: Run, report: bool = True) -> list[LossOutput]:

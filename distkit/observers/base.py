@@ -14,7 +14,8 @@ Event = Mapping[str, Scalar]
 """One thing that happened. Always has `event` (its kind) and `step`; the rest depends on the kind:
 
 train: loss, lr, grad_norm, samples, samples_per_second, data_wait_seconds, mfu, the recipe's sums as fractions.
-eval: loss, samples, the recipe's metrics by name, as fractions.
+eval: loss, samples, the recipe's metrics by name, as fractions; nonfinite_ranks where one is NaN or infinite.
+skip: a step that was left out because of NaN or infinity: rank where it is one's, message, back_to after a rollback.
 note: message.
 checkpoint: bytes and seconds, or error.
 Other kinds may have any names.
@@ -38,6 +39,8 @@ class RunInfo:
 class Observer(Protocol):
     """Called by the main process, in this order: load_state_dict (only on resume), start, record..., close.
 
+    After a rollback load_state_dict and go_back come between two records.
+
     An exception from `record` ends the run; an observer that can do without its output handles its own errors.
     """
 
@@ -48,6 +51,10 @@ class Observer(Protocol):
     def record(self, event: Event) -> None:
         """Something happened. Values are Python scalars; a float may be NaN or infinite."""
         ...
+
+    def go_back(self, step: int) -> None:
+        """The run continues from `step`: what was recorded of later steps is void."""
+        return
 
     def close(self, status: str, message: str) -> None:
         """The run ended: "completed", "preempted" or "failed", and why in one line. Also called without `start`."""

@@ -50,6 +50,9 @@ class JsonlObserver(Observer):
 
     def start(self, info: RunInfo, step: int) -> None:
         """Cut the file back to `step`, and open it."""
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         try:
             for leftover in self.path.parent.glob(f"{TEMPORARY}{self.path.name}*"):
                 leftover.unlink()  # of a start that was killed while it removed lines
@@ -76,6 +79,11 @@ class JsonlObserver(Observer):
         assert self._file is not None
         while self._unwritten:
             del self._unwritten[: self._file.write(self._unwritten)]
+
+    def go_back(self, step: int) -> None:
+        """Remove the lines of steps after `step`, as `start` does."""
+        self.close("", "")
+        self._open(step)
 
     def close(self, status: str, message: str) -> None:
         """Write what the disk was too full for, and close the file."""

@@ -31,6 +31,14 @@ class TensorboardObserver(Observer):
 
     def start(self, info: RunInfo, step: int) -> None:
         """Open an event file."""
+        self._open(step)
+
+    def go_back(self, step: int) -> None:
+        """Close the event file, and open another one that hides what came after `step`."""
+        self.close("", "")
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         with warnings.catch_warnings():
             # tensorboard's own imports, which a run cannot help.
             warnings.simplefilter("ignore", DeprecationWarning)

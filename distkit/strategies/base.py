@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from distkit.config import TrainConfig, split_batch
 from distkit.errors import ConfigError
-from distkit.optim import OptimizerState, named_parameters
+from distkit.optim import OptimizerState, named_parameters, skips_on_device
 from distkit.runtime.process import Runtime
 from distkit.strategies.compiled import CompilerWatch, captures_graphs, refuse_accumulation
-from distkit.strategies.parameters import GradientWatch, state_tensors
+from distkit.strategies.parameters import GradientWatch, OwnGradients, state_tensors
 from distkit.strategies.precision import autocast
+from distkit.tensors.finite import largest_magnitude
 
 
 class Strategy(ABC):
@@ -53,6 +54,7 @@ class Strategy(ABC):
         self._autocast = autocast(config.precision, runtime.device)
         self._parameters: list[nn.Parameter] = []
         self._first_gradients: GradientWatch | None = None
+        self._own_gradients: OwnGradients | None = None
         self._compiler = CompilerWatch() if config.compile else None
 
     # --- what a strategy must define
@@ -127,6 +129,25 @@ class Strategy(ABC):
                 torch._foreach_clamp_max_(gradients, clip_value)
         return norm
 
+    def watch_own_gradients(self) -> None:
+        """From now on `own_gradients` tells what this rank's backwards gave, where ranks exchange gradients."""
+        if self.runtime.world_size > 1:
+            trained = [p for p in self.module.parameters() if p.requires_grad]
+            self._own_gradients = OwnGradients(trained, self.runtime.device)
+
+    def own_gradients(self) -> Tensor | None:
+        """The largest magnitude of a gradient that this rank's backwards gave since the last call; never waits.
+
+        Returns:
+            0-dim float32 on the device, NaN or infinite where an element of one is; None where no one looks.
+        """
+        return None if self._own_gradients is None else self._own_gradients.take()
+
+    @torch.no_grad()
+    def largest_gradient(self) -> Tensor:
+        """The same for the gradients of this rank's parameters after the exchange."""
+        return largest_magnitude(self.gradients(), self.runtime.device)
+
     def _unscale_gradients_(self) -> None:
         """Divide fp16's gradients by the loss scale, once a step."""
         self.scaler.unscale_(self.optimizer)
@@ -139,20 +160,42 @@ class Strategy(ABC):
         """Scale gradients by min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does."""
         clip_grads_with_norm_(self._parameters, max_norm, norm)
 
-    def update(self) -> None:
+    def update(self, leave_out: Tensor | None = None) -> None:
         """One optimizer update; fp16 skips it on the device when a gradient is not finite, and counts that.
+
+        Args:
+            leave_out: bool, 0-dim on the device, the same on all ranks: True leaves weights and optimizer as they are.
+                Optimizers that can (`skips_on_device`) read it on the device, for others the host waits for it. Not
+                with fp16, whose scaler judges by the gradients alone.
 
         Raises:
             ConfigError: in the first step, where the strategy needs a gradient for each parameter: those without one.
         """
         self._check_first_gradients()
-        if not self.scaler.is_enabled():
+        if self.scaler.is_enabled():
+            self._scaled_update()
+        elif leave_out is None:
             self.optimizer.step()
-            return
+        elif skips_on_device(self.optimizer):
+            with self._found_inf_set(leave_out):
+                self.optimizer.step()
+        elif not leave_out:
+            self.optimizer.step()
+
+    def _scaled_update(self) -> None:
         self.scaler.step(self.optimizer)
         for found_inf in self.scaler._found_inf_per_device(self.optimizer).values():
             self.skipped.add_(found_inf)
         self.scaler.update()
+
+    @contextmanager
+    def _found_inf_set(self, leave_out: Tensor) -> Iterator[None]:
+        """Inside, the optimizer's kernels read `leave_out`, as they read what fp16's scaler has found."""
+        self.optimizer.found_inf = leave_out.float()  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
 
     def _check_first_gradients(self) -> None:
         if self._first_gradients is not None:

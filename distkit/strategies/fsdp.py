@@ -8,10 +8,11 @@ their own from some version on, and replaces buffers by way of the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -23,6 +24,7 @@ from distkit.errors import ConfigError
 from distkit.runtime.process import Runtime
 from distkit.strategies.blocks import modules_of_class, recompute_activations_, repeated_blocks
 from distkit.strategies.compiled import compile_
+from distkit.strategies.parameters import OwnGradients
 from distkit.strategies.sharded import Sharded, refuse_scalars
 from distkit.tensors.shards import local_part
 
@@ -73,6 +75,12 @@ class FullySharded(Sharded):
         if on != self._exchanges:
             self._exchanges = on
             self.model.set_requires_gradient_sync(on)  # type: ignore[operator]  # model is an FSDPModule
+
+    def watch_own_gradients(self) -> None:
+        """Look at what each unit is about to exchange: a parameter's own hooks see the sum over the ranks."""
+        self._own_gradients = OwnGradients((), self.runtime.device)
+        for unit in self._units:
+            unit.set_custom_reduce_scatter(SeenReduceScatter(self._own_gradients))  # type: ignore[arg-type]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -125,6 +133,29 @@ class FullySharded(Sharded):
         if sparse:
             raise ConfigError(f"--strategy fsdp sums dense gradients, and those of {sparse[0]} are sparse",
                               expected="sparse=False", fix="--strategy ddp")  # fmt: skip
+
+
+class SeenReduceScatter:
+    """What FSDP does by itself, after a look at this rank's gradients (torch's interface ReduceScatter)."""
+
+    def __init__(self, own_gradients: OwnGradients) -> None:
+        self._own_gradients = own_gradients
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for a unit's gradients."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """`output_tensor` becomes this rank's share of what all ranks have in `input_tensor`."""
+        self._own_gradients.see(input_tensor)
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
 
 
 def build_mesh(runtime: Runtime, replicas: int | None) -> DeviceMesh:

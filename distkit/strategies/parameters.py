@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from distkit.errors import ConfigError
+from distkit.tensors.finite import magnitudes
 
 
 def state_dict_names(module: nn.Module) -> dict[str, str]:
@@ -58,3 +60,31 @@ class GradientWatch:
             raise ConfigError(f"the loss does not depend on {', '.join(names[:3])}{more}",
                               expected=f"a gradient for every parameter, with --strategy {self._strategy}",
                               fix="--strategy fsdp, or requires_grad_(False) for them in build_model")  # fmt: skip
+
+
+class OwnGradients:
+    """Sees the gradients that this rank's backwards give, before they are added up over microbatches and ranks.
+
+    Args:
+        parameters: those to be trained, as the backward knows them.
+        device: where the answer is wanted.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+        self._device = device
+        self._magnitudes: list[Tensor] = []
+        for parameter in parameters:
+            parameter.register_hook(self._see)  # type: ignore[no-untyped-call]
+
+    def _see(self, gradient: Tensor) -> None:
+        self.see(gradient._values() if gradient.is_sparse else gradient)
+
+    @torch.no_grad()
+    def see(self, gradient: Tensor) -> None:
+        """Note one gradient, or several as one tensor; never waits for the device."""
+        self._magnitudes += magnitudes([gradient])
+
+    def take(self) -> Tensor:
+        """The largest magnitude since the last call, 0-dim float32; NaN or infinite where an element is."""
+        seen, self._magnitudes = self._magnitudes, []
+        return torch.stack(seen).amax().to(self._device) if seen else torch.zeros((), device=self._device)

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from distkit.errors import CheckpointError
+from distkit.tensors.finite import is_finite
 from distkit.tensors.spec import TensorSpec, spec_of, spec_text
 
 
@@ -43,10 +45,42 @@ def buffer_slots(model: nn.Module) -> Iterator[BufferSlot]:
             yield BufferSlot(f"{prefix}.{key}" if prefix else key, owner, key)
 
 
+class BufferCopies:
+    """Copies of all buffers of `module`, to undo on the device what a forward has done to them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._slots = list(buffer_slots(module))
+        self._copies: list[tuple[BufferSlot, Tensor]] = []
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Copy what is there now."""
+        self._copies = [(slot, slot.tensor.clone()) for slot in self._slots if slot.tensor is not None]
+
+    @torch.no_grad()
+    def put_back_(self, when: Tensor) -> None:
+        """Where `when` (bool, 0-dim), every buffer has its old values again; nothing waits for it.
+
+        One that a layer has made or given another shape in between stays: such a buffer is a cache.
+        """
+        for slot, copy in self._copies:
+            tensor = slot.tensor
+            if tensor is not None and spec_of(tensor) == spec_of(copy):
+                tensor.copy_(torch.where(when, copy, tensor))
+        self._copies = []
+
+
 def buffer_specs(module: nn.Module) -> dict[str, TensorSpec]:
     """Dtype and shape of each buffer that a state dict has, too."""
     tensors = {slot.name: slot.tensor for slot in buffer_slots(module) if slot.persistent}
     return {name: spec_of(tensor) for name, tensor in tensors.items() if tensor is not None}
+
+
+def nan_buffers(module: nn.Module) -> frozenset[str]:
+    """Names of the buffers that hold NaN: on purpose, where the model was just built."""
+    tensors = {slot.name: slot.tensor for slot in buffer_slots(module)}
+    dense = {name: tensor for name, tensor in tensors.items() if tensor is not None and not tensor.is_sparse}
+    return frozenset(name for name, tensor in dense.items() if not is_finite(tensor, infinity=True))
 
 
 def check_buffer_specs(module: nn.Module, at_start: Mapping[str, TensorSpec], step: int) -> None:

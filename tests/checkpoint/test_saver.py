@@ -133,6 +133,42 @@ def test_every_rank_hears_the_same(how: str, rank: int, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [step_name(1), step_name(3)]
 
 
+def saves_of(folder: str, how: str, bad_rank: int) -> list[tuple[int, str | None, str | None]]:
+    """Four saves: fine, a rank's optimizer state infinite, a weight NaN too, and fine again."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    runtime = runtime_here()
+    saver = saver_in(Path(folder), runtime, asynchronous=how, max_failures=1)
+    moments = distribute_tensor(torch.zeros(8, 2), init_device_mesh("cpu", (2,)), [Shard(0)])
+    weights, mask = torch.zeros(5), torch.full((3,), -torch.inf)
+    shared = {"model/w": weights, "model/mask": mask, "optimizer/w/m": moments, "extra/x": torch.tensor(torch.nan)}
+    judged = {"model/w": False, "model/mask": True, "optimizer/w/m": False}
+    snapshot = Snapshot(shared=shared, own={}, values={"parts": {}}, judged=judged)
+    told = []
+    for step in (1, 2, 3, 4):
+        moments.to_local().fill_(torch.inf if step in (2, 3) and runtime.rank == bad_rank else 0.0)
+        weights[1] = torch.nan if step == 3 else 0.0
+        told += saver.save(step, snapshot)
+    told += saver.finish()
+    saver.check(last=True)
+    runtime.close()
+    return [(outcome.step, outcome.lost, outcome.error) for outcome in told]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("how", ["on", "off"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_not_finite_is_not_saved_and_named(how: str, rank: int, tmp_path: Path) -> None:
+    first, second = run_ranks(saves_of, 2, str(tmp_path), how, rank)
+    assert first == second
+    assert [lost for _, lost, _ in first][:2] == [None, f"optimizer/w/m (in the part of rank {rank})"]
+    assert f"rank {rank}: optimizer/w/m is NaN or infinite" == first[1][2]
+    assert str(first[2][1]).startswith("model/w (in the part of rank")
+    assert first[3] == (4, None, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [step_name(1), step_name(4)]
+
+
 def test_the_state_is_that_of_the_boundary_and_not_of_later_steps(tmp_path: Path) -> None:
     runtime = runtime_here()
     saver = saver_in(tmp_path, runtime, asynchronous="on")

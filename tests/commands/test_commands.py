@@ -49,6 +49,20 @@ def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "top1 0.75" in capsys.readouterr().out
 
 
+def test_show_lists_the_ledger_of_the_newest_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"state": "failed", "step": 30, "reason": None, "attempt": 1}))
+    for step, text in ((10, "garbage"), (20, json.dumps({"parts": {"skips": {"skips": [{"step": 7, "why": "so"}]}}}))):
+        (tmp_path / "checkpoints" / step_name(step)).mkdir(parents=True)
+        (tmp_path / "checkpoints" / step_name(step) / "state.json").write_text(text)
+    assert run(["show", str(tmp_path)]) == 0
+    assert "skipped step 7: so" in capsys.readouterr().out
+    (tmp_path / "checkpoints" / step_name(20) / "state.json").unlink()
+    (tmp_path / "checkpoints" / step_name(30)).mkdir()
+    (tmp_path / "checkpoints" / step_name(30) / "state.json").write_text("garbage")
+    assert run(["show", str(tmp_path)]) == 0
+    assert "skipped" not in capsys.readouterr().out
+
+
 def test_show_a_run_that_is_running_and_one_that_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "status.json").write_text(json.dumps({"state": "running", "step": 0, "reason": None, "attempt": 1}))
     assert run(["show", str(tmp_path)]) == 0

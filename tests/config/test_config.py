@@ -128,6 +128,11 @@ def test_debug_mode_resets_what_only_changes_how_a_step_is_executed() -> None:
 
 Make = Callable[[], object]
 WRONG: list[tuple[str, Make]] = [
+    ("--on-nan", lambda: make_config(on_nan="ignore")),
+    ("--on-nan skip", lambda: make_config(max_skips=3)),
+    ("--max-skips", lambda: make_config(on_nan="skip", max_skips=0)),
+    ("--on-nan raise", lambda: make_config(on_nan="skip", optim=config.LBFGS())),
+    ("--on-nan skip", lambda: make_config(on_nan="rollback", checkpoint=config.CheckpointConfig(enabled=False))),
     ("--optim.name", lambda: from_values(OPTIMIZERS, {"name": "adamv"})),
     ("--optim.lr", lambda: config.SGD(lr=0)),
     ("--optim.lr", lambda: config.SGD(lr=float("nan"))),

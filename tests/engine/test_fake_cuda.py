@@ -28,6 +28,7 @@ from distkit.data.reading.fetchers import BatchMaker, InlineFetcher
 from distkit.data.reading.loader import EvaluationLoader, Loader
 from distkit.ema import Ema
 from distkit.engine.evaluate import count_batches
+from distkit.engine.guard import Guard
 from distkit.engine.meter import Meter
 from distkit.engine.run import Data, Run
 from distkit.engine.train_step import train_step
@@ -165,7 +166,8 @@ def fake_run(recipe: Recipe[Any], config: TrainConfig, model: nn.Module, dataset
         compute_loss=partial(recipe.compute_loss, config),
         schedule=config.schedule.build(num_steps=STEPS, steps_per_epoch=8.0),
         directory=cast(Any, None),
-        meter=Meter(runtime, copies=strategy.reuses_outputs),
+        meter=Meter(runtime, copies=strategy.reuses_outputs, drops_bad=config.on_nan != "raise"),
+        guard=Guard(strategy, runtime) if config.on_nan != "raise" else None,
         ema=Ema(strategy.module, 0.9, strategy.model_tensors()),
     )
     strategy.backward = partial(stand_in_for_backward, run)  # type: ignore[method-assign]
@@ -177,6 +179,8 @@ GPT = {"vocab_size": 65, "tokens": ROOT, "text": ROOT, "context_length": 16, "di
 RUNS: dict[str, tuple[Recipe[Any], Callable[[Any], Any], dict[str, Any]]] = {
     "cifar10 bf16 sgd": (cifar10.recipe, images, {"precision": "bf16", **CIFAR}),
     "cifar10 fp16 adamw": (cifar10.recipe, images, {"precision": "fp16", "optim": AdamW(), **CIFAR}),
+    "cifar10 skip": (cifar10.recipe, images, {"precision": "bf16", "on_nan": "skip", "optim": AdamW(), **CIFAR}),
+    "gpt fp16 skip": (gpt.recipe, windows, {"precision": "fp16", "on_nan": "skip", **GPT}),
     "fastnet": (cifar10.recipe, images, {"precision": "bf16", "label_smoothing": 0.2, **CIFAR, "model": "fastnet"}),
     "gpt bf16": (gpt.recipe, windows, {"precision": "bf16", **GPT}),
     "gpt fp16": (gpt.recipe, windows, {"precision": "fp16", **GPT, "max_grad_norm": None, "max_grad_value": 0.5}),

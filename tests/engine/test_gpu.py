@@ -30,10 +30,12 @@ def build(name: str, folder: Path, **changes: object) -> Run:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("on_nan", ["raise", "skip"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", RECIPES)
-def test_no_step_waits_for_the_gpu(name: str, precision: str, tmp_path: Path) -> None:
-    run = build(name, tmp_path / "run", precision=precision, max_grad_norm=1.0, ema_decay=0.9, microbatch_size=4)
+def test_no_step_waits_for_the_gpu(name: str, precision: str, on_nan: str, tmp_path: Path) -> None:
+    run = build(name, tmp_path / "run", precision=precision, max_grad_norm=1.0, ema_decay=0.9, microbatch_size=4,
+                on_nan=on_nan)  # fmt: skip
     with opened(run):
         for _ in range(3):  # what is made in the first steps may wait
             train_step(run)

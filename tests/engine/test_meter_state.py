@@ -133,3 +133,48 @@ def test_other_names_are_refused(wrong: str) -> None:
     with pytest.raises(KeyError, match="weight" if wrong == "missing" else "sum/x"):
         Meter.merge([state, bad])
     assert meter.reduce().samples == 7
+
+
+def test_a_report_says_where_a_value_comes_from_that_is_not_finite() -> None:
+    nan, one = torch.tensor(float("nan")), torch.tensor(1.0)
+    meter = Meter(RUNTIME)
+    for index in range(6):
+        meter.add(LossOutput(nan if index == 3 else one, {"x": nan if index == 5 else one}), 4)
+    means = meter.reduce()
+    sources = {source.name: source for source in means.not_finite}
+    assert (sources["loss"].begin, sources["loss"].end, sources["loss"].seen) == (12, 16, 24)
+    assert (sources["x"].begin, sources["x"].end) == (0, 24)
+    meter.add(LossOutput(one), 4)
+    assert meter.reduce().not_finite == ()
+
+
+def test_a_loss_that_was_added_up_long_ago_is_found_nearby() -> None:
+    nan, one = torch.tensor(float("-inf")), torch.tensor(1.0)
+    meter = Meter(RUNTIME)
+    for index in range(2 * FOLD_EVERY + 5):
+        meter.add(LossOutput(nan if index == FOLD_EVERY + 7 else one), 1)
+    (source,) = meter.reduce().not_finite
+    assert (source.begin, source.end, source.seen) == (FOLD_EVERY, 2 * FOLD_EVERY, 2 * FOLD_EVERY + 5)
+    assert str(source.value) == "-inf"
+    # a restored one was not finite before
+    for index in range(3):
+        meter.add(LossOutput(nan if index == 1 else one), 2)
+    restored = Meter(RUNTIME)
+    restored.load_state_tensors(meter.state_tensors())
+    restored.add(LossOutput(one), 2)
+    (source,) = restored.reduce().not_finite
+    assert (source.begin, source.end, source.seen) == (0, 6, 8)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_is_not_finite_can_be_left_out_of_the_means(weighted: bool) -> None:
+    nan, weight = torch.tensor(float("nan")), torch.tensor(2.0) if weighted else None
+    meter = Meter(RUNTIME, drops_bad=True)
+    for loss, metric in ((1.0, 1.0), (float("nan"), 2.0), (3.0, float("inf"))):
+        meter.add(LossOutput(torch.tensor(loss), {"x": torch.tensor(metric)}, weight), 2)
+    if weighted:
+        meter.add(LossOutput(torch.tensor(7.0), {"x": nan}, nan), 2)
+    means = meter.reduce()
+    assert means.loss == 2.0
+    assert means.metrics["x"] * means.samples == 3.0
+    assert means.not_finite == ()

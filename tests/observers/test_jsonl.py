@@ -245,3 +245,18 @@ def test_a_disk_that_stays_full_is_not_silent(tmp_path: Path) -> None:
     observer.record({"event": "train", "step": 1})
     with pytest.raises(TrainingError, match="No space left"):
         observer.close("completed", "")
+
+
+def test_going_back_removes_what_came_after_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    observer = JsonlObserver(path)
+    observer.start(info(tmp_path), 0)
+    for step in (1, 2, 3):
+        observer.record({"event": "train", "step": step})
+    observer.go_back(1)
+    observer.record({"event": "train", "step": 2, "again": True})
+    observer.close("completed", "")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"event": "train", "step": 1},
+        {"event": "train", "step": 2, "again": True},
+    ]

@@ -43,3 +43,14 @@ def test_a_run_that_begins_again_hides_all_of_the_attempt_before(tmp_path: Path)
     run(tmp_path, 0, 4)
     run(tmp_path, 0, 2)
     assert curves(tmp_path)["train/loss"] == [(1, 1.0), (2, 0.5)]
+
+
+def test_going_back_hides_what_came_after(tmp_path: Path) -> None:
+    observer = TensorboardObserver(tmp_path)
+    observer.start(RunInfo(recipe="cifar10", run_dir=tmp_path, num_steps=10, facts={}), 0)
+    for step in (1, 2, 3, 4):
+        observer.record({"event": "train", "step": step, "loss": float(step)})
+    observer.go_back(2)
+    observer.record({"event": "train", "step": 3, "loss": 9.0})
+    observer.close("completed", "")
+    assert curves(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.0), (3, 9.0)]

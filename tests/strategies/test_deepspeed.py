@@ -17,12 +17,12 @@ from support.strategy_runs import BASES, ZERO, CountReads, build, differences, n
 from torch import Tensor, nn
 
 from distkit.assemble import assemble
-from distkit.config import ASGD, OPTIMIZERS, NAdam, TrainConfig, ZeroConfig
+from distkit.config import ASGD, OPTIMIZERS, NAdam, RMSprop, TrainConfig, ZeroConfig
 from distkit.engine.fit import fit
 from distkit.engine.train_step import train_step
 from distkit.errors import ConfigError, NonFiniteError
-from distkit.runtime import read_topology
-from distkit.runtime.process import start
+from distkit.runtime import Topology, read_topology
+from distkit.runtime.process import Runtime, start
 from distkit.strategies import Strategy
 from distkit.tensors.shards import local_part, whole
 
@@ -266,3 +266,14 @@ def test_a_contradiction_is_exit_2_and_leaves_nothing(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ended] == [2, 2]
     assert "--max-grad-norm 1.0" in ended[0].stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [{"optim": RMSprop()}, {"zero": ZeroConfig(offload="optimizer")}])
+def test_leaving_steps_out_needs_an_optimizer_that_does_so_on_the_device(changes: dict[str, object]) -> None:
+    from distkit.strategies.deepspeed.strategy import DeepSpeed
+
+    runtime = Runtime(topology=Topology(world_size=2), device=torch.device("cpu"))
+    config = replace(BASES["gpt"], strategy="zero1", on_nan="skip", **changes)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"--on-nan skip with --strategy zero1(?s:.*)type: +--on-nan raise$"):
+        DeepSpeed(config, runtime).check()
+    DeepSpeed(replace(config, on_nan="raise"), runtime).check()

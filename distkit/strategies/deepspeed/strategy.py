@@ -103,19 +103,24 @@ class DeepSpeed(Sharded):
             dist.all_reduce(found_inf, dist.ReduceOp.MAX)
             self._found_inf = found_inf
 
-    def update(self) -> None:
+    def update(self, leave_out: Tensor | None = None) -> None:
         """One update by DeepSpeed; fp16 skips it on the device when a gradient is not finite, and counts that."""
         self._check_first_gradients()
-        if not self.scaler.is_enabled():
+        if self.scaler.is_enabled():
+            self._scaled_update()
+        elif leave_out is None:
             self.engine.step()
-            return
+        else:
+            with self._found_inf_set(leave_out):
+                self.engine.step()
+
+    def _scaled_update(self) -> None:
         self._unscale_gradients_()
         assert self._found_inf is not None
         found_inf, self._found_inf = self._found_inf.squeeze(), None
         # as GradScaler.step does: the optimizer's kernel reads it, and leaves weights and state alone
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-        self.engine.step()
-        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        with self._found_inf_set(found_inf):
+            self.engine.step()
         scaler, state = self.scaler, self.scaler_tensors()
         with torch.no_grad():
             torch._amp_update_scale_(
@@ -166,9 +171,12 @@ class DeepSpeed(Sharded):
         self._refuse_whole_compilation("blocks")
         # fused kernels skip an update by themselves
         fused = [name for name in reversed(usable) if self.runtime.device.type in OPTIMIZERS[name].fused_on]
-        if config.precision == "fp16" and (config.optim.name not in fused or config.zero.offload != "none"):
-            raise ConfigError(f"--precision fp16 with --strategy {config.strategy} needs an optimizer that skips bad "
-                              "updates on the device",
+        skipping = {"--precision fp16": "--precision bf16"} if config.precision == "fp16" else {}
+        if config.on_nan != "raise":
+            skipping[f"--on-nan {config.on_nan}"] = "--on-nan raise"
+        if skipping and (config.optim.name not in fused or config.zero.offload != "none"):
+            raise ConfigError(f"{' and '.join(skipping)} with --strategy {config.strategy} needs an optimizer that "
+                              "skips bad updates on the device",
                               expected=f"{', '.join(fused[:-1])} or {fused[-1]}, and no --zero.offload",
                               got=f"--optim.name {config.optim.name} --zero.offload {config.zero.offload}",
-                              fix="--precision bf16")  # fmt: skip
+                              fix=" ".join(skipping.values()))  # fmt: skip
