@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from distkit.commands.parser import Answer, Parser, positive
 from distkit.errors import LaunchError
-from distkit.runtime import Topology, rank_for_messages, read_topology
+from distkit.runtime import Topology, node_name, rank_for_messages, read_topology
 
 
 def command(args: Sequence[str]) -> Answer:
@@ -28,7 +27,7 @@ def command(args: Sequence[str]) -> Answer:
         env=dict(os.environ),
         topology=topology,
         launch_error=launch_error,
-        node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        node=node_name(os.environ),
         run_dir=typed.run_dir,
         footprint=footprint(typed.run_dir, params, typed.checkpoint, typed.keep, topology.world_size),
         data_workers=typed.data_workers,
