@@ -15,12 +15,12 @@ def command(args: Sequence[str]) -> str:
         raise ConfigError("distkit show takes one run directory", fix="distkit show runs/RECIPE/RUN")
     from distkit.engine.attempts import read_attempts
     from distkit.engine.lease import holder
-    from distkit.engine.submission import jobs_of
+    from distkit.engine.submission import jobs_of, newest_submission
     from distkit.engine.verdict import judge
 
     folder = Path(args[0])
     status = read_json(folder / "status.json")
-    if status is None and (jobs := jobs_of(folder)):
+    if status is None and (jobs := jobs_of(newest_submission(folder))):
         return f"{folder}: submitted as job {', '.join(jobs)}, not begun yet (squeue --job {jobs[0]})"
     if status is None:
         raise ConfigError(f"{folder} is not a run directory", expected="a folder with status.json",

@@ -20,22 +20,22 @@ def submissions(run_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name))
 
 
-def read_submission(folder: Path) -> Mapping[str, object]:
-    """What submission.json says; {} where it is not there yet, or cannot be read."""
-    return read_object(folder / FILE)
-
-
-def jobs_of(run_dir: Path) -> list[str]:
-    """The jobs of a run's newest submission; [] where there is none."""
+def newest_submission(run_dir: Path) -> Mapping[str, object]:
+    """What submission.json of the newest one says: jobs, submitted (when), files and more; {} where there is none."""
     folders = submissions(run_dir)
-    jobs = read_submission(folders[-1]).get("jobs") if folders else None
+    return read_object(folders[-1] / FILE) if folders else {}
+
+
+def jobs_of(submission: Mapping[str, object]) -> list[str]:
+    """The jobs of a submission; [] before sbatch has named them."""
+    jobs = submission.get("jobs")
     return [str(job) for job in jobs] if isinstance(jobs, list) else []
 
 
 def original_of(run_dir: Path, file: Path) -> Path:
     """The file of which `file` is a submission's copy; `file` itself where it is none."""
     for folder in submissions(run_dir.resolve()):
-        files = read_submission(folder).get("files")
+        files = read_object(folder / FILE).get("files")
         if file.is_relative_to(folder) and isinstance(files, dict):
             return Path(str(files.get(str(file.relative_to(folder)), file)))
     return file
