@@ -29,7 +29,7 @@ class Row:
     Attributes:
         run: its directory.
         job: of its last attempt, or of a later submission; None outside of SLURM.
-        state: submitted, running, killed, preempted, completed, failed.
+        state: submitted, running, killed, preempted, completed, failed; unreadable.
         step, num_steps: how far it is known to be, and its length; None where it does not say.
         attempts: how many.
         last_seen: when it wrote something last, seconds since 1970.
@@ -79,7 +79,15 @@ def find_runs(folder: Path) -> Iterator[Path]:
 
 
 def read_row(run: Path) -> Row:
-    """How a run stands, from its directory."""
+    """How a run stands, from its directory; one that cannot be read does not hide the others."""
+    try:
+        return _read_row(run)
+    except ConfigError as error:
+        return Row(run=str(run), job=None, state="unreadable", step=0, num_steps=None, attempts=0, last_seen=None,
+                   verdict=" ".join(str(error).split()), alarming=True)  # fmt: skip
+
+
+def _read_row(run: Path) -> Row:
     from distkit.engine.attempts import last_seen, read_attempts, read_status
     from distkit.engine.lease import holder
     from distkit.engine.submission import jobs_of, newest_submission

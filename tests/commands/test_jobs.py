@@ -1,6 +1,8 @@
 """`distkit jobs`: which directories are runs, and how each stands."""
 
+import errno
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,6 +79,24 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert second.removeprefix(str(worse)).split()[:3] == ["failed", "7", "2"]
     assert verdict.startswith(f"{worse} fails each time in step 7 (2 times)")
     assert "ValueError: [bold]x" in verdict
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make("a", {"state": "completed"})
+    (make("b", {"state": "completed"}) / "checkpoints").mkdir()
+    listdir = os.listdir
+
+    def refused(path: Path) -> list[str]:  # root may read everything
+        if str(path) == "runs/b/checkpoints":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    assert [row["state"] for row in rows(capsys).values()] == ["completed", "unreadable"]
+    assert run(["jobs"]) == 0
+    assert "runs/b runs/b/checkpoints cannot be read" in capsys.readouterr().out
 
 
 def test_where_runs_are_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
