@@ -65,6 +65,16 @@ set -euo pipefail
     assert "--run-dir runs/paced/2" in capsys.readouterr().out
 
 
+def test_a_staged_folder_stays_a_flag_of_the_job(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "bare" / "train.sbatch").symlink_to(ROOT / "slurm" / "train.sbatch")
+    Path("bare/site.toml").write_text('scratch = "$TMPDIR"')
+    words = ["submit", str(ROOT / "recipes" / "gpt.py"), "--site", "bare/site.toml", "--stage", "data", "--dry-run"]
+    assert run([*words, "--", "--text", "data/text"]) == 0
+    script = capsys.readouterr().out
+    assert "\n    --stage data \\\n" in script
+    assert "\n    --text data/text\n" in script
+
+
 @pytest.mark.parametrize(
     ("words", "flags", "says"),
     [

@@ -43,9 +43,9 @@ def digest(run: Path) -> str:
     return str(json.loads((run / "summary.json").read_text())["state_digest"])
 
 
-def undisturbed(folder: Path, world_size: int) -> str:
+def undisturbed(folder: Path, world_size: int, *flags: str) -> str:
     folder.mkdir()
-    ended = run_recipe_cli([*FLAGS, "--run-dir", "run"], folder, recipe=PACED, world_size=world_size)
+    ended = run_recipe_cli([*FLAGS, *flags, "--run-dir", "run"], folder, recipe=PACED, world_size=world_size)
     assert {rank.returncode for rank in ended} == {0}
     return digest(folder / "run")
 
@@ -84,19 +84,13 @@ def test_what_was_submitted_runs_over_two_nodes_whatever_is_edited_afterwards(cl
 def test_a_requeued_submission_goes_on_and_each_attempt_has_its_line(cluster: Cluster, project: Path) -> None:
     (job,) = submit(cluster, project, str(PACED), "--", "--run-dir", "runs/mine", *FLAGS, *SLOWLY)
     run = project / "runs" / "mine"
-
-    def runs() -> bool:
-        rows = jobs(cluster, project)
-        return "runs/mine" in rows and rows["runs/mine"]["step"] >= 8
-
-    wait_for(runs, "step 8", 60)
+    wait_for(lambda: jobs(cluster, project).get("runs/mine", {}).get("step", 0) >= 8, "step 8", 60)
     row = jobs(cluster, project)["runs/mine"]
     assert (row["state"], row["scheduler"], row["num_steps"], row["attempts"]) == ("running", "RUNNING", 40, 1)
     assert f"verdict: is running on node1 in job {job}" in distkit(cluster, project, "show", "runs/mine")
     cluster.call("scontrol", "requeue", job)
-    wait_for(lambda: cluster.field(job, "Restarts") == "1", "requeue", 60)
-    wait_for((run / "attempts.jsonl").exists, "line of the first attempt", 40)
-    wait_for(lambda: jobs(cluster, project)["runs/mine"]["scheduler"].startswith("PENDING"), "job in the queue", 40)
+    wait_for((run / "attempts.jsonl").exists, "line of the first attempt", 60)
+    wait_for(lambda: jobs(cluster, project)["runs/mine"]["scheduler"].startswith("PENDING"), "job in the queue", 60)
     row = jobs(cluster, project)["runs/mine"]
     assert (row["state"], row["job"], row["attempts"]) == ("preempted", job, 1)
     said = distkit(cluster, project, "show", "runs/mine")
@@ -113,7 +107,13 @@ def test_a_requeued_submission_goes_on_and_each_attempt_has_its_line(cluster: Cl
     assert (row["state"], row["step"], row["attempts"], row["scheduler"]) == ("completed", 40, 2, "COMPLETED")
 
 
-def test_a_chain_and_what_sbatch_refuses(cluster: Cluster, project: Path) -> None:
+def test_a_node_that_fails_each_time_a_chain_that_gets_nowhere_and_a_refusal(cluster: Cluster, project: Path) -> None:
+    """They wait together."""
+    words = [str(PACED), "--nodes", "2", "--", "--run-dir", "runs/bad-node", *FLAGS]
+    env = {"DISTKIT_FAULT": "start-up:1:0:kill"}
+    said = cluster.call("python", "-m", "distkit", "submit", *words, cwd=project, env=env)
+    (job,) = re.findall(r"submitted job (\d+):", said)
+
     (project / "slurm" / "site.toml").unlink()
     (project / "slurm" / "site.toml").write_text('continuation = "chain"\n')
     words = [str(PACED), "--chain", "3", "--", "--run-dir", "runs/mine", *FLAGS]
@@ -122,11 +122,21 @@ def test_a_chain_and_what_sbatch_refuses(cluster: Cluster, project: Path) -> Non
     (numbers,) = re.findall(r"submitted jobs ([\d, ]+):", said)
     first, second, third = numbers.split(", ")
     # the fault is in the environment of all: two attempts die in one step, and that is enough
-    assert [cluster.wait(job) for job in (first, second, third)] == ["FAILED", "FAILED", "CANCELLED"]
+    assert [cluster.wait(job, 150) for job in (first, second, third)] == ["FAILED", "FAILED", "CANCELLED"]
     assert [line["state"] for line in attempts(project / "runs" / "mine")] == ["killed"]
     row = jobs(cluster, project)["runs/mine"]
     assert (row["state"], row["attempts"], row["job"]) == ("killed", 2, second)
     assert "makes no progress" in row["verdict"]
+
+    assert (cluster.wait(job, 150), cluster.field(job, "Restarts")) == ("FAILED", "1")
+    run = project / "runs" / "bad-node"
+    says = "fails each time on node2 (2 times), without a new checkpoint since the attempt before: there is none"
+    output = (run / f"job-{job}.out").read_text()
+    assert says in output
+    assert "leave it out: #SBATCH --exclude=node2" in output
+    assert [(line["failed_on"], line["cause"]["phase"], line["hosts"]) for line in attempts(run)] == [
+        ("node2", "start-up", ["node1", "node2"])
+    ] * 2
 
     (project / "slurm" / "site.toml").write_text('partition = "nowhere"\n')
     words = ["submit", str(PACED), "--", "--run-dir", "runs/never", *FLAGS]
