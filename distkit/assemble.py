@@ -5,8 +5,8 @@ Each stage can be called on its own. Everything is checked before anything is wr
 
 from __future__ import annotations
 
-import datetime
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -31,14 +31,14 @@ from distkit.engine.modes import choose_modes_, describe_modes
 from distkit.engine.probe import probe
 from distkit.engine.resume import check_resume, choose_checkpoint, put_damaged_aside
 from distkit.engine.run import Best, Data, ResumePoint, Run, Trackers
-from distkit.engine.run_dir import RunDirectory, check_usable
+from distkit.engine.run_dir import RunDirectory, check_usable, new_path
 from distkit.engine.save import build_saver
 from distkit.errors import ConfigError, DataError
 from distkit.observers import build_observers
 from distkit.optim import build_optimizer, default_param_groups, skips_on_device
 from distkit.recipe import Recipe
 from distkit.returned import check_dataset, check_groups, check_model, check_schedule, left_out
-from distkit.runtime import Topology
+from distkit.runtime import Topology, node_name
 from distkit.runtime.environment import describe_environment
 from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
@@ -90,20 +90,16 @@ def open_directory(recipe: str, config: TrainConfig, runtime: Runtime) -> RunDir
     Raises:
         ConfigError: the directory cannot hold this run, or another process is using it.
     """
-    path = config.run_dir
-    if path is None:
-        parent = Path("runs") / recipe
-        stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        taken = len(list(parent.glob(f"{stamp}*")))
-        path = parent / (stamp + (f"_{taken + 1}" if taken else ""))
-    path = runtime.broadcast(path)
+    path = runtime.broadcast(new_path(recipe) if config.run_dir is None else config.run_dir)
     writes = runtime.is_main_process and not config.debug.enabled
-    directory = RunDirectory(path, writes=writes, fresh=config.run_dir is None)
+    hosts = runtime.gather(node_name(os.environ))
+    directory = RunDirectory(path, writes=writes, fresh=config.run_dir is None, hosts=hosts)
     try:
         with runtime.raise_on_all_ranks("choosing the run directory"):
             if writes:
                 check_usable(path, resumes=config.resume.source != "never")
                 directory.claim()
+        directory.attempt = runtime.broadcast(directory.attempt)
     except BaseException:
         directory.release()  # another rank's error
         raise
@@ -291,6 +287,7 @@ def write_directory(recipe: Recipe[C], run: Run) -> None:
     """
     with run.runtime.raise_on_all_ranks("making the run directory"):
         environment = describe_environment(run.runtime) | {"data": run.data.fingerprint}
+        run.directory.num_steps = run.num_steps
         run.directory.create(to_json(run.config), environment, recipe_file(recipe), saves=run.saver is not None)
     put_damaged_aside(run)
 

@@ -95,7 +95,7 @@ def test_the_commands_of_larger_models_run(tmp_path: Path) -> None:
     text.write_text("ROMEO: a rose by any other name would smell as sweet.\n" * 200)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    commands = [c for c in COMMANDS if "gpt" in c]
+    commands = [c for c in COMMANDS if "gpt" in c and "submit" not in c]
     assert len(commands) == 4
     short = ["--num-steps", "2", "--context-length", "16", "--num-layers", "2", "--dim", "16", "--precision", "fp32"]
     strategies = []
@@ -125,6 +125,17 @@ def test_checkpoint_commands_run(tmp_path: Path) -> None:
         out = call([*command.split(), *(SHORT[2:] if verifies else [])], tmp_path)
         assert "bit for bit" in out or not verifies
     assert (tmp_path / "mine.safetensors").exists()
+
+
+def test_the_commands_for_a_cluster_run(tmp_path: Path) -> None:
+    """tests/slurm submits to a real one."""
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    (tmp_path / "runs").mkdir()
+    submit, jobs = (c for c in COMMANDS if c.startswith(("distkit submit", "distkit jobs")))
+    script = call(submit.replace(" -- ", " --dry-run -- ").split(), tmp_path)
+    assert "#SBATCH --gpus-per-node=8\n" in script
+    assert "\n    --ranks 8 \\\n" in script
+    assert call(jobs.split(), tmp_path) == "no run in runs\n"
 
 
 def test_doctor_commands_run(tmp_path: Path) -> None:

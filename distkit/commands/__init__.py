@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from distkit.commands import checkpoint, data, doctor, generate, show, slurm, verify_resume
+from distkit.commands import checkpoint, data, doctor, generate, jobs, show, slurm, submit, verify_resume
 from distkit.commands.parser import Answer, write_out
 from distkit.errors import ConfigError, DistkitError, nearest
 from distkit.version import __version__
@@ -14,7 +14,8 @@ USAGE = f"""distkit {__version__}: a training run that is the same run everywher
 
 usage: distkit COMMAND [ARGUMENTS]
 
-  show RUN_DIR            status of a run: state, step, last and best evaluation
+  show RUN_DIR            status of a run: state, step, verdict, last and best evaluation
+  jobs [FOLDER]           the runs under a folder: SLURM job, state, step, attempts
   version                 print the version
   data pack FOLDER OUT    pack images for fast reading
   data show OUT/SPLIT     describe a packed split
@@ -29,6 +30,7 @@ usage: distkit COMMAND [ARGUMENTS]
                           export the weights for other programs
   generate RUN            generate text with a trained language model
   doctor                  look for what would fail here: versions, devices, network, limits, disk, signals
+  submit RECIPE           train it as a SLURM job, which is checked first
   slurm options           print the options that this site wants, for sbatch slurm/train.sbatch
   verify-resume RECIPE    kill and resume a run, and compare it with one never killed
 
@@ -76,11 +78,13 @@ def version(args: Sequence[str]) -> str:
 #: Each returns the text to print, with an exit code where that may be other than 0.
 COMMANDS: Mapping[str, Callable[[Sequence[str]], str | Answer]] = {
     "show": show.command,
+    "jobs": jobs.command,
     "version": version,
     "data": data.command,
     "checkpoint": checkpoint.command,
     "generate": generate.command,
     "doctor": doctor.command,
+    "submit": submit.command,
     "slurm": slurm.command,
     "verify-resume": verify_resume.command,
 }

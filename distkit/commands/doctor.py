@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from distkit.commands.parser import Answer, Parser, positive
+from distkit.commands.parser import Answer, Parser, count, positive
 from distkit.errors import LaunchError
-from distkit.runtime import Topology, rank_for_messages, read_topology
+from distkit.runtime import Topology, node_name, rank_for_messages, read_topology
 
 
 def command(args: Sequence[str]) -> Answer:
@@ -28,7 +26,7 @@ def command(args: Sequence[str]) -> Answer:
         env=dict(os.environ),
         topology=topology,
         launch_error=launch_error,
-        node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        node=node_name(os.environ),
         run_dir=typed.run_dir,
         footprint=footprint(typed.run_dir, params, typed.checkpoint, typed.keep, topology.world_size),
         data_workers=typed.data_workers,
@@ -73,17 +71,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--keep", type=positive, metavar="N", help="checkpoints kept at a time (as the run in "
                         "--run-dir, else 4: --checkpoint.keep-last and .keep-best)")  # fmt: skip
-    parser.add_argument("--data-workers", type=_count, metavar="N", help="data workers of a rank (cores / ranks)")
+    parser.add_argument("--data-workers", type=count, metavar="N", help="data workers of a rank (cores / ranks)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="as for a recipe (auto)")
     parser.add_argument("--timeout-seconds", type=positive, default=60, metavar="S", help="how long ranks wait for "
                         "each other (60)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
-
-
-def _count(text: str) -> int:
-    """A count of 0 or more, as argparse's `type`."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value

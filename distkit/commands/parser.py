@@ -48,6 +48,14 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(args[:index]), list(args[index + 1 :])
 
 
+def count(text: str) -> int:
+    """A count of 0 or more, as argparse's `type`."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
 def positive(text: str) -> int:
     """A count of 1 or more, as argparse's `type`."""
     value = int(text)

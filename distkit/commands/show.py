@@ -14,20 +14,30 @@ def command(args: Sequence[str]) -> str:
     """The status of a run, from its directory."""
     if len(args) != 1:
         raise ConfigError("distkit show takes one run directory", fix="distkit show runs/RECIPE/RUN")
+    from distkit.engine.attempts import read_attempts
+    from distkit.engine.lease import holder
+    from distkit.engine.submission import jobs_of, newest_submission
+    from distkit.engine.verdict import judge
+
     folder = Path(args[0])
     status = read_json(folder / "status.json")
+    if status is None and (jobs := jobs_of(newest_submission(folder))):
+        return f"{folder}: submitted as job {', '.join(jobs)}, not begun yet (squeue --job {jobs[0]})"
     if status is None:
         raise ConfigError(f"{folder} is not a run directory", expected="a folder with status.json",
                           fix="distkit show runs/RECIPE/RUN")  # fmt: skip
     if not {"state", "step"} <= status.keys():
         raise ConfigError(f"{folder / 'status.json'} is not what a run wrote", expected="a state and a step",
                           got=", ".join(status) or "an empty object")  # fmt: skip
+    who = holder(folder)
     lines = [f"{folder}: {status['state']} at step {status['step']}"]
     if status["state"] == "running":
-        lines += _holder_and_progress(folder)
+        lines += _holder_and_progress(folder, who)
     if status.get("reason"):
         lines.append(f"  reason: {status['reason']}")
     lines += _skipped(folder)
+    if attempts := read_attempts(folder, running=who is not None):
+        lines += [f"  attempts: {attempts[-1].attempt}", f"  verdict: {judge(attempts)}"]
     for name, value in (read_json(folder / "summary.json") or {}).items():
         if isinstance(value, dict):
             value = "  ".join(f"{key} {_format(number)}" for key, number in value.items())
@@ -35,12 +45,11 @@ def command(args: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _holder_and_progress(folder: Path) -> list[str]:
+def _holder_and_progress(folder: Path, who: str | None) -> list[str]:
     """Who runs it and the last checkpoint: the status of a running run is as old as its start."""
     from distkit.checkpoint.retention import list_checkpoints
-    from distkit.engine.lease import holder
 
-    lines = [f"  runs as {who}" if (who := holder(folder)) else "  but no process is running it: it was killed"]
+    lines = [f"  runs as {who}" if who else "  but no process is running it: it was killed"]
     steps = list_checkpoints(folder / "checkpoints")
     return [*lines, f"  saved at step {steps[-1]}" if steps else "  nothing saved yet"]
 

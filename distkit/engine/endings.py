@@ -385,7 +385,7 @@ def record(cause: Cause, runtime: Runtime, directory: RunDirectory | None, step:
     able = runtime.is_main_process or runtime.rank == lowest_able(cause, runtime)
     if able and (directory.writes or not runtime.is_main_process):
         try:
-            directory.write_failure(cause.to_json(), cause.what_happened, step)
+            directory.write_failure(cause.to_json(), cause.what_happened, step, exit_code=cause.exit_code)
         except TrainingError as error:
             print(f"distkit: {error}; it is out of date", file=sys.stderr)
 

@@ -1,25 +1,29 @@
-"""The directory of a run: config.json, environment.json, status.json, summary.json."""
+"""The directory of a run: config.json, environment.json, status.json, attempts.jsonl, summary.json."""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from distkit.checkpoint.retention import list_checkpoints, sweep
+from distkit.engine.attempts import FILE as ATTEMPTS
+from distkit.engine.attempts import append_ended, clock_time, last_number, read_status
 from distkit.engine.lease import Lease
-from distkit.errors import ConfigError, TrainingError
+from distkit.engine.submission import original_of
+from distkit.errors import ConfigError, Stopped, TrainingError
 from distkit.files import remove_temporaries, sync_folder, write_bytes, write_json
 
 State = Literal["running", "completed", "preempted", "failed"]
 #: In recipe/: where the file beside it was copied from, and its sha256.
 SOURCE = "source.json"
 #: What a run writes beside its checkpoints; a FIFO or a folder in place of one would be met in the middle of a run.
-FILES = ("config.json", "environment.json", "status.json", "summary.json", "metrics.jsonl")
+FILES = ("config.json", "environment.json", "status.json", ATTEMPTS, "summary.json", "metrics.jsonl")
+EXIT_CODES = {"completed": 0, "preempted": Stopped.exit_code}
 
 
 @dataclass
@@ -31,14 +35,20 @@ class RunDirectory:
         path: the directory.
         writes: this process writes it.
         fresh: the name was made up just now: another run that made up the same one must not share it.
-        attempt: how many times the run was started, this time included; known once it is `created`.
+        hosts: the node of each rank, in the order of ranks.
+        attempt: how many times the run was started, this time included; `claim` finds it, for `open_directory` to tell
+            the other ranks.
+        num_steps: length of the run, once it is known.
     """
 
     path: Path
     writes: bool
     fresh: bool = False
+    hosts: Sequence[str] = ()
     attempt: int = field(default=1, init=False)
-    created: bool = field(default=False, init=False)
+    num_steps: int | None = field(default=None, init=False)
+    _from_step: int | None = field(default=None, init=False)
+    _began: str = field(default_factory=clock_time, init=False)
     lease: Lease | None = field(default=None, init=False)
 
     @property
@@ -54,11 +64,15 @@ class RunDirectory:
     def claim(self) -> None:
         """Take the lease of a directory that exists; without effect when it is held, or made later.
 
+        Then the attempt before has ended, and gets its line if it could not write that itself.
+
         Raises:
             ConfigError: another process has it.
         """
         if self.writes and self.lease is None and self.path.is_dir():
             self.lease = Lease.acquire(self.path)
+            append_ended(self.path)
+            self.attempt = last_number(self.path) + 1
 
     def create(
         self,
@@ -87,7 +101,6 @@ class RunDirectory:
                 self.claim()
                 self._check_still_empty()
             remove_temporaries(self.path)
-            self.attempt, self.created = self._last_attempt() + 1, True
             if saves:
                 self.checkpoints.mkdir(exist_ok=True)
                 sync_folder(self.path)  # or a power cut leaves checkpoints that nothing leads to
@@ -103,11 +116,14 @@ class RunDirectory:
                               got=error, fix="--run-dir DIR") from error  # fmt: skip
 
     def _copy_recipe(self, name: str, file: Path) -> None:
-        """Keep the recipe's file as it is now, and where it came from; the copies of earlier attempts are replaced."""
+        """Keep the recipe's file as it is now, and where it came from; the copies of earlier attempts are replaced.
+
+        The file of `distkit submit` is itself a copy.
+        """
         text = file.read_bytes()
         self.recipe.mkdir(exist_ok=True)
         write_bytes(self.recipe / file.name, text)
-        source = {"recipe": name, "file": str(file), "sha256": hashlib.sha256(text).hexdigest()}
+        source = {"recipe": name, "file": str(original_of(self.path, file)), "sha256": hashlib.sha256(text).hexdigest()}
         write_json(self.recipe / SOURCE, source)
 
     def _check_files(self) -> None:
@@ -128,22 +144,9 @@ class RunDirectory:
         """True when a run was started here."""
         return holds_run(self.path)
 
-    def _status(self) -> Mapping[str, object]:
-        file = self.path / "status.json"
-        try:
-            # a FIFO would wait for its writer
-            status = json.loads(file.read_text()) if file.is_file() else {}
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return status if isinstance(status, dict) else {}
-
-    def _last_attempt(self) -> int:
-        attempt = self._status().get("attempt", 0)
-        return attempt if isinstance(attempt, int) else 0
-
     def completed_steps(self) -> int:
         """Steps of the run that was completed here; -1 when none was."""
-        status = self._status()
+        status = read_status(self.path)
         step = status.get("step")
         return step if status.get("state") == "completed" and isinstance(step, int) else -1
 
@@ -161,11 +164,15 @@ class RunDirectory:
         Raises:
             TrainingError: the disk is full or failing.
         """
+        if state == "running":
+            self._from_step = step
         status = {"state": state, "step": step, "reason": reason, "retryable": retryable, "cause": None,
-                  "attempt": self.attempt}  # fmt: skip
-        self._write("status.json", status)
+                  "exit_code": EXIT_CODES.get(state)}  # fmt: skip
+        self._write("status.json", {**status, **self._facts(ended=state != "running")})
+        if self.writes and state != "running":
+            append_ended(self.path)
 
-    def write_failure(self, cause: Mapping[str, object], reason: str, step: int | None) -> None:
+    def write_failure(self, cause: Mapping[str, object], reason: str, step: int | None, *, exit_code: int = 1) -> None:
         """Say in status.json why the run failed, in the name of all ranks; makes the directory where there is none.
 
         The first cause of an attempt stays, and so does a completed run. Any rank may call this when rank 0 cannot.
@@ -174,23 +181,42 @@ class RunDirectory:
             cause: rank, host, phase, step, what_happened, what_to_do, retryable.
             reason: the same in a line.
             step: finished steps; None in start-up, when those of the attempt before count.
+            exit_code: of the rank that was first.
 
         Raises:
             TrainingError: the disk is full or failing.
         """
-        before = self._status()
-        state, attempt = before.get("state"), self._last_attempt() + (step is None and before.get("state") != "running")
-        if self.writes and self.created:
-            attempt = self.attempt
-        if before.get("cause") == cause or state == "completed" or (state, self._last_attempt()) == ("failed", attempt):
+        before = read_status(self.path)
+        mine = before.get("attempt") == self.attempt
+        if before.get("state") == "completed" or (mine and before.get("state") == "failed"):
             return
+        rank = cause["rank"]
+        failed_on = self.hosts[rank] if isinstance(rank, int) and rank < len(self.hosts) else None
         status = {"state": "failed", "step": before.get("step", 0) if step is None else step, "reason": reason,
-                  "retryable": cause["retryable"], "cause": cause, "attempt": attempt}  # fmt: skip
+                  "retryable": cause["retryable"], "cause": cause, "exit_code": exit_code}  # fmt: skip
+        # another rank than 0 does not know all of them
+        facts = self._facts() | ({name: before[name] for name in self._facts() if name in before} if mine else {})
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "status.json", status)
+            write_json(self.path / "status.json", {**status, **facts, "failed_on": failed_on, "ended": clock_time()})
         except OSError as error:
             raise TrainingError(f"cannot write {self.path / 'status.json'}: {error.strerror or error}") from error
+        if self.writes:
+            append_ended(self.path)
+
+    def _facts(self, *, ended: bool = False) -> dict[str, object]:
+        """What status.json says of this attempt, however it ends."""
+        return {
+            "attempt": self.attempt,
+            "num_steps": self.num_steps,
+            "from_step": self._from_step,
+            "hosts": list(dict.fromkeys(self.hosts)),
+            "job": os.environ.get("SLURM_JOB_ID") or None,
+            "ranks": len(self.hosts) or None,
+            "failed_on": None,
+            "began": self._began,
+            "ended": clock_time() if ended else None,
+        }
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write summary.json.
@@ -206,6 +232,14 @@ class RunDirectory:
                 write_json(self.path / name, value)
             except OSError as error:
                 raise TrainingError(f"cannot write {self.path / name}: {error.strerror or error}") from error
+
+
+def new_path(recipe: str) -> Path:
+    """runs/RECIPE/DATE_TIME, which does not exist."""
+    parent = Path("runs") / recipe
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    taken = len(list(parent.glob(f"{stamp}*")))
+    return parent / (stamp + (f"_{taken + 1}" if taken else ""))
 
 
 def holds_run(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ def rank_for_messages(env: Mapping[str, str]) -> int:
         if env.get(name, "").isdigit():
             return int(env[name])
     return 0
+
+
+def node_name(env: Mapping[str, str]) -> str:
+    """This machine, as SLURM calls it where it has a say."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def threads_from_env(env: Mapping[str, str]) -> int | None:

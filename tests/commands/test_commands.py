@@ -78,6 +78,23 @@ def test_show_a_run_that_is_running_and_one_that_was_killed(tmp_path: Path, caps
     assert "saved at step 500" in out
 
 
+def test_show_gives_a_verdict_over_the_attempts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cause = {"rank": 0, "host": "a", "phase": "step", "step": 7}
+    attempt = {"state": "failed", "step": 7, "reason": "ValueError: x", "cause": cause, "retryable": False}
+    lines = [json.dumps({**attempt, "attempt": number}) for number in (1, 2)]
+    (tmp_path / "attempts.jsonl").write_text("\n".join(lines))
+    (tmp_path / "status.json").write_text(json.dumps({**attempt, "attempt": 3}))
+    assert run(["show", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "  attempts: 3\n" in out
+    assert "  verdict: fails each time in step 7 (3 times), without a new checkpoint" in out
+    (tmp_path / "status.json").write_text(json.dumps({**attempt, "state": "running", "attempt": 4}))
+    lease = Lease.acquire(tmp_path)
+    assert run(["show", str(tmp_path)]) == 0
+    lease.release()
+    assert "  verdict: is running; a file STOP" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -86,6 +103,9 @@ def test_show_a_run_that_is_running_and_one_that_was_killed(tmp_path: Path, caps
         (["show", "nowhere"], "nowhere"),
         (["version", "x"], "no argument"),
         (["slurm", "plna"], "invalid choice"),
+        (["submit"], "RECIPE"),
+        (["submit", "nowhere.py", "--node", "2"], "unrecognized arguments"),
+        (["jobs", "a", "b"], "unrecognized arguments"),
         (["data"], "pack|show|verify"),
         (["data", "pakc"], "invalid choice"),
         (["data", "pack", "nowhere"], "OUT"),

@@ -110,7 +110,8 @@ def test_only_the_writer_writes(tmp_path: Path) -> None:
     loud.write_status("failed", 3, "ValueError: x")
     assert json.loads((loud.path / "status.json").read_text())["reason"] == "ValueError: x"
     loud.release()
-    assert sorted(path.name for path in loud.path.iterdir()) == ["config.json", "environment.json", "status.json"]
+    names = ["attempts.jsonl", "config.json", "environment.json", "status.json"]
+    assert sorted(path.name for path in loud.path.iterdir()) == names
 
 
 def test_attempts_are_counted_and_a_completed_run_is_known(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_attempts_are_counted_and_a_completed_run_is_known(tmp_path: Path) -> No
     assert directory.completed_steps() == -1
 
 
-@pytest.mark.parametrize("name", ["config.json", "status.json", "summary.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.json", "status.json", "attempts.jsonl", "summary.json", "metrics.jsonl"])
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_what_is_no_file_is_refused_before_the_run(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / name)

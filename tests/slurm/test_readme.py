@@ -46,7 +46,7 @@ def submit(cluster: Cluster, project: Path, command: str) -> list[str]:
     for recipe, flags in SMALL.items():
         end = ";" if "; done" in command else "$"
         command = re.sub(rf"({recipe}[^;]*?)(?={end})", rf"\1 {' '.join(flags)}", command)
-    return re.findall(r"Submitted batch job (\d+)", shell(cluster, project, command))
+    return re.findall(r"(?i:submitted (?:batch )?job) (\d+)", shell(cluster, project, command))
 
 
 def one(*words: str) -> str:
@@ -67,6 +67,8 @@ def test_the_commands_do_what_is_said(cluster: Cluster, project: Path) -> None:
     prepare(project)
     for split in ("train", "test"):
         shell(cluster, project, f"python -m distkit data pack images data/packed --split {split} --workers 1")
+    ours = one("distkit submit").replace("--gpus-per-node 8", "--gpus-per-node 1")
+    (submitted,) = submit(cluster, project, f"{ours} --run-dir runs/submitted")
     (train,) = submit(cluster, project, one("--nodes=2"))
     (staged,) = submit(cluster, project, one("--stage"))
     (sweep,) = submit(cluster, project, one("sweep.sbatch"))
@@ -77,12 +79,13 @@ def test_the_commands_do_what_is_said(cluster: Cluster, project: Path) -> None:
     first, *rest = submit(cluster, chained, one("singleton"))
     assert train in shell(cluster, project, one("squeue --me"))
 
-    done = [train, staged, *(f"{sweep}_{task}" for task in (1, 2, 3)), debug, first]
+    done = [submitted, train, staged, *(f"{sweep}_{task}" for task in (1, 2, 3)), debug, first]
     assert {job: cluster.wait(job) for job in done} == dict.fromkeys(done, "COMPLETED")
     assert [cluster.wait(job) for job in rest] == ["CANCELLED"] * 2
     runs = project / "runs"
     assert "is completed, step 4" in shell(cluster, project, one("tail").replace("JOB", train))
     assert "completed at step 4" in shell(cluster, project, one("distkit show").replace("JOB", train))
+    assert re.search(rf"runs/submitted +{submitted} +completed +4 of 4 ", shell(cluster, project, one("distkit jobs")))
     assert json.loads((runs / "gpt" / f"slurm-{train}" / "environment.json").read_text())["world_size"] == 2
     assert state(chained / "runs" / "mine") == ("completed", 4)
     config = json.loads((runs / "cifar10" / f"slurm-{staged}" / "config.json").read_text())
@@ -93,8 +96,8 @@ def test_the_commands_do_what_is_said(cluster: Cluster, project: Path) -> None:
 
 
 def test_the_readme_has_no_command_that_no_test_types() -> None:
-    typed = ["--nodes=2", "--stage", "sweep.sbatch", "debug.sbatch", "singleton", "squeue --me", "tail", "distkit show",
-             "--signal=USR1", "scontrol requeue", "scancel JOB"]  # fmt: skip
+    typed = ["distkit submit", "distkit jobs", "--nodes=2", "--stage", "sweep.sbatch", "debug.sbatch", "singleton",
+             "squeue --me", "tail", "distkit show", "--signal=USR1", "scontrol requeue", "scancel JOB"]  # fmt: skip
     assert sorted(one(words) for words in typed) == sorted(COMMANDS)
 
 

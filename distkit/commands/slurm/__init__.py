@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from distkit.commands.parser import Answer, Parser
+from distkit.commands.parser import Answer, Parser, count, positive
 from distkit.commands.slurm.outcome import Before, decide
 from distkit.commands.slurm.plan import Plan, debug_plan, environment_list, train_plan
 from distkit.commands.slurm.site import SITE_FILE, read_site, sbatch_options
@@ -25,7 +25,7 @@ def _parser() -> Parser:
     parser = Parser("distkit slurm", description="What the batch scripts in slurm/ ask.", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
     options = _add(verbs, "options", "print the options that this site wants, for sbatch")
-    options.add_argument("--gpus", type=_count, default=0, metavar="N", help="GPUs per node (0)")
+    options.add_argument("--gpus", type=count, default=0, metavar="N", help="GPUs per node (0)")
     _add_site(options)
     _add_plan(_add(verbs, "plan", "print a training job's settings as bash assignments; run inside the job"))
     debug = _add(verbs, "debug-plan", "the same for slurm/debug.sbatch")
@@ -55,8 +55,8 @@ def _add_recipe(parser: Parser) -> None:
 
 def _add_plan(parser: Parser) -> None:
     _add_site(parser)
-    parser.add_argument("--ranks", type=_at_least_1, metavar="N", help="ranks per node (its GPUs, or 1)")
-    parser.add_argument("--max-requeues", type=_count, metavar="N", help="requeues of this job at most (the site's)")
+    parser.add_argument("--ranks", type=positive, metavar="N", help="ranks per node (its GPUs, or 1)")
+    parser.add_argument("--max-requeues", type=count, metavar="N", help="requeues of this job at most (the site's)")
     parser.add_argument("--stage", metavar="DIR", help="copy DIR to local scratch first, and use the copy")
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="add the flags on the array task's line of FILE")
     _add_recipe(parser)
@@ -66,22 +66,8 @@ def _add_requeue(parser: Parser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run directory")
     parser.add_argument("--before", type=Before.parse, default=Before(), metavar="ATTEMPT:STEP",
                         help="the plan's: last attempt and checkpoint when the job began")  # fmt: skip
-    parser.add_argument("--max-requeues", type=_count, required=True, metavar="N", help="requeues of this job at most")
+    parser.add_argument("--max-requeues", type=count, required=True, metavar="N", help="requeues of this job at most")
     parser.add_argument("--told", default="", metavar="SIGNAL", help="a signal that told the batch script to stop")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value
-
-
-def _at_least_1(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
 
 
 def _options(typed: argparse.Namespace) -> Answer:

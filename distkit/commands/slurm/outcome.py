@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distkit.checkpoint.retention import list_checkpoints
-from distkit.commands.show import read_json
+from distkit.engine.attempts import Attempt, last_number, read_attempts, read_object
+from distkit.engine.verdict import ending, judge
 from distkit.errors import Stopped
 
 DONE, FAILED, GO_ON = 0, 1, Stopped.exit_code
@@ -48,9 +48,8 @@ def read_before(run_dir: Path) -> Before:
     Raises:
         ConfigError: its files cannot be read.
     """
-    attempt = (read_json(run_dir / "status.json") or {}).get("attempt")
     steps = list_checkpoints(run_dir / "checkpoints")
-    return Before(attempt if isinstance(attempt, int) else 0, steps[-1] if steps else -1)
+    return Before(last_number(run_dir), steps[-1] if steps else -1)
 
 
 def decide(
@@ -69,33 +68,33 @@ def decide(
     Raises:
         ConfigError: the run's files cannot be read.
     """
-    status = read_json(run_dir / "status.json") or {}
-    state, step, now = status.get("state"), status.get("step"), read_before(run_dir)
-    if state == "completed":
-        return Decision(DONE, f"{run_dir} is completed, step {step}")
-    begun = now.attempt > before.attempt
-    what, code = _ending(status, begun, job, run_dir, told)
-    if code != GO_ON:
-        return Decision(code, f"{run_dir} {what}")
+    attempts, now = read_attempts(run_dir), read_before(run_dir)
+    last = attempts[-1] if attempts else None
+    if last is not None and last.state == "completed":
+        return Decision(DONE, f"{run_dir} is completed, step {last.to_step}")
+    if last is None or last.attempt <= before.attempt:
+        if told:
+            return _go_on(run_dir, f"was not begun yet when {told} came", now, num_requeues, max_requeues)
+        return Decision(FAILED, f"{run_dir} was not begun by this job: its output says why")
+    holder = read_object(run_dir / "lease.json").get("job", job)
+    if last.state == "killed" and holder != job:
+        return Decision(FAILED, f"{run_dir} is running in job {holder}")
+    if before.attempt and len(attempts) == 1:  # its line was lost; what the batch script noted was not
+        attempts.insert(0, Attempt(attempt=before.attempt, state="unknown", saved=before.step))
+    verdict = judge(attempts)
+    if verdict.kind == "stopped":
+        return Decision(DONE, f"{run_dir} {ending(last)}")
+    if not verdict.goes_on:
+        return Decision(FAILED, f"{run_dir} {verdict}")
+    decision = _go_on(run_dir, ending(last), now, num_requeues, max_requeues)
+    if verdict.host is None:
+        return decision
+    return replace(decision, why=f"{decision.why}; it fails each time on {verdict.host}: {verdict.remedy}")
+
+
+def _go_on(run_dir: Path, what: str, now: Before, num_requeues: int, max_requeues: int) -> Decision:
+    """Once more, unless the limit is reached."""
     if num_requeues >= max_requeues:
         return Decision(FAILED, f"{run_dir} {what}, and this job was requeued {num_requeues} times: not again")
-    if begun and before.attempt and now.step <= before.step:
-        where = f"the newest is that of step {now.step}" if now.step >= 0 else "there is none"
-        return Decision(FAILED, f"{run_dir} {what}, without a new checkpoint since the attempt before: {where}")
     where = f"it goes on from the checkpoint of step {now.step}" if now.step >= 0 else "it begins again"
     return Decision(GO_ON, f"{run_dir} {what}: {where}")
-
-
-def _ending(status: Mapping[str, object], begun: bool, job: str, run_dir: Path, told: str) -> tuple[str, int]:
-    """How the attempt ended, and whether another one can do better."""
-    state, step, reason = status.get("state"), status.get("step"), str(status.get("reason"))
-    if not begun:
-        unbegun = (f"was not begun yet when {told} came", GO_ON)
-        return unbegun if told else ("was not begun by this job: its output says why", FAILED)
-    retryable = status.get("retryable") is True
-    if state == "preempted":
-        return f"was preempted at step {step} ({reason})", GO_ON if retryable else DONE
-    if state == "running":
-        holder = (read_json(run_dir / "lease.json") or {}).get("job", job)
-        return ("was killed", GO_ON) if holder == job else (f"is running in job {holder}", FAILED)
-    return f"failed at step {step}: {reason}", GO_ON if retryable else FAILED

@@ -86,7 +86,7 @@ def train_plan(
     run_dir, flags = _with_run_dir(site, env, recipe, flags)
     staged = None if stage_from is None else _staged_copy(site, env, stage_from)
     if stage_from is not None and staged is not None:
-        flags = _moved(flags, stage_from, staged)
+        flags = moved_to(flags, stage_from, staged)
     nodes = int(_in_job(env, "SLURM_JOB_NUM_NODES"))
     meeting = choose_meeting(nodes, site.interface)
     exports = _exports(env, meeting.interface)
@@ -210,7 +210,7 @@ def _staged_copy(site: Site, env: Mapping[str, str], source: str) -> Path:
     return Path(scratch) / f"distkit-{env.get('USER', os.getuid())}" / copy_name(Path(source))
 
 
-def _moved(flags: Sequence[str], source: str, copy: Path) -> list[str]:
+def moved_to(flags: Sequence[str], source: str, copy: Path) -> list[str]:
     """`flags` with the copy in place of `source`, where it is written like that.
 
     Raises:

@@ -95,6 +95,31 @@ def test_a_run_that_says_running_was_killed_unless_another_job_has_it(tmp_path: 
     assert outcome(tmp_path) == (1, f"{tmp_path} is running in job 8")
 
 
+def failure(attempt: int, step: int, saved: int) -> dict[str, object]:
+    """A line of attempts.jsonl: rank 1 on node7 was killed."""
+    cause = {"rank": 1, "host": "node7", "phase": "step", "step": step, "what_to_do": ""}
+    return {"attempt": attempt, "state": "failed", "step": step, "saved": saved, "hosts": ["node1", "node7"],
+            "reason": f"rank 1 on node7 was killed in step {step}", "retryable": True, "cause": cause,
+            "failed_on": "node7"}  # fmt: skip
+
+
+def test_a_host_that_fails_each_time_is_named(tmp_path: Path) -> None:
+    (tmp_path / "attempts.jsonl").write_text(json.dumps(failure(1, 7, 5)))
+    write(tmp_path, failure(2, 13, 10), 10)
+    code, why = outcome(tmp_path, "1:5")
+    assert code == 75
+    assert why.endswith("it fails each time on node7: leave it out: #SBATCH --exclude=node7")
+    assert "it goes on from the checkpoint of step 10" in why
+
+
+def test_what_fails_in_the_same_step_is_not_repeated_even_with_progress(tmp_path: Path) -> None:
+    (tmp_path / "attempts.jsonl").write_text(json.dumps(failure(1, 13, 5)))
+    write(tmp_path, failure(2, 13, 10), 10)
+    code, why = outcome(tmp_path, "1:5")
+    assert code == 1
+    assert "fails each time in step 13 (2 times): rank 1 on node7 was killed in step 13" in why
+
+
 def runtime() -> Runtime:
     topology = Topology(rank=0, world_size=2, local_world_size=1, launcher="torchrun")
     return Runtime(topology=topology, device=torch.device("cpu"))
