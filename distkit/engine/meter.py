@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from distkit.engine.stragglers import Own
 from distkit.errors import TrainingError
 from distkit.losses import LossOutput
 from distkit.runtime.process import Runtime
@@ -18,11 +19,12 @@ FOLD_EVERY = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """Values of one report: `loss` (the weighted mean) and each of the recipe's sums / samples."""
+    """Values of one report: `loss` (the weighted mean), each of the recipe's sums / samples, every rank's `own`."""
 
     samples: int
     loss: float
     metrics: dict[str, float]
+    own: list[Own] = field(default_factory=list)
 
 
 #: Names of an event's own fields, which a sum may not take.
@@ -175,15 +177,19 @@ class Meter:
                 total += value.detach().to("cpu", total.dtype)
         return merged
 
-    def reduce(self) -> Means:
+    def reduce(self, own: Own = Own()) -> Means:  # noqa: B008  # it is immutable
         """Means over all ranks since the last call, and start again from zero. Waits for the device.
+
+        Args:
+            own: what this rank tells the others with it.
 
         Raises:
             TrainingError: ranks reported different names, or nothing was counted.
         """
         self._fold()
         # a rank may have had no sample to evaluate, and then knows no names
-        seen = [names for names, samples in self._runtime.gather((sorted(self._sums), self._samples)) if samples]
+        answers = self._runtime.gather((sorted(self._sums), self._samples, own))
+        seen = [names for names, samples, _ in answers if samples]
         names = seen[0] if seen else []
         if any(other != names for other in seen):
             raise TrainingError(f"compute_loss must return the same sums on every rank, here {seen}")
@@ -194,4 +200,5 @@ class Meter:
             raise TrainingError("nothing to report: no sample was seen on any rank")
         self._reset()
         metrics = {name: value / samples for name, value in zip(names, sums, strict=True)}
-        return Means(samples=round(samples), loss=loss / weight if weight else float("nan"), metrics=metrics)
+        loss = loss / weight if weight else float("nan")
+        return Means(samples=round(samples), loss=loss, metrics=metrics, own=[told for *_, told in answers])

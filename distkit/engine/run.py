@@ -19,8 +19,10 @@ from distkit.data.reading.loader import EvaluationLoader
 from distkit.ema import Ema
 from distkit.engine.clock import Clock
 from distkit.engine.flops import Utilization
+from distkit.engine.forward_timer import ForwardTimer
 from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
+from distkit.engine.stragglers import Stragglers
 from distkit.engine.watch import Watch
 from distkit.errors import TrainingError
 from distkit.losses import ComputeLoss
@@ -195,6 +197,8 @@ class Run:
     trackers: Trackers = field(default_factory=Trackers)
     clock: Clock = field(default_factory=Clock)
     watch: Watch = field(default_factory=Watch)
+    forward_timer: ForwardTimer = field(default_factory=ForwardTimer)
+    stragglers: Stragglers = field(default_factory=lambda: Stragglers([""]))
 
     @property
     def num_samples(self) -> int:

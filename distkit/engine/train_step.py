@@ -28,6 +28,7 @@ def train_step(run: Run) -> None:
     """Do step `run.progress.step`: set the learning rate, compute gradients, clip, update, average."""
     strategy, progress = run.strategy, run.progress
     run.runtime.position.cells[STEP] = progress.step + 1
+    run.forward_timer.begin_step(progress.step)
     set_lr(strategy.optimizer, run.lr_multiplier())
     if strategy.needs_closure:
         evaluations = count()
@@ -50,7 +51,7 @@ def compute_gradients(run: Run, report: bool = True) -> list[LossOutput]:
     for accum_index in range(split.accum_steps):
         batch = next_microbatch(run, accum_index)
         strategy.exchange_gradients(accum_index == split.accum_steps - 1)
-        with strategy.precision():
+        with run.forward_timer, strategy.precision():
             output = run.compute_loss(strategy.model, batch)
         strategy.backward(share_of_step(output, run))
         if report:
@@ -64,9 +65,9 @@ def next_microbatch(run: Run, accum_index: int) -> Batch:
     """The next microbatch; the time it made the step wait is added up."""
     position = run.runtime.position.cells
     position[PHASE] = DATA
+    start = perf_counter()
     if faults.armed:
         faults.fault("data", run.runtime.rank, run.progress.step + 1)
-    start = perf_counter()
     batch = run.loader.microbatch(run.progress.step, accum_index)
     run.meter.data_wait_seconds += perf_counter() - start
     position[PHASE] = COMPUTE

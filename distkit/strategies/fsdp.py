@@ -8,7 +8,7 @@ their own from some version on, and replaces buffers by way of the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -73,6 +73,11 @@ class FullySharded(Sharded):
         if on != self._exchanges:
             self._exchanges = on
             self.model.set_requires_gradient_sync(on)  # type: ignore[operator]  # model is an FSDPModule
+
+    def gates(self) -> Sequence[tuple[nn.Module, nn.Module]] | None:
+        """Before its forward each unit gathers its parameters; a hook inside of what is compiled would be, too."""
+        own_units = self.config.fsdp.wrap is not None or self.config.fsdp.min_params is not None
+        return None if self.config.compile and own_units else [(unit, unit) for unit in self._units]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
