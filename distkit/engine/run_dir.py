@@ -40,6 +40,7 @@ class RunDirectory:
     attempt: int = field(default=1, init=False)
     created: bool = field(default=False, init=False)
     lease: Lease | None = field(default=None, init=False)
+    _failure_told: bool = field(default=False, init=False)
 
     @property
     def checkpoints(self) -> Path:
@@ -178,11 +179,14 @@ class RunDirectory:
         Raises:
             TrainingError: the disk is full or failing.
         """
+        if self._failure_told:  # ranks that are cut off from each other find different causes: the first one stays
+            return
         before = self._status()
         state, attempt = before.get("state"), self._last_attempt() + (step is None and before.get("state") != "running")
         if self.writes and self.created:
             attempt = self.attempt
         if before.get("cause") == cause or state == "completed" or (state, self._last_attempt()) == ("failed", attempt):
+            self._failure_told = True
             return
         status = {"state": "failed", "step": before.get("step", 0) if step is None else step, "reason": reason,
                   "retryable": cause["retryable"], "cause": cause, "attempt": attempt}  # fmt: skip
@@ -191,6 +195,7 @@ class RunDirectory:
             write_json(self.path / "status.json", status)
         except OSError as error:
             raise TrainingError(f"cannot write {self.path / 'status.json'}: {error.strerror or error}") from error
+        self._failure_told = True
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write summary.json.
