@@ -3,7 +3,7 @@
 In a synchronous run all ranks have the same step time: the backward exchanges gradients, so that in it everybody waits
 for the slowest. The forward is a rank's own, except where a strategy gathers parameters or sends buffers in it. What
 such a gate takes is measured by hooks around it and subtracted. The hooks are there in the timed steps only: putting
-them there costs 10 µs a gate at each report, next to exchanges in every step that take longer.
+them there costs less than 10 µs a gate at each report, next to exchanges in every step that take longer.
 """
 
 from __future__ import annotations

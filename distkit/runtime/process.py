@@ -23,6 +23,8 @@ from distkit.runtime.seeding import derive_seed, seed_everything
 from distkit.runtime.topology import Topology, threads_from_env
 
 T = TypeVar("T")
+#: On a busy machine gloo may need seconds to connect ranks that have met.
+LEAST_CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,9 +271,11 @@ def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta,
     on_gpu = device.type == "cuda"
     store = meet(topology, start_seconds, timeout.total_seconds())
     store.set_timeout(timeout)
+    # all ranks are there, and have to connect; gloo takes five times as long to find that it cannot
+    connecting = datetime.timedelta(seconds=max(LEAST_CONNECT_SECONDS, start_seconds / 5))
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=topology.rank,
-                                world_size=topology.world_size, timeout=datetime.timedelta(seconds=start_seconds),
+                                world_size=topology.world_size, timeout=connecting,
                                 device_id=device if on_gpu else None)  # fmt: skip
     except RuntimeError as error:
         raise RendezvousError(

@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 6
 LEAVE_SECONDS = 30
 FLAGS = [
     "--run-dir", "run", "--num-steps", "40", "--pause-seconds", "0.1", "--timeout-seconds", str(TIMEOUT_SECONDS),
-    "--checkpoint.enabled", "--start-timeout-seconds", "60",
+    "--checkpoint.enabled", "--start-timeout-seconds", "30",
 ]  # fmt: skip
 
 
@@ -39,7 +39,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def train(
-    network: Network, folder: Path, during: Callable[[], None] = lambda: None, patience: float = 120
+    network: Network,
+    folder: Path,
+    during: Callable[[], None] = lambda: None,
+    patience: float = 120,
+    interface: str = INTERFACE,
 ) -> list[Ended]:
     """One rank on each node, started as srun does; how each ended, within `patience` seconds after `during`.
 
@@ -51,7 +55,7 @@ def train(
         for rank in range(2):
             env = environment({
                 "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
-                "MASTER_ADDR": network.address(0), "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": INTERFACE,
+                "MASTER_ADDR": network.address(0), "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": interface,
                 "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             })  # fmt: skip
             command = network.command(rank, [sys.executable, str(RECIPE), *FLAGS])
@@ -107,3 +111,15 @@ def test_a_link_that_is_cut_ends_both_sides_and_the_same_command_goes_on(
     assert [done.returncode for done in train(network, tmp_path)] == [0, 0]
     assert "resumed from" in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert digest(tmp_path) == uninterrupted
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_an_interface_that_does_not_lead_to_the_other_node(tmp_path: Path, network: Network) -> None:
+    """The ranks meet at rank 0's store, and then cannot connect to each other."""
+    for rank, done in enumerate(train(network, tmp_path, interface="lo")):
+        assert done.returncode == 1
+        said = done.stderr.splitlines()[-1]
+        assert f"rank {rank} on node{rank} met the others at {network.address(0)}:" in said
+        assert "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the one between them" in said
+    assert not (tmp_path / "run").exists()

@@ -113,4 +113,4 @@ def test_a_planted_straggler_is_named(tmp_path: Path, phase: str, rank: int, fla
 @pytest.mark.parametrize("run", range(10))
 def test_no_verdict_without_one(tmp_path: Path, run: int) -> None:
     strategy = ["ddp", "ddp", "fsdp", "zero1", "zero3"][run % 5]
-    assert notes_of(tmp_path, ["--num-steps", "60", "--strategy", strategy, "--seed", str(run)], {}) == []
+    assert notes_of(tmp_path, ["--num-steps", "120", "--strategy", strategy, "--seed", str(run)], {}) == []
