@@ -110,7 +110,9 @@ def test_without_a_report_nothing_is_timed(clock: Clock) -> None:
     assert timer.seconds == 0.0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_on_a_gpu_nothing_waits_before_the_report() -> None:
     timer = ForwardTimer(1, CUDA)
     x = torch.zeros(1, device=CUDA)
