@@ -17,7 +17,8 @@ from torch.distributed import ProcessGroup
 
 from distkit.config import TrainConfig
 from distkit.errors import ConfigError, LaunchError, RankFailedError, RendezvousError
-from distkit.runtime.heartbeat import Heartbeat, Position
+from distkit.runtime.heartbeat import Heartbeat
+from distkit.runtime.position import Position
 from distkit.runtime.rendezvous import meet
 from distkit.runtime.seeding import derive_seed, seed_everything
 from distkit.runtime.topology import Topology, threads_from_env
