@@ -25,6 +25,7 @@ from distkit.data.reading.placement import Placed, Reading, TrainSource, open_tr
 from distkit.data.sets.fingerprint import fingerprint_of
 from distkit.ema import Ema
 from distkit.engine.flops import FirstBatch, describe_peak, outline_utilization
+from distkit.engine.forward_timer import ForwardTimer
 from distkit.engine.guard import Guard, describe_guard
 from distkit.engine.meter import Meter
 from distkit.engine.modes import choose_modes_, describe_modes
@@ -33,6 +34,7 @@ from distkit.engine.resume import check_resume, choose_checkpoint, put_damaged_a
 from distkit.engine.run import Best, Data, ResumePoint, Run, Trackers
 from distkit.engine.run_dir import RunDirectory, check_usable, new_path
 from distkit.engine.save import build_saver
+from distkit.engine.stragglers import Stragglers, hosts_of
 from distkit.errors import ConfigError, DataError
 from distkit.observers import build_observers
 from distkit.optim import build_optimizer, default_param_groups, skips_on_device
@@ -275,8 +277,16 @@ def open_loop(
         trackers=Trackers(best),
         saver=build_saver(directory.checkpoints, runtime, config.checkpoint, recipe=recipe.name, strategy=strategy.name,
                           best=best, source=resume.own_step) if saves else None,
+        forward_timer=build_forward_timer(config, runtime, strategy),
+        stragglers=Stragglers(hosts_of(runtime)),
         observers=build_observers(config.observe, directory.path, runtime.is_main_process),
     )  # fmt: skip
+
+
+def build_forward_timer(config: TrainConfig, runtime: Runtime, strategy: Strategy) -> ForwardTimer:
+    """What measures the forward, where there is another rank to compare it with."""
+    gates = strategy.gates() if runtime.world_size > 1 else None
+    return ForwardTimer() if gates is None else ForwardTimer(config.report_every, runtime.device, gates)
 
 
 def write_directory(recipe: Recipe[C], run: Run) -> None:

@@ -72,6 +72,10 @@ class RankSilentError(RankFailedError):
     """Another rank does not answer."""
 
 
+class RendezvousError(DistkitError):
+    """The ranks of a launch did not find each other in time."""
+
+
 class Stopped(DistkitError):
     """The run was asked to stop; the same command continues it.
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +59,7 @@ class Job:
         clean: removes old checkpoints after the commit; called on rank 0.
         replaces: the run has a checkpoint of this step, saved before the evaluation of the step was complete.
         error: why this rank has nothing to write, if it could not even copy its state.
+        staging_seconds: what copying it took.
     """
 
     step: int
@@ -72,6 +73,7 @@ class Job:
     clean: Callable[[], None]
     replaces: bool = False
     error: str | None = None
+    staging_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Outcome:
         nbytes, seconds: what all ranks wrote, and how long that took.
         warning: what went wrong after the checkpoint stood: its parent was not synced, old ones were not removed.
         lost: the tensor that is NaN or infinite, where that is the error; the ranks are not to blame, nor is the disk.
+        written: each rank's own seconds (copying, writing, syncing), and the bytes of its files.
     """
 
     step: int
@@ -91,6 +94,7 @@ class Outcome:
     seconds: float = 0.0
     warning: str | None = None
     lost: str | None = None
+    written: Sequence[tuple[float, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,12 @@ class Vote:
     files: Mapping[str, FileEntry]
     error: str | None = None
     lost: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its files."""
+        return sum(entry.bytes for entry in self.files.values())
 
 
 def commit(folder: Path, job: Job, runtime: Runtime) -> Outcome:
@@ -120,7 +130,8 @@ def commit(folder: Path, job: Job, runtime: Runtime) -> Outcome:
     vote = Vote(job.step, {})
     state = {**job.state, "ranks": [own for _, _, own in answers]}
     try:
-        vote = Vote(job.step, _write_files(target, job, state, runtime))
+        entries, seconds = _write_files(target, job, state, runtime)
+        vote = Vote(job.step, entries, seconds=job.staging_seconds + seconds)
         point("before_vote")
     except NonFiniteError as failure:
         vote = Vote(job.step, {}, f"{failure} is NaN or infinite", str(failure))
@@ -130,6 +141,7 @@ def commit(folder: Path, job: Job, runtime: Runtime) -> Outcome:
     error = _first_error([other.error for other in votes])
     lost = _first_lost([other.lost for other in votes])
     nbytes = sum(entry.bytes for other in votes for entry in other.files.values())
+    written = [(other.seconds, other.nbytes) for other in votes]
     warning = None
     if error is None:
         # rank 0 alone decides from here on; a later error, of cleaning up, does not unmake what stands
@@ -142,7 +154,8 @@ def commit(folder: Path, job: Job, runtime: Runtime) -> Outcome:
         if runtime.is_main_process:
             shutil.rmtree(target, ignore_errors=True)
         return Outcome(job.step, error, lost=lost)
-    return Outcome(job.step, None, nbytes, time.perf_counter() - start, warning)
+    nbytes = sum(other.nbytes for other in votes)
+    return Outcome(job.step, None, nbytes, time.perf_counter() - start, warning, written=written)
 
 
 def _decide(
@@ -201,15 +214,23 @@ def _make(target: Path) -> None:
     target.mkdir(mode=0o700)
 
 
-def _write_files(target: Path, job: Job, state: Mapping[str, object], runtime: Runtime) -> dict[str, FileEntry]:
-    """This rank's files, several at once; all threads have ended when it returns or raises."""
+def _write_files(
+    target: Path, job: Job, state: Mapping[str, object], runtime: Runtime
+) -> tuple[dict[str, FileEntry], float]:
+    """This rank's files, several at once, and the seconds that took; all threads have ended when it returns or raises.
+
+    The seconds begin when the first file's bytes are there: the device may have waited for other ranks before.
+    """
     if job.error is not None:
         raise CheckpointError(job.error)
     point = partial(fault, rank=runtime.rank, step=job.step)
     entries: dict[str, FileEntry] = {}
+    starts: list[float] = []
 
     def write(name: str, contents: Contents) -> None:
-        entries[name] = write_file(target / name, contents(), halfway=lambda: point("half_shard"),
+        data = contents()
+        starts.append(time.perf_counter())
+        entries[name] = write_file(target / name, data, halfway=lambda: point("half_shard"),
                                    before_sync=lambda: point("before_fsync"))  # fmt: skip
 
     def write_state() -> None:
@@ -223,7 +244,8 @@ def _write_files(target: Path, job: Job, state: Mapping[str, object], runtime: R
         for task in tasks:
             task.result()
     sync_folder(target)
-    return entries
+    end = time.perf_counter()
+    return entries, end - min(starts, default=end)
 
 
 def _publish(folder: Path, target: Path, job: Job, votes: list[Vote], point: Callable[[str], None]) -> None:

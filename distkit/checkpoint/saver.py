@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
@@ -87,6 +88,7 @@ class Saver:
         self._layout = Layout((), {})
         self._files: dict[str, ShardFile] = {}
         self._staging = Staging()
+        self._staging_seconds = 0.0
         self._in_flight: Future[Outcome] | None = None
         self._jobs: SimpleQueue[tuple[Future[Outcome], Job] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -126,6 +128,7 @@ class Saver:
             threads=self._threads,
             replaces=self.committed == step,
             clean=partial(self._clean, step),
+            staging_seconds=self._staging_seconds,
         )
         if not self.behind:
             return [*ended, self._count(commit(self.folder, job, self._side))]
@@ -218,11 +221,14 @@ class Saver:
     def _stage(self, snapshot: Snapshot, step: int) -> tuple[Mapping[str, Contents], str | None]:
         """This rank's files, to be called for their bytes, or why there are none: a vote against this save."""
         value_of = partial(piece_of, {**snapshot.shared, **snapshot.own})
+        start = time.perf_counter()
         try:
             fault("staging", self._runtime.rank, step)
             return (self._stage_all if self.behind else self._stage_each)(value_of, snapshot.judged), None
         except Exception as failure:  # no memory, say
             return {}, describe(failure)
+        finally:
+            self._staging_seconds = time.perf_counter() - start
 
     def _choose_behind(self) -> bool:
         """Whether to stage everything: as configured, or where it fits on every rank."""

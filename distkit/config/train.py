@@ -146,6 +146,8 @@ class TrainConfig:
     """Samples per evaluation batch on one rank, >= 1; None: the microbatch size."""
     timeout_seconds: float = 1800.0
     """The run ends when a collective or a batch takes longer than this, > 0."""
+    start_timeout_seconds: float = 300.0
+    """The run ends when its ranks have not found each other after this, > 0."""
     watchdog_seconds: float | None = 1800.0
     """The run ends, and says where, when a rank has not got on for so long, > 0; None: off."""
     ddp: DDPConfig = field(default_factory=DDPConfig, metadata=_PLAIN)
@@ -196,7 +198,7 @@ class TrainConfig:
         self._check_on_nan()
         check_sections(self.strategy, {"ddp": self.ddp, "fsdp": self.fsdp, "zero": self.zero})
         for name in ("num_epochs", "max_grad_norm", "max_grad_value", "peak_tflops", "timeout_seconds",
-                     "watchdog_seconds"):  # fmt: skip
+                     "start_timeout_seconds", "watchdog_seconds"):  # fmt: skip
             require_number(name, getattr(self, name), above=0, example="1")
         require_number("ema_decay", self.ema_decay, above=0, below=1, example="0.999")
         if self.max_grad_norm is not None and self.max_grad_value is not None:

@@ -15,12 +15,14 @@ from distkit.checkpoint.retention import list_checkpoints
 from distkit.checkpoint.shard_file import save_weights
 from distkit.engine.endings import Cause, first_cause, record
 from distkit.engine.evaluate import evaluate
+from distkit.engine.meter import Means
 from distkit.engine.nonfinite import check_weights, evaluation_note, loss_lost, settle_bad_steps
 from distkit.engine.preemption import stopping_together
 from distkit.engine.resume import restore, restore_generators, resume_notes
 from distkit.engine.rollback import roll_back
 from distkit.engine.run import Run
 from distkit.engine.save import report_saves, save, save_due
+from distkit.engine.stragglers import Own
 from distkit.engine.train_step import due, train_step
 from distkit.errors import NonFiniteError, RankFailedError, Stopped, TrainingError
 from distkit.observers import RunInfo
@@ -148,7 +150,9 @@ def report(run: Run) -> None:
     settle_bad_steps(run)
     if run.meter.is_empty:  # every step since the last line was passed over
         return
-    means = run.meter.reduce()
+    # a forward's time can be read when the device has been waited for, so that it is the one of the report before
+    means = run.meter.reduce(Own(run.meter.data_wait_seconds, run.forward_timer.seconds))
+    run.forward_timer.read()
     settle_utilization(run)
     samples_per_second = run.clock.lap(means.samples)
     event: dict[str, str | int | float] = {
@@ -171,6 +175,7 @@ def report(run: Run) -> None:
         event["skipped_updates"] = int(run.strategy.skipped.item())
     run.meter.data_wait_seconds = 0.0
     run.tell(event)
+    report_stragglers(run, means, samples_per_second)
     if run.guard is None and not math.isfinite(means.loss):
         raise loss_lost(run, means)
     report_compiler(run)
@@ -184,6 +189,13 @@ def settle_utilization(run: Run) -> None:
             failure = run.utilization.settle(run.compute_loss)
         if failure:
             run.note(failure)
+
+
+def report_stragglers(run: Run, means: Means, samples_per_second: float) -> None:
+    """A note when a rank begins to be slower than the others, and when that is over."""
+    steps, seconds = means.samples / run.split.global_batch_size, means.samples / samples_per_second
+    for note in run.stragglers.report(means.own, steps, seconds):
+        run.note(note)
 
 
 def report_compiler(run: Run) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from distkit.engine.stragglers import Own
 from distkit.errors import ConfigError, TrainingError
 from distkit.losses import LossOutput
 from distkit.runtime.process import Runtime
@@ -37,7 +38,7 @@ class NotFinite:
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """Values of one report: `loss` (the weighted mean) and each of the recipe's sums / samples.
+    """Values of one report: `loss` (the weighted mean), each of the recipe's sums / samples, every rank's `own`.
 
     `not_finite` says where those come from that are not finite.
     """
@@ -46,6 +47,7 @@ class Means:
     loss: float
     metrics: dict[str, float]
     not_finite: tuple[NotFinite, ...] = ()
+    own: list[Own] = field(default_factory=list)
 
 
 #: Names of an event's own fields, which a sum may not take.
@@ -227,8 +229,11 @@ class Meter:
                 total += value.detach().to("cpu", total.dtype)
         return merged
 
-    def reduce(self) -> Means:
+    def reduce(self, own: Own = Own()) -> Means:  # noqa: B008  # it is immutable
         """Means over all ranks since the last call, and start again from zero. Waits for the device.
+
+        Args:
+            own: what this rank tells the others with it.
 
         Raises:
             TrainingError: ranks reported different names, or nothing was counted.
@@ -236,7 +241,8 @@ class Meter:
         recent = self._pending[:]
         self._fold()
         # a rank may have had no sample to evaluate, and then knows no names
-        seen = [names for names, samples in self._runtime.gather((sorted(self._sums), self._samples)) if samples]
+        answers = self._runtime.gather((sorted(self._sums), self._samples, own))
+        seen = [names for names, samples, _ in answers if samples]
         names = seen[0] if seen else []
         if any(other != names for other in seen):
             raise TrainingError(f"compute_loss must return the same sums on every rank, here {seen}")
@@ -250,7 +256,8 @@ class Meter:
         self._reset()
         metrics = {name: value / samples for name, value in zip(names, sums, strict=True)}
         mean = loss / weight if weight else float("nan")
-        return Means(samples=round(samples), loss=mean, metrics=metrics, not_finite=not_finite)
+        own_of_ranks = [told for *_, told in answers]
+        return Means(samples=round(samples), loss=mean, metrics=metrics, not_finite=not_finite, own=own_of_ranks)
 
     def _sources(self, recent: Sequence[tuple[LossOutput, int]]) -> tuple[NotFinite, ...]:
         """What is not finite on each rank; all ranks together. `recent` was pending before the last fold."""

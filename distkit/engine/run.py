@@ -19,10 +19,12 @@ from distkit.data.reading.loader import EvaluationLoader
 from distkit.ema import Ema
 from distkit.engine.clock import Clock
 from distkit.engine.flops import Utilization
+from distkit.engine.forward_timer import ForwardTimer
 from distkit.engine.guard import Guard
 from distkit.engine.ledger import Ledger
 from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
+from distkit.engine.stragglers import Stragglers
 from distkit.engine.watch import Watch
 from distkit.errors import TrainingError
 from distkit.losses import ComputeLoss
@@ -203,6 +205,8 @@ class Run:
     guard: Guard | None = None
     clock: Clock = field(default_factory=Clock)
     watch: Watch = field(default_factory=Watch)
+    forward_timer: ForwardTimer = field(default_factory=ForwardTimer)
+    stragglers: Stragglers = field(default_factory=lambda: Stragglers([""]))
 
     @property
     def num_samples(self) -> int:

@@ -50,6 +50,7 @@ class RunDirectory:
     _from_step: int | None = field(default=None, init=False)
     _began: str = field(default_factory=clock_time, init=False)
     lease: Lease | None = field(default=None, init=False)
+    _failure_told: bool = field(default=False, init=False)
 
     @property
     def checkpoints(self) -> Path:
@@ -186,9 +187,12 @@ class RunDirectory:
         Raises:
             TrainingError: the disk is full or failing.
         """
+        if self._failure_told:  # ranks that are cut off from each other find different causes: the first one stays
+            return
         before = read_status(self.path)
         mine = before.get("attempt") == self.attempt
         if before.get("state") == "completed" or (mine and before.get("state") == "failed"):
+            self._failure_told = True
             return
         rank = cause["rank"]
         failed_on = self.hosts[rank] if isinstance(rank, int) and rank < len(self.hosts) else None
@@ -201,6 +205,7 @@ class RunDirectory:
             write_json(self.path / "status.json", {**status, **facts, "failed_on": failed_on, "ended": clock_time()})
         except OSError as error:
             raise TrainingError(f"cannot write {self.path / 'status.json'}: {error.strerror or error}") from error
+        self._failure_told = True
         if self.writes:
             append_ended(self.path)
 

@@ -115,6 +115,8 @@ def report_outcome(run: Run, outcome: Outcome) -> None:
         line = {"bytes": outcome.nbytes, "seconds": outcome.seconds}
         run.watch.save_seconds = max(run.watch.save_seconds, outcome.seconds)
         run.tell({"event": "checkpoint", "step": outcome.step, **line})
+        for note in run.stragglers.save(outcome.written):
+            run.note(note)
     else:
         run.tell({"event": "checkpoint", "step": outcome.step,
                   "error": f"not saved; the previous one is kept: {outcome.error}"})  # fmt: skip

@@ -32,6 +32,7 @@ def train_step(run: Run) -> None:
     """
     strategy, progress, guard = run.strategy, run.progress, run.guard
     run.runtime.position.cells[STEP] = progress.step + 1
+    run.forward_timer.begin_step(progress.step)
     set_lr(strategy.optimizer, run.lr_multiplier())
     if run.ledger.passed_over and progress.step + 1 in run.ledger.passed_over:
         pass_over(run)
@@ -71,7 +72,7 @@ def compute_gradients(run: Run, report: bool = True) -> list[LossOutput]:
     for accum_index in range(split.accum_steps):
         batch = next_microbatch(run, accum_index)
         strategy.exchange_gradients(accum_index == split.accum_steps - 1)
-        with strategy.precision():
+        with run.forward_timer, strategy.precision():
             output = run.compute_loss(strategy.model, batch)
         strategy.backward(share_of_step(output, run))
         if report:
@@ -86,9 +87,9 @@ def next_microbatch(run: Run, accum_index: int) -> Batch:
     position = run.runtime.position.cells
     position[PHASE] = DATA
     position[MICROBATCH] += 1
+    start = perf_counter()
     if faults.armed:
         faults.fault("data", run.runtime.rank, run.progress.step + 1)
-    start = perf_counter()
     batch = run.loader.microbatch(run.progress.step, accum_index)
     run.meter.data_wait_seconds += perf_counter() - start
     position[PHASE] = COMPUTE

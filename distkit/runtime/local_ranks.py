@@ -13,6 +13,8 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
+
 from distkit.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -81,3 +83,12 @@ def _first_outgoing_port() -> int:
     except (OSError, ValueError):
         first = 32_768
     return first if first > LOWEST_PORT + TRIES else 65_536
+
+
+def listener(port: int) -> str:
+    """The process that listens at `port` of this machine, where this user may know it; else an empty string."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.pid and not connection.raddr:
+                return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return ""

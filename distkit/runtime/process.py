@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from itertools import count
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from distkit.config import TrainConfig
-from distkit.errors import ConfigError, LaunchError, RankFailedError
+from distkit.errors import ConfigError, LaunchError, RankFailedError, RendezvousError
 from distkit.runtime.heartbeat import Heartbeat
 from distkit.runtime.position import Position
+from distkit.runtime.rendezvous import meet
 from distkit.runtime.seeding import derive_seed, seed_everything
 from distkit.runtime.topology import Topology, threads_from_env
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
+#: On a busy machine gloo may need seconds to connect ranks that have met.
+LEAST_CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +244,7 @@ def start(config: TrainConfig, topology: Topology) -> Runtime:
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
     cpu_group = None
     if topology.world_size > 1:
-        _join(topology, device, timeout)
+        _join(topology, device, timeout, config.start_timeout_seconds)
         store = dist.distributed_c10d._get_default_store()
         heartbeat = Heartbeat(topology.rank, topology.world_size, store)
         cpu_group = _gloo_group(timeout)
@@ -256,8 +255,12 @@ def start(config: TrainConfig, topology: Topology) -> Runtime:
                    launcher=launcher)  # fmt: skip
 
 
-def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta) -> None:
-    """Join the device group (nccl or gloo)."""
+def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta, start_seconds: float) -> None:
+    """Join the device group (nccl or gloo).
+
+    Raises:
+        RendezvousError: the ranks did not find each other, or cannot reach each other.
+    """
     os.environ.update(
         RANK=str(topology.rank),
         WORLD_SIZE=str(topology.world_size),
@@ -267,32 +270,27 @@ def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta)
         MASTER_PORT=str(topology.master_port),
     )
     on_gpu = device.type == "cuda"
-    store = _store_of_run(topology)
+    store = meet(topology, start_seconds, timeout.total_seconds())
     store.set_timeout(timeout)
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=topology.rank,
-                            world_size=topology.world_size, timeout=timeout,
-                            device_id=device if on_gpu else None)  # fmt: skip
+    # all ranks are there, and have to connect; gloo takes five times as long to find that it cannot
+    connecting = datetime.timedelta(seconds=max(LEAST_CONNECT_SECONDS, start_seconds / 5))
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=topology.rank,
+                                world_size=topology.world_size, timeout=connecting,
+                                device_id=device if on_gpu else None)  # fmt: skip
+    except RuntimeError as error:
+        raise RendezvousError(
+            f"rank {topology.rank} on {socket.gethostname()} met the others at {topology.master_addr}:"
+            f"{topology.master_port}, and cannot connect to them: {str(error).splitlines()[0]}; on hosts with several "
+            "networks set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the one between them (distkit doctor)"
+        ) from error
+    # under another name before torch 2.15
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(timeout)
     if dist.get_world_size() != topology.world_size:
         raise LaunchError("the process group has another size than the launcher said",
                           expected=f"{topology.world_size} ranks", got=f"{dist.get_world_size()} ranks",
                           fix="start every rank with the same launcher")  # fmt: skip
-
-
-def _store_of_run(topology: Topology) -> Store:
-    """The store of this run: a part of the launcher's store that no other run of the process uses."""
-    store, runs = _launchers_store(str(topology.master_addr), str(topology.master_port), topology.rank)
-    return PrefixStore(f"run-{next(runs)}", store)
-
-
-@cache
-def _launchers_store(host: str, port: str, rank: int) -> tuple[Store, Iterator[int]]:
-    """This rank's end of the store at `host` and `port`, kept for further runs of this process, and their numbers.
-
-    Were it closed with a run, a rank that is sooner in the next run would meet the old store and wait in it for ever.
-    """
-    store, _, _ = next(rendezvous("env://"))
-    logger.debug("rank %d has joined the launcher's store at %s:%s", rank, host, port)
-    return store, count()
 
 
 def _gloo_group(timeout: datetime.timedelta) -> ProcessGroup:

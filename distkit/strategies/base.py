@@ -80,6 +80,11 @@ class Strategy(ABC):
         """The context in which forward passes run."""
         return self._autocast
 
+    def gates(self) -> Sequence[tuple[nn.Module, nn.Module]] | None:
+        """Where a forward waits for other ranks: from the first hook before the first module's forward to the last one
+        before the second's. None: in other places, too."""
+        return ()
+
     def zero_gradients(self) -> None:
         """Drop all gradients, so that the next backward writes instead of adds."""
         for parameter in self._parameters:

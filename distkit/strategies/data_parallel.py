@@ -72,6 +72,15 @@ class DataParallel(Strategy):
         if self._ddp is not None:
             self._ddp.require_backward_grad_sync = on
 
+    def gates(self) -> Sequence[tuple[nn.Module, nn.Module]] | None:
+        """Rank 0's buffers are sent between DDP's forward and the module's; a hook there would be compiled again."""
+        if self.config.ddp.sync_batchnorm:
+            return None
+        if self._ddp is None or next(self.module.buffers(), None) is None:
+            return ()
+        whole = self.config.compile and self.config.compile_scope != "blocks"
+        return None if whole else [(self.model, self.module)]
+
     def check(self) -> None:
         """Refuse what the device cannot do."""
         super().check()

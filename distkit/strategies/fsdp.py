@@ -82,6 +82,11 @@ class FullySharded(Sharded):
         for unit in self._units:
             unit.set_custom_reduce_scatter(SeenReduceScatter(self._own_gradients))  # type: ignore[arg-type]
 
+    def gates(self) -> Sequence[tuple[nn.Module, nn.Module]] | None:
+        """Before its forward each unit gathers its parameters; a hook inside of what is compiled would be, too."""
+        own_units = self.config.fsdp.wrap is not None or self.config.fsdp.min_params is not None
+        return None if self.config.compile and own_units else [(unit, unit) for unit in self._units]
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Afterwards nothing is gathered: a forward without a backward leaves a unit with the weights it had."""

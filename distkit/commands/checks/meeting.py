@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from distkit.commands.checks.finding import Context, Finding
@@ -23,8 +21,6 @@ from distkit.errors import shorten
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-#: What torch may take beyond its own timeout to say that it could not connect.
-CONNECT_SECONDS = 2.0
 #: How long rank 0 waits for the others once it has itself ended the exchange, and before it closes the store.
 GRACE_SECONDS = 10.0
 NOT_TRIED = Finding("all-reduce", "warning", "not tried, because of other errors", "mend those first")
@@ -50,52 +46,17 @@ def meet(context: Context, alone: Sequence[Finding], judge: Callable[[Sequence[R
         return judge([mine])
     if has_error(alone, "rendezvous"):
         return judge([Report(mine.rank, mine.node, [*alone, NOT_TRIED])])
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    from distkit.runtime.rendezvous import open_store
+
     try:
-        store = connect(context)
+        store = PrefixStore("doctor", open_store(context.topology, context.timeout_seconds))
         return _lead(context, store, mine, judge) if mine.rank == 0 else _follow(context, store, mine)
     except Exception as error:  # torch raises RuntimeError's children for a store that is gone
         message = f"rank {mine.rank} cannot meet the others: {first_line(error)}"
         remedy = "MASTER_ADDR and MASTER_PORT must lead from every node to that of rank 0; check the firewall"
         return judge([Report(mine.rank, mine.node, [*alone, Finding("rendezvous", "error", message, remedy)])])
-
-
-def connect(context: Context) -> Store:
-    """The store of this launch, which rank 0 opens where the launcher has none.
-
-    Raises:
-        RuntimeError: it cannot be opened, or not be reached within the context's timeout.
-        ConnectionError: something else listens there.
-    """
-    opened: SimpleQueue[Store | Exception] = SimpleQueue()
-
-    def work() -> None:
-        try:
-            opened.put(_open_store(context))
-        except Exception as error:
-            opened.put(error)
-
-    # torch waits for ever for a listener that is no store and never answers, whatever the timeout
-    threading.Thread(target=work, name="distkit-doctor", daemon=True).start()
-    try:
-        store = opened.get(timeout=context.timeout_seconds + CONNECT_SECONDS)
-    except Empty:
-        host, port = context.topology.master_addr, context.topology.master_port
-        raise ConnectionError(f"what listens at {host}:{port} is not rank 0") from None
-    if isinstance(store, Exception):
-        raise store
-    return store
-
-
-def _open_store(context: Context) -> Store:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is public, and only listed elsewhere
-    from torch.distributed.distributed_c10d import PrefixStore
-
-    topology, env = context.topology, context.env
-    opens = topology.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = TCPStore(str(topology.master_addr), int(topology.master_port or 0), topology.world_size, opens,
-                     timeout=timedelta(seconds=context.timeout_seconds), wait_for_workers=False)  # fmt: skip
-    # a launcher that starts the ranks again keeps its store
-    return PrefixStore(f"doctor-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _lead(context: Context, store: Store, mine: Report, judge: Callable[[Sequence[Report]], int]) -> int:

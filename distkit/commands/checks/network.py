@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Mapping
-from contextlib import suppress
 
 import psutil
 
 from distkit.commands.checks.finding import Context, Finding
-from distkit.runtime.local_ranks import free_port
+from distkit.runtime.local_ranks import free_port, listener
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -95,15 +94,6 @@ def _port(host: str, port: int) -> list[Finding]:
         if error.errno != errno.EADDRINUSE:
             return [Finding("rendezvous", "error", f"port {port} cannot be opened: {error.strerror}",
                             "export MASTER_PORT=a port above 1023")]  # fmt: skip
-    who = _listener(port)
+    who = listener(port)
     return [Finding("rendezvous", "error", f"port {port} is in use" + (f" by {who}" if who else ""),
                     f"export MASTER_PORT={free_port()}")]  # fmt: skip
-
-
-def _listener(port: int) -> str:
-    """The process that listens there, where this user may know it."""
-    with suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.pid and not connection.raddr:
-                return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
-    return ""

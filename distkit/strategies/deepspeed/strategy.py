@@ -9,7 +9,7 @@ keep 16-bit weights and run norms and losses in them, which no other strategy do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -71,6 +71,13 @@ class DeepSpeed(Sharded):
     def exchange_gradients(self, on: bool) -> None:
         """zero1 exchanges once a step; zero2 and zero3 hold only parts of gradients, so each backward exchanges."""
         self.engine.set_gradient_accumulation_boundary(on)
+
+    def gates(self) -> Sequence[tuple[nn.Module, nn.Module]] | None:
+        """zero3 gathers a module's own parameters before its forward; a hook in what is compiled would be, too."""
+        if self.stage < 3:
+            return ()
+        parts = [part for part in self.module.modules() if next(part.parameters(recurse=False), None) is not None]
+        return None if self.config.compile else [(part, part) for part in parts]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
