@@ -17,7 +17,7 @@ from pathlib import Path
 
 try:
     from distkit.errors import ConfigError
-    from distkit.runtime.local_ranks import free_port, rank_environment
+    from distkit.runtime.local_ranks import free_port, rank_environment, without_launcher
 except ModuleNotFoundError as error:
     message = f"{sys.executable} has no {error.name}\n  type:     PYTHON=.venv/bin/python launch/local.sh -n 2 RECIPE"
     print(f"launch/local.sh: {message}", file=sys.stderr)
@@ -26,8 +26,6 @@ except ModuleNotFoundError as error:
 USAGE = "launch/local.sh -n 2 recipes/gpt.py --preset tiny --text FILE"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 ORPHANS_SECONDS = 2.0
-#: What an outer launcher said of its own ranks.
-OUTER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
@@ -43,8 +41,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     except ConfigError as error:
         print(f"launch/local.sh: {error}", file=sys.stderr)
         return error.exit_code
-    outer = {name: value for name, value in env.items() if name not in OUTER}
-    commands = [outer | rank_environment(rank, num_ranks, port) for rank in range(num_ranks)]
+    commands = [without_launcher(env) | rank_environment(rank, num_ranks, port) for rank in range(num_ranks)]
     return Ranks(grace).run([sys.executable, *recipe], commands)
 
 

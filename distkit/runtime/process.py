@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from distkit.config import TrainConfig
 from distkit.errors import ConfigError, LaunchError, RankFailedError
+from distkit.runtime.agent_store import agree_on_name, is_served_by_agent
 from distkit.runtime.heartbeat import Heartbeat, Position
 from distkit.runtime.seeding import derive_seed, seed_everything
 from distkit.runtime.topology import Topology, threads_from_env
@@ -266,7 +267,7 @@ def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta)
         MASTER_PORT=str(topology.master_port),
     )
     on_gpu = device.type == "cuda"
-    store = _store_of_run(topology)
+    store = _store_of_run(topology, timeout)
     store.set_timeout(timeout)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=topology.rank,
                             world_size=topology.world_size, timeout=timeout,
@@ -277,20 +278,25 @@ def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta)
                           fix="start every rank with the same launcher")  # fmt: skip
 
 
-def _store_of_run(topology: Topology) -> Store:
-    """The store of this run: a part of the launcher's store that no other run of the process uses."""
-    store, runs = _launchers_store(str(topology.master_addr), str(topology.master_port), topology.rank)
+def _store_of_run(topology: Topology, timeout: datetime.timedelta) -> Store:
+    """The store of this run: a part of the launcher's store that no other run of the process or the agent uses."""
+    store, runs = _launchers_store(str(topology.master_addr), str(topology.master_port), topology.rank,
+                                   topology.world_size, timeout)  # fmt: skip
     return PrefixStore(f"run-{next(runs)}", store)
 
 
 @cache
-def _launchers_store(host: str, port: str, rank: int) -> tuple[Store, Iterator[int]]:
+def _launchers_store(
+    host: str, port: str, rank: int, world_size: int, timeout: datetime.timedelta
+) -> tuple[Store, Iterator[int]]:
     """This rank's end of the store at `host` and `port`, kept for further runs of this process, and their numbers.
 
     Were it closed with a run, a rank that is sooner in the next run would meet the old store and wait in it for ever.
     """
     store, _, _ = next(rendezvous("env://"))
     logger.debug("rank %d has joined the launcher's store at %s:%s", rank, host, port)
+    if is_served_by_agent():
+        store = PrefixStore(agree_on_name(store, rank, world_size, timeout), store)
     return store, count()
 
 
