@@ -98,7 +98,7 @@ def test_the_limit_holds_a_cancelled_job_stays_cancelled_and_a_stopped_one_stopp
     interrupt(cluster, project, first, 2, lambda: cluster.call("scancel", "--signal=INT", first))
     assert "SIGINT" in status(project)["reason"]
     assert (cluster.wait(first), cluster.field(first, "Restarts")) == ("FAILED", "1")
-    assert "this job was requeued 1 times: not again" in (project / f"distkit-{first}.out").read_text()
+    assert "it was started again 1 times: not again" in (project / f"distkit-{first}.out").read_text()
 
     second = submit(cluster, project)
     interrupt(cluster, project, second, 3, lambda: cluster.call("scancel", second))

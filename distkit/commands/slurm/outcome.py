@@ -54,15 +54,15 @@ def read_before(run_dir: Path) -> Before:
 
 
 def decide(
-    run_dir: Path, before: Before, *, job: str, num_requeues: int, max_requeues: int, told: str = ""
+    run_dir: Path, before: Before, *, job: str | None, num_requeues: int, max_requeues: int, told: str = ""
 ) -> Decision:
-    """Whether job `job`, whose ranks have ended, goes on with its run.
+    """Whether a job, or a launcher on one machine, whose ranks have ended, goes on with its run.
 
     Args:
         run_dir: the run's directory.
         before: what `read_before` said when the job began.
-        job: SLURM_JOB_ID.
-        num_requeues: how often the job was requeued so far.
+        job: SLURM_JOB_ID; None outside of one.
+        num_requeues: how often the job was requeued, or the ranks were started again, so far.
         max_requeues: at most.
         told: the signal that told the batch script to stop, if any.
 
@@ -78,7 +78,7 @@ def decide(
     if code != GO_ON:
         return Decision(code, f"{run_dir} {what}")
     if num_requeues >= max_requeues:
-        return Decision(FAILED, f"{run_dir} {what}, and this job was requeued {num_requeues} times: not again")
+        return Decision(FAILED, f"{run_dir} {what}, and it was started again {num_requeues} times: not again")
     if begun and before.attempt and now.step <= before.step:
         where = f"the newest is that of step {now.step}" if now.step >= 0 else "there is none"
         return Decision(FAILED, f"{run_dir} {what}, without a new checkpoint since the attempt before: {where}")
@@ -86,7 +86,7 @@ def decide(
     return Decision(GO_ON, f"{run_dir} {what}: {where}")
 
 
-def _ending(status: Mapping[str, object], begun: bool, job: str, run_dir: Path, told: str) -> tuple[str, int]:
+def _ending(status: Mapping[str, object], begun: bool, job: str | None, run_dir: Path, told: str) -> tuple[str, int]:
     """How the attempt ended, and whether another one can do better."""
     state, step, reason = status.get("state"), status.get("step"), str(status.get("reason"))
     if not begun:
