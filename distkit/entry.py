@@ -158,11 +158,13 @@ def run_recipe(recipe: Recipe[C], config: C, topology: Topology, signals: StopSi
     from distkit.assemble import build_run, open_directory
     from distkit.debug import debug
     from distkit.engine.fit import fit
+    from distkit.engine.watchdog import watching
     from distkit.runtime.process import start
 
     runtime = start(config, topology)
     summary: dict[str, object] = {}
-    with ending_together(runtime, signals) as ending:
+    watched = None if config.debug.enabled else config.watchdog_seconds  # a debugger stops for as long as it likes
+    with ending_together(runtime, signals) as ending, watching(ending, watched):
         ending.directory = open_directory(recipe.name, config, runtime)
         run = build_run(recipe, config, runtime, ending.directory)
         if config.debug.enabled:

@@ -22,9 +22,8 @@ from distkit.data.sets.text import Level, Vocabulary, encoded_text
 from distkit.errors import DataError
 from distkit.losses import chunked_cross_entropy
 from distkit.metrics import expected_initial_loss
-from distkit.models import GPT, Block, GPTConfig, generate
+from distkit.models import GPT, GPTConfig, generate
 from distkit.models.gpt import Activation
-from distkit.optim import ParamGroup, default_param_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,18 +121,6 @@ def build_dataset(config: Config, split: Split) -> TokenDataset:
     )
 
 
-def build_param_groups(config: Config, model: nn.Module) -> list[ParamGroup]:
-    """The head is the embedding, so with Muon the last nn.Linear is a hidden matrix like all others."""
-    groups = default_param_groups(model, config.optim)
-    if config.optim.splits_matrices:
-        last = [module for module in model.modules() if isinstance(module, Block)][-1].mlp.down.weight
-        for group in groups[1:]:
-            for place in [i for i, parameter in enumerate(group["params"]) if parameter is last]:
-                for key in ("params", "param_names"):
-                    groups[0][key].append(group[key].pop(place))
-    return groups
-
-
 def compute_loss(config: Config, model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossOutput:
     """tokens and the tokens that come next, both [B, T] int64 -> mean cross entropy over B x T, in nats."""
     tokens, targets = batch
@@ -217,7 +204,6 @@ recipe = Recipe(
     build_dataset,
     compute_loss,
     presets=PRESETS,
-    build_param_groups=build_param_groups,
     expected_initial_loss=lambda config: expected_initial_loss(vocab_size_of(config)),
 )
 

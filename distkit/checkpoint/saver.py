@@ -22,7 +22,7 @@ from distkit.checkpoint.staging import Staging
 from distkit.config import CheckpointConfig
 from distkit.errors import CheckpointError, RankFailedError
 from distkit.runtime.faults import fault
-from distkit.runtime.heartbeat import SAVING
+from distkit.runtime.position import SAVING
 from distkit.runtime.process import Runtime
 from distkit.tensors.spec import dtype_name
 

@@ -138,6 +138,8 @@ class TrainConfig:
     """Samples per evaluation batch on one rank, >= 1; None: the microbatch size."""
     timeout_seconds: float = 1800.0
     """The run ends when a collective or a batch takes longer than this, > 0."""
+    watchdog_seconds: float | None = 1800.0
+    """The run ends, and says where, when a rank has not got on for so long, > 0; None: off."""
     ddp: DDPConfig = field(default_factory=DDPConfig, metadata=_PLAIN)
     """Options of ddp."""
     fsdp: FSDPConfig = field(default_factory=FSDPConfig, metadata=_PLAIN)
@@ -184,7 +186,8 @@ class TrainConfig:
             require(self.run_dir != Path(), "run_dir", "a directory of its own", repr(str(self.run_dir)), "runs/NAME")
         self._check_compile()
         check_sections(self.strategy, {"ddp": self.ddp, "fsdp": self.fsdp, "zero": self.zero})
-        for name in ("num_epochs", "max_grad_norm", "max_grad_value", "peak_tflops", "timeout_seconds"):
+        for name in ("num_epochs", "max_grad_norm", "max_grad_value", "peak_tflops", "timeout_seconds",
+                     "watchdog_seconds"):  # fmt: skip
             require_number(name, getattr(self, name), above=0, example="1")
         require_number("ema_decay", self.ema_decay, above=0, below=1, example="0.999")
         if self.max_grad_norm is not None and self.max_grad_value is not None:

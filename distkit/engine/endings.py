@@ -7,21 +7,23 @@ stopped on purpose has not failed: see `distkit.engine.preemption`.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from distkit.errors import ConfigError, DistkitError, RankFailedError, RankSilentError, Stopped, TrainingError
-from distkit.runtime.heartbeat import PHASE, SAVING, STATE, STEP, Peer, Phase, State
+from distkit.runtime.position import PHASE, SAVING, STATE, STEP, WAITS, Peer, Phase, State
 
 if TYPE_CHECKING:
     from distkit.engine.run_dir import RunDirectory
@@ -79,10 +81,16 @@ class RunFailedError(DistkitError):
 
 @dataclass
 class Ending:
-    """What an end needs to know: the run's directory, once it is chosen."""
+    """What an end needs to know: the run's directory, once it is chosen.
+
+    Attributes:
+        ends_process: the process is there for the run: it may be ended while it hangs and all know the cause.
+    """
 
     runtime: Runtime
     directory: RunDirectory | None = None
+    ends_process: bool = True
+    _forced: threading.Lock = field(default_factory=threading.Lock)
 
     def end_at_once(self, number: int) -> NoReturn:
         """What the second signal does, in its thread: the last save stands."""
@@ -96,12 +104,24 @@ class Ending:
         leave(cause.exit_code)
 
     def force(self) -> None:
-        """End this process from the heartbeat's thread: all know the cause, and it still waits for something else."""
+        """End this process from another thread: all know the cause, and it still waits for something else."""
+        if not self._forced.acquire(blocking=False):
+            return
         cause, position = Cause(**json.loads(self.runtime.heartbeat.cause or "")), self.runtime.position.cells
         step = None if position[PHASE] == Phase.START_UP else finished_steps(position[PHASE], position[STEP])
+        self.write_stacks()
         record(cause, self.runtime, self.directory, step)
         say(f"distkit: error (rank {self.runtime.rank}): {cause}")
-        leave(cause.exit_code)
+        if self.ends_process:
+            leave(cause.exit_code)
+
+    def write_stacks(self) -> None:
+        """Write the stack of each thread into the run directory, or to stderr where there is none yet."""
+        if self.directory is None or not self.directory.path.is_dir():
+            faulthandler.dump_traceback(sys.__stderr__ or 2)
+            return
+        with suppress(OSError), (self.directory.path / stacks_name(self.runtime.rank)).open("w") as file:
+            faulthandler.dump_traceback(file)
 
 
 @contextmanager
@@ -110,13 +130,12 @@ def ending_together(runtime: Runtime, signals: StopSignals | None) -> Iterator[E
 
     Args:
         runtime: this process.
-        signals: those that ask for a stop; None for a run that was started from Python. With them the process is there
-            for the run: it may be ended while it hangs and all know the cause.
+        signals: those that ask for a stop; None for a run that was started from Python.
 
     Raises:
         RunFailedError: for anything raised inside but Stopped.
     """
-    ending = Ending(runtime)
+    ending = Ending(runtime, ends_process=signals is not None)
     if signals is not None:
         runtime.heartbeat.force = ending.force
         signals.call(runtime.heartbeat.wish, ending.end_at_once)
@@ -211,12 +230,38 @@ def look_for_the_silent(runtime: Runtime, late: bool) -> Cause | None:
             what = f"{{rank}}: no sign of life since {clock(peer.seen)}, last seen {{place}}"
             todo = f"see whether {peer.host} is up and reachable; {RESUMES}"
             return cause_of(peer, place(peer), what, todo)
-    if late and running:
-        peer = min(running, key=lambda peer: (stuck_at(peer)[::-1], peer.since))
-        what = f"{{rank}} has been {{place}} for {time.monotonic() - peer.since:.0f} s"
-        todo = f"py-spy dump --pid {peer.pid} on {peer.host} shows where; a longer --timeout-seconds if it is only slow"
-        return cause_of(peer, stuck_at(peer), what, todo)
-    return None
+    return look_for_the_stuck(running, runtime.heartbeat.me) if late and running else None
+
+
+def look_for_the_stuck(suspects: list[Peer], me: Peer) -> Cause:
+    """The rank among `suspects` that does not get on, or that no rank does because all wait for each other."""
+    working = [peer for peer in suspects if not peer.cells[WAITS]]
+    if not working and len(suspects) > 1 - (me in suspects):
+        return all_wait(sorted({peer.rank: peer for peer in (*suspects, me)}.values(), key=lambda peer: peer.rank))
+    peer = min(working or suspects, key=lambda peer: (stuck_at(peer)[::-1], peer.since))
+    seconds, sentence = time.monotonic() - peer.since, f", {peer.sentence}" if peer.sentence else ""
+    todo = (f"the stacks of its threads are in {stacks_name(peer.rank)} of the run directory; a longer "
+            f"--watchdog-seconds and --timeout-seconds if it is only slow; {RESUMES}")  # fmt: skip
+    return cause_of(peer, stuck_at(peer), f"{{rank}} has been {{place}} for {seconds:.0f} s{sentence}", todo)
+
+
+def all_wait(ranks: list[Peer]) -> Cause:
+    """The cause when every rank is in a collective: not in the same one, or it does not end."""
+    calls: dict[str, list[str]] = {}
+    for peer in ranks:
+        calls.setdefault(f"{phase_words(*place(peer))} {peer.sentence}", []).append(str(peer.rank))
+    what = "; ".join(f"{'rank' if len(who) == 1 else 'ranks'} {', '.join(who)} {call}" for call, who in calls.items())
+    todo = "every rank must call the same collectives in the same order: is one of them under a condition?"
+    if len(calls) == 1:
+        todo = f"does the network between {', '.join(sorted({peer.host for peer in ranks}))} work? distkit doctor tells"
+    phase, step = min(map(place, ranks), key=lambda where: where[::-1])
+    return Cause(None, None, phase_name(phase), step, f"all ranks wait for each other: {what}", f"{todo}; {RESUMES}",
+                 retryable=len(calls) == 1)  # fmt: skip
+
+
+def stacks_name(rank: int) -> str:
+    """The file in the run directory with the stacks of a rank that was ended while it hung."""
+    return f"stacks-rank-{rank}.txt"
 
 
 def unfinished(runtime: Runtime) -> list[Peer]:

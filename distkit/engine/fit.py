@@ -23,7 +23,7 @@ from distkit.engine.train_step import due, train_step
 from distkit.errors import NonFiniteError, RankFailedError, Stopped, TrainingError
 from distkit.observers import RunInfo
 from distkit.runtime import faults
-from distkit.runtime.heartbeat import Phase
+from distkit.runtime.position import Phase
 
 Summary = dict[str, object]
 

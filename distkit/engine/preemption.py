@@ -15,7 +15,8 @@ from distkit.engine.run import Run
 from distkit.engine.save import report_saves, save
 from distkit.engine.watch import JOB_END, NO_LAUNCHER, STOP_FILE, slurm_job_end
 from distkit.errors import Stopped
-from distkit.runtime.heartbeat import Phase, StopRequested
+from distkit.runtime.heartbeat import StopRequested
+from distkit.runtime.position import Phase
 
 
 def why(wishes: dict[int, int], world_size: int) -> str:

@@ -18,7 +18,7 @@ from distkit.engine.state import snapshot
 from distkit.engine.train_step import due
 from distkit.errors import CheckpointError
 from distkit.runtime.faults import fault
-from distkit.runtime.heartbeat import Phase
+from distkit.runtime.position import Phase
 from distkit.runtime.process import Runtime
 from distkit.tensors.buffers import check_buffer_specs
 

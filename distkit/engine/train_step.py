@@ -14,7 +14,7 @@ from distkit.errors import TrainingError
 from distkit.losses import LossOutput
 from distkit.optim import set_lr
 from distkit.runtime import faults
-from distkit.runtime.heartbeat import PHASE, STEP, Phase
+from distkit.runtime.position import MICROBATCH, PHASE, STEP, Phase
 
 DATA, COMPUTE = int(Phase.DATA), int(Phase.STEP)
 
@@ -64,6 +64,7 @@ def next_microbatch(run: Run, accum_index: int) -> Batch:
     """The next microbatch; the time it made the step wait is added up."""
     position = run.runtime.position.cells
     position[PHASE] = DATA
+    position[MICROBATCH] += 1
     if faults.armed:
         faults.fault("data", run.runtime.rank, run.progress.step + 1)
     start = perf_counter()

@@ -270,6 +270,11 @@ class GPT(nn.Module):
         self.norm = RMSNorm()
         self._init_()
 
+    @property
+    def head(self) -> nn.Module:
+        """What gives the logits: the embedding."""
+        return self.embedding
+
     def _init_(self) -> None:
         blocks = [module for module in self.modules() if isinstance(module, Block)]
         ends = {end for block in blocks for end in (block.attention.out, block.mlp.down)}

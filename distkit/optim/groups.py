@@ -21,8 +21,9 @@ def default_param_groups(model: nn.Module, config: OptimConfig) -> list[ParamGro
 
     Parameters with fewer than two dims (norms, biases) are not decayed unless config.decay_all. Within a group the
     order is that of model.named_parameters(); no group is empty, and where nothing is decayed there is one.
-    muon: hidden matrices get kind "muon". What has not two dims, embeddings, and the head, which is the last nn.Linear
-    in module order, get kind "adamw" (Jordan 2024, https://kellerjordan.github.io/posts/muon/).
+    muon: hidden matrices get kind "muon". What has not two dims, embeddings, and the head get kind "adamw" (Jordan
+    2024, https://kellerjordan.github.io/posts/muon/). The head is `model.head` where there is one, as in timm, else the
+    last nn.Linear in module order.
 
     Raises:
         ConfigError: nothing is trainable, or the optimizer cannot take sparse (or dense) gradients that the model has.
@@ -72,7 +73,9 @@ def _sparse_parameters(model: nn.Module) -> set[Tensor]:
 def _embeddings_and_head(model: nn.Module) -> set[Tensor]:
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    return {module.weight for module in (*embeddings, *linears[-1:])}
+    head = getattr(model, "head", None)
+    last = head.parameters() if isinstance(head, nn.Module) else [module.weight for module in linears[-1:]]
+    return {*(module.weight for module in embeddings), *last}
 
 
 def _check_sparse(named: Mapping[str, Tensor], sparse: set[Tensor], config: OptimConfig) -> None:

@@ -1,8 +1,9 @@
 """Where every rank is and whether it lives, known to all ranks also after one of them can no longer say so.
 
-A rank notes its phase and step in a few bytes of anonymous shared memory, which costs a store to memory. A thread beats
-once a second: it reads the bytes of the ranks on its own host, which outlive the process that wrote them, and exchanges
-records with ranks elsewhere over the process group's TCPStore. There the first cause of a failure is published, too.
+A rank notes its phase and step in a page of anonymous shared memory, which costs a store to memory. A thread beats
+once a second: it reads the pages of the ranks on its own host, which outlive the processes that wrote them, and
+exchanges records with ranks elsewhere over the process group's TCPStore. There the first cause of a failure is
+published, too. While its rank does not get on, the thread notes what that stands in.
 
 The threads also agree where all ranks stop, without a collective. The main thread counts the units of work that it
 begins (a step, a batch of an evaluation; all ranks begin the same ones) and then looks at a flag. A thread that hears
@@ -13,19 +14,32 @@ decision. When the counts of all ranks are known, the largest is the last unit t
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import IntEnum
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from distkit.errors import RankSilentError
 from distkit.runtime.agent_store import is_served_by_agent
+from distkit.runtime.position import (
+    BEATS,
+    FROZEN,
+    KNOWS,
+    STATE,
+    UNIT,
+    WISH,
+    Peer,
+    Position,
+    State,
+    cells_of,
+    page_of,
+    process_fields,
+    process_table,
+)
+from distkit.runtime.standing import standing
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -35,122 +49,12 @@ BEAT_SECONDS = 1.0
 RANKS_A_BEAT = 128
 #: Longest wait for the store, whose host may be the rank that is stopped.
 STORE_SECONDS = 3.0
-
-
-class Phase(IntEnum):
-    """What a rank is doing."""
-
-    START_UP = 0
-    DATA = 1
-    STEP = 2
-    EVALUATION = 3
-    SAVE = 4
-    END = 5
-
-
-class State(IntEnum):
-    """How far a rank is with the end of its run."""
-
-    RUNNING = 0
-    #: An exception has left the loop; it looks for the first cause, or closes its parts.
-    ENDING = 1
-    #: It has left the run in good order.
-    DONE = 2
-
-
-#: Cells of a position.
-PHASE, STEP, SAVING, STATE, KNOWS, BEATS, UNIT, WISH, FROZEN = range(9)
-NUM_CELLS = 9
 #: Time between two beats while ranks agree where to stop.
 AGREEING_SECONDS = 0.05
 #: How long a rank waits for the others' counts.
 AGREE_SECONDS = 30.0
-
-
-class Position:
-    """Where this rank is: int64 cells that other processes of the machine can read, and that outlive it.
-
-    PHASE is a `Phase`. STEP is the step being done, and in evaluations and saves the last one that was done. SAVING is
-    the step of a checkpoint that is being written behind the steps, or 0. STATE is a `State`. KNOWS is 1 when this rank
-    has read the first cause. BEATS counts the beats of its thread. UNIT counts the units of work that it has begun.
-    WISH is why it wants all ranks to stop, or 0. FROZEN is 1 + UNIT as it was when it heard of a wish, or 0.
-    """
-
-    __slots__ = ("cells", "descriptor")
-
-    def __init__(self, *, shared: bool) -> None:
-        self.descriptor = -1
-        size = NUM_CELLS * 8
-        if shared and hasattr(os, "memfd_create"):
-            self.descriptor = os.memfd_create("distkit-position")
-            os.ftruncate(self.descriptor, size)
-        self.cells = memoryview(mmap.mmap(self.descriptor, size)).cast("q")
-
-    def enter(self, phase: Phase, step: int) -> None:
-        """Note a new phase."""
-        self.cells[STEP] = step
-        self.cells[PHASE] = phase
-
-    def close(self) -> None:
-        """Give the descriptor back; the cells can still be written."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-
-
-@dataclass
-class Peer:
-    """Another rank, as it was last seen; times are this process's monotonic clock."""
-
-    rank: int
-    host: str
-    pid: int
-    started: str
-    here: bool
-    cells: memoryview | list[int]
-    beats: int = -1
-    seen: float = field(default_factory=time.monotonic)
-    place: tuple[int, ...] = ()
-    since: float = field(default_factory=time.monotonic)
-
-    def look(self) -> None:
-        """Note whether it has beaten, and whether it has moved."""
-        now, place = time.monotonic(), tuple(self.cells[:SAVING])
-        if self.cells[BEATS] != self.beats:
-            self.beats, self.seen = self.cells[BEATS], now
-        if place != self.place:
-            self.place, self.since = place, now
-
-    def has_left(self) -> bool:
-        """True when it is done, or its process is gone."""
-        return self.cells[STATE] == State.DONE or self.process()[0] == "gone"
-
-    def process(self) -> tuple[str, int | None]:
-        """ "alive", "stopped" or "gone", with the wait status of a process that its launcher has not reaped yet."""
-        if not self.here:
-            return "alive", None
-        fields = process_fields(self.pid)
-        if fields is None or fields[19] != self.started:
-            return "gone", None
-        if fields[0] in "ZX":
-            return "gone", int(fields[-1])
-        return ("stopped" if fields[0] in "Tt" else "alive"), None
-
-
-def process_fields(pid: int) -> list[str] | None:
-    """/proc/PID/stat (proc(5)) after the name: [0] state, [19] start time, [-1] wait status; None without one."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def process_table() -> str:
-    """Tells whose process numbers are this process's: one boot of one machine, one PID namespace."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
+#: A rank that has not got on for so long notes what it stands in.
+STILL_SECONDS = 2.0
 
 
 class StopRequested(Exception):
@@ -176,6 +80,8 @@ class Heartbeat:
 
     def __init__(self, rank: int = 0, world_size: int = 1, store: Store | None = None, *, beats: bool = False) -> None:
         self.position, self.rank, self.world_size = Position(shared=store is not None), rank, world_size
+        #: This rank as its own watcher sees it, and the others.
+        self.me = Peer(rank, socket.gethostname(), os.getpid(), "", True, self.position.cells, self.position.page)
         self.peers: list[Peer] = []
         self.beat_seconds = BEAT_SECONDS * (1 + world_size // RANKS_A_BEAT)
         self.cause: str | None = None
@@ -206,30 +112,30 @@ class Heartbeat:
     def _meet(self, store: Store) -> None:
         """Read the first record of every rank; local ones are watched through their own memory from now on."""
         fields = process_fields(os.getpid())
-        self._record = {"host": socket.gethostname(), "pid": os.getpid(), "table": process_table(),
-                        "started": fields[19] if fields else "", "descriptor": self.position.descriptor}  # fmt: skip
+        self.me.started = fields[19] if fields else ""
+        self._record = {"host": self.me.host, "pid": self.me.pid, "table": process_table(),
+                        "started": self.me.started, "descriptor": self.position.descriptor}  # fmt: skip
         store.set(f"position/{self.rank}", self._message())
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         for rank, text in zip(others, store.multi_get([f"position/{rank}" for rank in others]), strict=True):
             record = json.loads(text)
-            cells: memoryview | list[int] = record["cells"]
-            here = bool(record["table"]) and record["table"] == self._record["table"]
-            if here:
-                try:
-                    cells = shared_cells(record["pid"], record["descriptor"])
-                except OSError:
-                    here = False
-            self.peers.append(Peer(rank, record["host"], record["pid"], record["started"], here, cells))
+            peer = Peer(rank, record["host"], record["pid"], record["started"], False, record["cells"])
+            if record["table"] and record["table"] == self._record["table"]:
+                with suppress(OSError):
+                    peer.page = page_of(record["pid"], record["descriptor"])
+                    peer.cells, peer.here = cells_of(peer.page), True
+            self.peers.append(peer)
         self._remote = [peer for peer in self.peers if not peer.here]
 
     def _message(self) -> str:
-        return json.dumps({**self._record, "cells": self.position.cells.tolist()})
+        return json.dumps({**self._record, "cells": self.position.cells.tolist(), "sentence": self.me.sentence})
 
     def _beat(self) -> None:
         while True:
             last = self._closed
             self._rounds[0] += 1
             self.position.cells[BEATS] += 1
+            self._note_standing()
             if self._host_is_rank_0 and self.peers and self.peers[0].rank == 0 and self.peers[0].has_left():
                 self._store = None
             if self._store is not None:
@@ -251,12 +157,20 @@ class Heartbeat:
             self._wake.wait(AGREEING_SECONDS if agreeing else self.beat_seconds)
             self._wake.clear()
 
+    def _note_standing(self) -> None:
+        """Note what this rank stands in, unless it gets on; one that looks for a cause keeps what it stood in."""
+        self.me.look()
+        if self.position.cells[STATE] == State.RUNNING:
+            still = time.monotonic() > self.me.since + STILL_SECONDS
+            self.position.stand(*standing(self.world_size) if still else (False, ""))
+
     def _exchange(self, store: Store) -> None:
         store.set(f"position/{self.rank}", self._message())
         if self._remote:
             records = store.multi_get([f"position/{peer.rank}" for peer in self._remote])
             for peer, record in zip(self._remote, records, strict=True):
-                peer.cells = json.loads(record)["cells"]
+                seen = json.loads(record)
+                peer.cells, peer.page = seen["cells"], seen["sentence"]
         if self._closed:
             return
         if self.cause is None and self._proposal is not None:
@@ -365,18 +279,3 @@ class Heartbeat:
             self._thread = None
         self._store = None
         self.position.close()
-
-
-def shared_cells(pid: int, descriptor: int) -> memoryview:
-    """The cells of a process of this machine; they stay readable when it is gone.
-
-    Raises:
-        OSError: it is gone, it is somebody else's, or there is no /proc.
-    """
-    if descriptor < 0:
-        raise OSError("no shared memory")
-    opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return memoryview(mmap.mmap(opened, NUM_CELLS * 8, prot=mmap.PROT_READ)).cast("q")
-    finally:
-        os.close(opened)

@@ -21,7 +21,8 @@ from torch.distributed.rendezvous import rendezvous
 from distkit.config import TrainConfig
 from distkit.errors import ConfigError, LaunchError, RankFailedError
 from distkit.runtime.agent_store import agree_on_name, is_served_by_agent
-from distkit.runtime.heartbeat import Heartbeat, Position
+from distkit.runtime.heartbeat import Heartbeat
+from distkit.runtime.position import Position
 from distkit.runtime.seeding import derive_seed, seed_everything
 from distkit.runtime.topology import Topology, threads_from_env
 

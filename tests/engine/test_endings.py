@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,18 @@ from support.launching import LAUNCH, environment, run
 from distkit.engine.endings import dead, own_cause, waits_for_others
 from distkit.errors import RankFailedError
 from distkit.runtime import Topology
-from distkit.runtime.heartbeat import Peer, Phase
+from distkit.runtime.position import Peer, Phase
 from distkit.runtime.process import Runtime
 
 HOST = socket.gethostname()
 TINY = str(ROOT / "tests" / "support" / "tiny.py")
 FLAGS = [
     "--run-dir", "run", "--num-steps", "8", "--eval-every", "4", "--checkpoint.enabled", "--checkpoint.save-every", "4",
-    "--timeout-seconds", "6", "--report-every", "2",
+    "--report-every", "2",
 ]  # fmt: skip
+#: What ends a rank that hangs: the watchdog, or the timeout of what the other one waits in.
+WATCHDOG = ["--timeout-seconds", "60", "--watchdog-seconds", "6"]
+TIMEOUT = ["--timeout-seconds", "6", "--watchdog-seconds", "None"]
 #: Point of the fault -> its step, the name of the phase, and the words for it.
 PHASES = {
     "start-up": (0, "start-up", "in start-up"),
@@ -40,16 +44,17 @@ WAYS = {
     "stop": "is stopped (SIGSTOP)",
     "oom": "ran out of memory",
     "hang": "has been",
+    "hang_gil": "no sign of life",
 }
 TELLING = [("data", "raise"), ("step", "kill")]
 
 
-def check(folder: Path, point: str, action: str, rank: int = 1) -> None:
+def check(folder: Path, point: str, action: str, rank: int = 1, bound: Sequence[str] = WATCHDOG) -> None:
     step, phase, words = PHASES[point]
     env = environment({"DISTKIT_FAULT": f"{point}:{rank}:{step}:{action}", "GRACE_SECONDS": "5",
                        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})  # fmt: skip
     # `run` fails when a process is left
-    done = run([str(LAUNCH / "local.sh"), "-n", "2", TINY, *FLAGS], folder, env, timeout=200)
+    done = run([str(LAUNCH / "local.sh"), "-n", "2", TINY, *FLAGS, *bound], folder, env, timeout=200)
     assert done.returncode not in (0, 2)
     lines = done.stderr.splitlines()
     survivor = [line for line in lines if line.startswith(f"distkit: error (rank {1 - rank}): ")][-1]
@@ -85,6 +90,13 @@ def test_rank_0_is_named_by_the_other(action: str, tmp_path: Path) -> None:
     check(tmp_path, "step", action, rank=0)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("point", PHASES)
+def test_a_rank_that_hangs_is_named_when_the_timeout_is_sooner(point: str, tmp_path: Path) -> None:
+    check(tmp_path, point, "hang", bound=TIMEOUT)
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [
@@ -96,7 +108,7 @@ def test_rank_0_is_named_by_the_other(action: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_process_that_has_ended_is_named(status: int | None, words: str) -> None:
-    peer = Peer(1, "node7", 1, "", True, [Phase.DATA, 12, 0, 0, 0, 0])
+    peer = Peer(1, "node7", 1, "", True, [Phase.DATA, 12])
     cause = dead(peer, status)
     assert (cause.what_happened, cause.rank, cause.phase, cause.step) == (words, 1, "data", 12)
 

@@ -164,7 +164,7 @@ def test_the_run_directory_says_what_happened(tmp_path: Path) -> None:
         "weights.safetensors", "ema.safetensors", "recipe",
     }  # fmt: skip
     status, summary = (json.loads((folder / name).read_text()) for name in ("status.json", "summary.json"))
-    assert status == {"state": "completed", "step": 20, "reason": None, "cause": None, "attempt": 1}
+    assert status == {"state": "completed", "step": 20, "reason": None, "retryable": None, "cause": None, "attempt": 1}
     evals = lines(run, "eval")
     assert summary["best"]["correct"] == max(line["correct"] for line in evals)
     assert summary["last"]["loss"] == evals[-1]["loss"]

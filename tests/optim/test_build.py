@@ -335,6 +335,14 @@ def test_muon_takes_hidden_matrices_only() -> None:
     ]
 
 
+def test_a_head_that_is_not_the_last_linear_is_found_by_its_name() -> None:
+    model = nn.Module()
+    model.head, model.hidden = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), nn.Linear(3, 3)
+    muon, decayed, _ = default_param_groups(model, MUON)
+    assert muon["param_names"] == ["hidden.weight"]
+    assert decayed["param_names"] == ["head.0.weight", "head.1.weight"]
+
+
 def test_muon_equals_the_two_torch_classes() -> None:
     ours, theirs = make(), make()
     optimizer = build_optimizer(MUON, default_param_groups(ours, MUON))

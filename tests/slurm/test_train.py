@@ -66,6 +66,23 @@ def test_two_nodes_train_one_run_in_a_container_on_a_staged_copy(cluster: Cluste
     assert read(run / "summary.json")["state_digest"] == alone["state_digest"]
 
 
+def test_a_rank_that_hangs_ends_the_job_and_the_next_attempt_goes_on(cluster: Cluster, project: Path) -> None:
+    hang = {"DISTKIT_FAULT": "step:1:7:hang"}
+    flags = [PACED, *CPU, "--watchdog-seconds", "5"]
+    job = cluster.submit("--nodes=2", "slurm/train.sbatch", *flags, cwd=project, env=hang)
+    # the second attempt hangs in the same step, and makes no progress
+    assert cluster.wait(job) == "FAILED"
+    assert cluster.field(job, "Restarts") == "1"
+    run = project / "runs" / "paced" / f"slurm-{job}"
+    cause = read(run / "status.json")["cause"]
+    assert (cause["rank"], cause["phase"], cause["step"], cause["retryable"]) == (1, "step", 7, True)
+    assert "has been in step 7 for" in cause["what_happened"]
+    assert "faults.py" in (run / "stacks-rank-1.txt").read_text()
+    # without the fault it goes on from there
+    after = cluster.submit("--nodes=2", "slurm/train.sbatch", PACED, *CPU, "--run-dir", str(run), cwd=project)
+    assert cluster.wait(after) == "COMPLETED"
+
+
 def test_what_fails_is_not_repeated_for_ever(cluster: Cluster, project: Path) -> None:
     def submit(fault: str, *words: str, options: Sequence[str] = ()) -> str:
         env = {"DISTKIT_FAULT": fault} if fault else {}

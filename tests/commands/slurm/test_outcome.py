@@ -14,7 +14,7 @@ from distkit.commands.slurm.outcome import Before, decide, read_before
 from distkit.engine.endings import Cause, dead, look_for_the_silent, own_cause
 from distkit.errors import ConfigError, RankFailedError, RankSilentError, TrainingError
 from distkit.runtime import Topology
-from distkit.runtime.heartbeat import PHASE, STATE, STEP, Peer, Phase, State
+from distkit.runtime.position import NUM_CELLS, PHASE, STATE, STEP, Peer, Phase, State
 from distkit.runtime.process import Runtime
 
 KILLED = "rank 1 on node-7 was killed by SIGKILL in step 3"
@@ -101,7 +101,7 @@ def runtime() -> Runtime:
 
 
 def peer(phase: Phase = Phase.STEP) -> Peer:
-    cells = [0] * 6
+    cells = [0] * NUM_CELLS
     cells[PHASE], cells[STEP], cells[STATE] = phase, 3, State.RUNNING
     return Peer(1, "node-7.cluster", 4, "", False, cells)
 
