@@ -60,6 +60,33 @@ def write_recipe(folder: Path, setting: str = "", change: str = "pass", tested: 
     return str(recipe)
 
 
+#: No run at all, but what a run leaves. Its last flags say how the disturbed attempt ends (exit code and state), and
+#: how the next ones do.
+STUB = """
+import json, os, sys, time
+from pathlib import Path
+
+code, state, again = sys.argv[-5:-2]
+run = Path(sys.argv[-1])
+run.mkdir(exist_ok=True)
+if again == "gpu" and "cpu" not in sys.argv:
+    print("this machine shows 0 CUDA devices, and 2 of its processes want one", file=sys.stderr)
+    sys.exit(2)
+if again == "sleep":
+    time.sleep(100)
+if os.environ["DISTKIT_FAULT"]:
+    (run / "status.json").write_text(json.dumps({"state": state, "step": 5}))
+    sys.exit(int(code))
+if run.name == "undisturbed" or again in ("0", "gpu"):
+    lines = [{"event": "checkpoint", "step": 4}, *({"event": "train", "step": step} for step in range(13))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
+    (run / "summary.json").write_text(json.dumps({"state_digest": "the same"}))
+    sys.exit(0)
+print("no luck")
+sys.exit(int(again))
+"""
+
+
 def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -146,6 +173,7 @@ def test_what_hangs_is_ended_and_said(temporary: Path, tmp_path: Path, capsys: p
     assert "killed after --timeout-seconds" in out
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_what_ignores_a_stop_and_has_no_test_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setting = "import signal\nfor name in ('TERM', 'INT'): signal.signal(getattr(signal, 'SIG' + name), signal.SIG_IGN)"
@@ -157,24 +185,55 @@ def test_what_ignores_a_stop_and_has_no_test_set(tmp_path: Path, capsys: pytest.
     assert "int:evaluation is left out: the run has no evaluation" in out
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_drill_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "tmp").mkdir()
     env = environment({"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
-    recipe = write_recipe(tmp_path, change="time.sleep(0.5)")
-    command = [sys.executable, "-m", "distkit", "drill", recipe]
+    (tmp_path / "stub.py").write_text(STUB)
+    command = [sys.executable, "-m", "distkit", "drill", "stub.py", "--", "75", "preempted", "sleep"]
     with started(command, tmp_path, env, tmp_path / "run") as process:
         deadline = time.monotonic() + 60
-        while not any((tmp_path / "tmp").glob("*/undisturbed/status.json")):
+        while not any((tmp_path / "tmp").glob("*/undisturbed")):
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.05)
-        assert len(marked(env["DISTKIT_TEST_MARK"])) >= 3
+        assert len(marked(env["DISTKIT_TEST_MARK"])) == 3
         process.send_signal(number)
         assert process.wait(20) == 128 + signal.SIGINT
     assert (tmp_path / "run.err").read_text().endswith("distkit: interrupted\n")
-    assert not list((tmp_path / "tmp").glob("distkit*"))  # torch has a folder of its own there
+    assert left_in(tmp_path / "tmp") == []
+
+
+@pytest.mark.parametrize(("ending", "case", "code", "words"), [
+    (["75", "preempted", "0"], "term:step", 0, "75, preempted"),
+    (["1", "failed", "0"], "term:step", 1, "term:step: ended with exit codes 1, 1, and not with 75"),
+    (["75", "running", "0"], "term:step", 1, 'term:step: status.json says "running", and not "preempted"'),
+    (["1", "preempted", "0"], "kill:step", 1, 'kill:step: status.json says "preempted", and not "failed"'),
+    (["75", "preempted", "9"], "term:step", 1, "term:step: not done after 4 starts: no luck"),
+    (["0", "completed", "0"], "kill:step", 1, "kill:step: went on to the end, as if nothing had happened in step"),
+])  # fmt: skip
+def test_what_does_not_hold_is_said(
+    ending: list[str], case: str, code: int, words: str, temporary: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "stub.py").write_text(STUB)
+    assert run(["drill", str(tmp_path / "stub.py"), "--cases", case, "--", *ending]) == code
+    out = capsys.readouterr().out
+    assert words in out
+    assert ("kept: " in out) == bool(code) == bool(left_in(temporary))
+
+
+def test_fewer_gpus_than_ranks_are_no_reason_to_give_up(
+    temporary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "stub.py"
+    recipe.write_text(STUB)
+    assert run(["drill", str(recipe), "--cases", "term:step", "--", "75", "preempted", "gpu"]) == 0
+    assert "on the CPU: this machine has fewer GPUs than ranks" in capsys.readouterr().out
+    # what the user says counts
+    argv = ["drill", str(recipe), "--cases", "term:step", "--", "--device", "cuda", "75", "preempted", "gpu"]
+    assert run(argv) == 2
+    assert "0 CUDA devices" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("argv", "words"), [
