@@ -281,23 +281,21 @@ def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta)
 
 def _store_of_run(topology: Topology, timeout: datetime.timedelta) -> Store:
     """The store of this run: a part of the launcher's store that no other run of the process or the agent uses."""
-    store, runs = _launchers_store(str(topology.master_addr), str(topology.master_port), topology.rank,
-                                   topology.world_size, timeout)  # fmt: skip
-    return PrefixStore(f"run-{next(runs)}", store)
+    store, runs = _launchers_store(str(topology.master_addr), str(topology.master_port), topology.rank)
+    part = PrefixStore(f"run-{next(runs)}", store)
+    if is_served_by_agent():
+        part = PrefixStore(agree_on_name(part, topology.rank, topology.world_size, timeout), part)
+    return part
 
 
 @cache
-def _launchers_store(
-    host: str, port: str, rank: int, world_size: int, timeout: datetime.timedelta
-) -> tuple[Store, Iterator[int]]:
+def _launchers_store(host: str, port: str, rank: int) -> tuple[Store, Iterator[int]]:
     """This rank's end of the store at `host` and `port`, kept for further runs of this process, and their numbers.
 
     Were it closed with a run, a rank that is sooner in the next run would meet the old store and wait in it for ever.
     """
     store, _, _ = next(rendezvous("env://"))
     logger.debug("rank %d has joined the launcher's store at %s:%s", rank, host, port)
-    if is_served_by_agent():
-        store = PrefixStore(agree_on_name(store, rank, world_size, timeout), store)
     return store, count()
 
 

@@ -138,16 +138,16 @@ def test_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_counter_outside_of_the_state_is_found(
     temporary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["drill", write_recipe(tmp_path, **COUNTER), "--cases", "kill:step,usr1:start-up"]) == 1
+    assert run(["drill", write_recipe(tmp_path, **COUNTER), "--cases", "kill:step,kill:start-up"]) == 1
     out = capsys.readouterr().out
     assert "kill:step: step 9: the first metric line that differs (train)" in out
-    assert "usr1:start-up: " not in out  # there was nothing to count yet
+    assert "kill:start-up: " not in out  # there was nothing to count yet
     assert "1 of 2 cases" in out
     assert f"distkit verify-resume {tmp_path / 'own.py'} --nproc 2" in out
     (kept,) = temporary.iterdir()
     assert f"kept: {kept}" in out
-    assert "kill-step" in left_in(kept)
-    assert "usr1-start-up" not in left_in(kept)
+    assert "kill-step-rank0" in left_in(kept)
+    assert "kill-start-up-rank1" not in left_in(kept)
 
 
 @pytest.mark.slow
@@ -261,9 +261,10 @@ def test_bad_arguments(
 
 
 def test_ranks_take_turns_unless_they_are_named() -> None:
-    cases = parse_cases(["term:step", "kill:save", "hup:data:0", "usr1:step:1", "stop-file"], 2)
+    cases = parse_cases(["term:step", "kill:save", "hup:data:0", "usr1:step:1", "stop-file", "kill:save:1"], 2)
     assert [case.rank for case in cases] == [0, 1, 0, 1, 0]
     assert [case.name for case in cases][2:] == ["hup:data", "usr1:step", "stop-file"]
+    assert len({case.folder for case in parse_cases(["kill:step:0", "kill:step:1", "kill:data:0"], 2)}) == 3
     assert len(ALL) == 5 * len(PHASES) + 1
     assert set(DEFAULT) < set(ALL)
     with pytest.raises(ConfigError, match="0 to 2"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ def command(args: Sequence[str]) -> Answer:
     typed = _parser().parse_args(own_args)
     names = list(ALL) if typed.all else typed.cases.split(",") if typed.cases else list(DEFAULT)
     cases = parse_cases(names, typed.nproc)
-    if typed.json is not None and not typed.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json {typed.json} cannot be written", expected="a file in a directory that exists",
+    if typed.json is not None and not os.access(typed.json.absolute().parent, os.W_OK):
+        raise ConfigError(f"--json {typed.json} cannot be written", expected="a file in a directory that is writable",
                           fix=f"--json {typed.json.name}")  # fmt: skip
     keep = typed.dir is not None
     if keep and typed.dir.exists() and not (typed.dir.is_dir() and not any(typed.dir.iterdir())):
@@ -58,8 +59,8 @@ def is_deterministic(drill: Drill, found: Sequence[Outcome]) -> bool:
     """Where a resumed run differs: whether a second undisturbed run does not. True where none differs."""
     if not any(outcome.differs for outcome in found):
         return True
-    run_undisturbed(drill, AGAIN)
-    return not compare(drill.folder / UNDISTURBED, drill.folder / AGAIN)
+    ended = drill.start(AGAIN)
+    return not any(ended.codes) and not compare(drill.folder / UNDISTURBED, drill.folder / AGAIN)
 
 
 def _parser() -> Parser:

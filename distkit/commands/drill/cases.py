@@ -32,6 +32,11 @@ class Case:
         return f"{self.action}:{self.phase}" if self.phase else self.action
 
     @property
+    def folder(self) -> str:
+        """Where its run is."""
+        return f"{self.action}-{self.phase}-rank{self.rank}" if self.phase else self.action
+
+    @property
     def is_kill(self) -> bool:
         """The rank cannot save; the run fails, and may be continued."""
         return self.action == "kill"
@@ -48,12 +53,12 @@ class Case:
 
 
 def parse_cases(names: Sequence[str], nproc: int) -> list[Case]:
-    """`term:step`, `kill:save:0` or `stop-file` -> cases; without a rank, ranks 0, 1, … take turns.
+    """`term:step`, `kill:save:0` or `stop-file` -> cases, each once; without a rank, ranks 0, 1, … take turns.
 
     Raises:
         ConfigError: no such case or rank.
     """
-    return [_parse(name, index % nproc, nproc) for index, name in enumerate(names)]
+    return list(dict.fromkeys(_parse(name, index % nproc, nproc) for index, name in enumerate(names)))
 
 
 def _parse(text: str, rank: int, nproc: int) -> Case:

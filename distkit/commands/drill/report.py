@@ -67,7 +67,7 @@ def what_to_do(drill: Drill, outcomes: Sequence[Outcome], deterministic: bool) -
         lines.append("the recipe keeps something that no checkpoint holds (a counter, a cache, its own generator): "
                      "make it a buffer, or the extra state of a module. What differs first, by tensor:")  # fmt: skip
         lines.append(f"  {shlex.join([*verify, *(['--', *flags] if flags else [])])}")
-    if any(outcome.failure.startswith(("hung", "not done")) for outcome in outcomes):
+    if any(outcome.failure.startswith("hung") for outcome in outcomes):
         lines.append("a hung run was killed after --timeout-seconds; the ranks' output says where it was")
     return [*lines, f"runs and output are kept: {drill.folder}"]
 

@@ -72,22 +72,22 @@ class Drill(Runs):
         return None
 
 
-def run_undisturbed(drill: Drill, name: str = UNDISTURBED) -> tuple[Drill, Ended]:
+def run_undisturbed(drill: Drill) -> tuple[Drill, Ended]:
     """The run that all others are compared with, and the drill as this recipe and machine allow it.
 
     Raises:
         ConfigError: the recipe refuses its command line.
         TrainingError: it failed, or took too long.
     """
-    ended = drill.start(name)
-    other = drill.without_what_is_refused(name, ended)
+    ended = drill.start(UNDISTURBED)
+    other = drill.without_what_is_refused(UNDISTURBED, ended)
     if other is not None:
-        return run_undisturbed(other, name)
+        return run_undisturbed(other)
     if ended.hung:
         raise TrainingError(f"the undisturbed run did not end within {drill.timeout_seconds:g} s: fewer --steps, or a "
                             "longer --timeout-seconds")  # fmt: skip
     if any(ended.codes):
-        raise drill.failure(name, ended)
+        raise drill.failure(UNDISTURBED, ended)
     return drill, ended
 
 
@@ -118,7 +118,7 @@ class Outcome:
 
 def do(drill: Drill, case: Case, step: int, undisturbed: Ended) -> Outcome:
     """Let `case` happen at `step` of a new run, start it again until it is done, and compare."""
-    name = case.name.replace(":", "-")
+    name = case.folder
     run_dir = drill.folder / name
     # in a short run a save behind the steps may not have ended when they have
     flags = drill.own_flags(("--checkpoint.async", "off"))
@@ -206,5 +206,5 @@ def outcomes(drill: Drill, cases: Sequence[Case], undisturbed: Ended, *, keep: b
             continue
         outcome = do(drill, case, step, undisturbed)
         if not outcome.failure and not keep:
-            shutil.rmtree(drill.folder / case.name.replace(":", "-"), ignore_errors=True)
+            shutil.rmtree(drill.folder / case.folder, ignore_errors=True)
         yield outcome
