@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from distkit.errors import ConfigError, DistkitError, TrainingError
 from distkit.runtime.faults import VARIABLE
-from distkit.runtime.local_ranks import free_port, rank_environment, without_launcher
+from distkit.runtime.local_ranks import die_with_parent, free_port, rank_environment, without_launcher
 from distkit.runtime.signals import STOPPING
 
 #: Fields of an event that tell time, and so differ between any two runs.
@@ -83,6 +84,18 @@ class Runs:
             patience: the same after the first one that failed.
             look: called while the ranks run, a few times a second.
         """
+        with _interrupts.held():
+            return self._run(name, own_flags, fault, timeout, patience, look)
+
+    def _run(
+        self,
+        name: str,
+        own_flags: Sequence[str],
+        fault: str,
+        timeout: float | None,
+        patience: float | None,
+        look: Callable[[], object],
+    ) -> Ended:
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(self.recipe), *own_flags, *self.flags, "--run-dir", str(self.folder / name)]
         processes: list[subprocess.Popen[bytes]] = []
@@ -94,8 +107,11 @@ class Runs:
                 with open(self.log(name, rank), "ab") as log:
                     # a session of its own: it can be ended with all that it started
                     processes.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log,
-                                                      stderr=log, start_new_session=True))  # fmt: skip
+                                                      stderr=log, start_new_session=True,
+                                                      preexec_fn=partial(die_with_parent, os.getpid())))  # fmt: skip
             while any(process.poll() is None for process in processes) and time.monotonic() < end:
+                if _interrupts.came:
+                    break
                 look()
                 if patience is not None and any(process.poll() not in (None, 0) for process in processes):
                     end, patience = min(end, time.monotonic() + patience), None
@@ -152,24 +168,51 @@ def events(run_dir: Path) -> Iterator[dict[str, object]]:
             yield json.loads(line)
 
 
+class Interrupts:
+    """Signals that end a command: at once, or while ranks are started and ended, when they have been.
+
+    An exception in the middle of that would leave some of them behind.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._holds = False
+
+    def handle(self, _number: int, _frame: object) -> None:
+        """The handler."""
+        if not self._holds:
+            raise KeyboardInterrupt
+        self.came = True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, a signal sets `came` and nothing else; the block raises KeyboardInterrupt for it when it ends."""
+        self._holds, self.came = True, False
+        try:
+            yield
+        finally:
+            self._holds = False
+        if self.came:
+            raise KeyboardInterrupt
+
+
+_interrupts = Interrupts()
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, a signal that asks for a stop raises KeyboardInterrupt, through the blocks that wait for ranks.
+    """Inside, a signal that asks for a stop raises KeyboardInterrupt, and no rank is left.
 
     One that was ignored (SIGHUP under nohup) still is, but not by what is started here.
     """
     before = {number: signal.getsignal(number) for number in STOPPING}
     for number, handler in before.items():
-        signal.signal(number, _do_nothing if handler == signal.SIG_IGN else _interrupt)
+        signal.signal(number, _do_nothing if handler == signal.SIG_IGN else _interrupts.handle)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _do_nothing(_number: int, _frame: object) -> None:

@@ -120,15 +120,17 @@ def test_a_recipe_that_survives(temporary: Path, tmp_path: Path, capsys: pytest.
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.timeout(900)
-def test_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.timeout(600)
+def test_each_signal_and_each_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs"
-    argv = ["drill", str(TINY), "--all", "--json", str(tmp_path / "report.json"), "--dir", str(folder)]
+    argv = ["drill", str(TINY), "--json", str(tmp_path / "report.json"), "--dir", str(folder)]
     code = run([*argv, "--", "--dropout", "0.1", "--noise", "0.1", "--ema-decay", "0.9"])
     assert code == 0, capsys.readouterr().out
     said = json.loads((tmp_path / "report.json").read_text())
-    assert tuple(case["case"] for case in said["cases"]) == ALL
-    assert all(case["steps_lost"] == 0 for case in said["cases"] if not case["case"].startswith("kill"))
+    assert tuple(case["case"] for case in said["cases"]) == DEFAULT
+    kills = [case["case"].startswith("kill") for case in said["cases"]]
+    assert [case["steps_lost"] > 0 for case in said["cases"]] == kills
+    assert [case["state"] for case in said["cases"]] == ["failed" if kill else "preempted" for kill in kills]
     assert {case["starts"] for case in said["cases"]} == {2}
     assert (folder / "stop-file" / "status.json").exists()
 
@@ -185,22 +187,28 @@ def test_what_ignores_a_stop_and_has_no_test_set(tmp_path: Path, capsys: pytest.
     assert "int:evaluation is left out: the run has no evaluation" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_drill_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("ready", [True, False])
+def test_an_interrupted_drill_leaves_nothing(tmp_path: Path, number: signal.Signals, ready: bool) -> None:
     (tmp_path / "tmp").mkdir()
     env = environment({"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
     (tmp_path / "stub.py").write_text(STUB)
     command = [sys.executable, "-m", "distkit", "drill", "stub.py", "--", "75", "preempted", "sleep"]
+    temporary = tmp_path / "tmp"
     with started(command, tmp_path, env, tmp_path / "run") as process:
         deadline = time.monotonic() + 60
-        while not any((tmp_path / "tmp").glob("*/undisturbed")) or len(marked(env["DISTKIT_TEST_MARK"])) < 3:
+        # when both ranks sleep; or when the first of them is being started
+        while (len(marked(env["DISTKIT_TEST_MARK"])) < 3) if ready else not list(temporary.glob("*/*.log")):
             assert time.monotonic() < deadline
             assert process.poll() is None
-            time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(20) == 128 + signal.SIGINT
+        code = process.wait(20)
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+        return
+    assert code == 128 + signal.SIGINT
     assert (tmp_path / "run.err").read_text().endswith("distkit: interrupted\n")
-    assert left_in(tmp_path / "tmp") == []
+    assert left_in(temporary) == []
 
 
 @pytest.mark.parametrize(("ending", "case", "code", "words"), [
@@ -267,6 +275,8 @@ def test_ranks_take_turns_unless_they_are_named() -> None:
     assert len({case.folder for case in parse_cases(["kill:step:0", "kill:step:1", "kill:data:0"], 2)}) == 3
     assert len(ALL) == 5 * len(PHASES) + 1
     assert set(DEFAULT) < set(ALL)
+    assert {case.phase for case in parse_cases(DEFAULT, 2)} == {*PHASES, ""}
+    assert len({case.action for case in parse_cases(DEFAULT, 2)}) == 6
     with pytest.raises(ConfigError, match="0 to 2"):
         parse_cases(["term:step:3"], 3)
 
