@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import TypeVar
 
 from distkit.cli import parse
-from distkit.config import TrainConfig, reset_for_debugging, split_batch
+from distkit.config import TrainConfig, ranks_that_fit, reset_for_debugging, split_batch
 from distkit.engine.endings import RunFailedError, complain, ending_together, leave
+from distkit.engine.run_dir import holds_run
 from distkit.errors import ConfigError
 from distkit.recipe import Recipe
 from distkit.runtime import Topology, rank_for_messages, read_accelerate_env, read_topology
@@ -73,7 +74,7 @@ def launch(recipe: Recipe[C], argv: Sequence[str], signals: StopSignals | None =
             if signals is not None:
                 signals.close()
                 signals = None
-        split_batch(config, topology.world_size)
+        check_split(config, topology.world_size)
         run_recipe(recipe, config, topology, signals)
     except Exception as error:
         code = complain(error, topology.rank, topology.world_size)
@@ -81,6 +82,28 @@ def launch(recipe: Recipe[C], argv: Sequence[str], signals: StopSignals | None =
             post_mortem()
         return code
     return 0
+
+
+def check_split(config: TrainConfig, world_size: int) -> None:
+    """Refuse ranks over which the global batch does not divide, before torch is imported.
+
+    Raises:
+        ConfigError: with sizes that do; for a run that goes on, whose global batch must stay, with numbers of ranks.
+    """
+    try:
+        split_batch(config, world_size)
+    except ConfigError as error:
+        run_dir, ranks = config.run_dir, ranks_that_fit(config, world_size)
+        if run_dir is None or config.resume.source == "never" or not ranks or not holds_run(run_dir):
+            raise
+        cut = "" if config.microbatch_size is None else f" x microbatches of {config.microbatch_size}"
+        raise ConfigError(
+            f"the run in {run_dir} does not go on with {world_size} ranks",
+            expected=f"ranks over which its global batch of {config.global_batch_size} divides",
+            got=f"{world_size} ranks{cut}",
+            fix=f"start {' or '.join(map(str, ranks))} ranks"
+            + (", or --microbatch-size None" if config.global_batch_size % world_size == 0 else ""),
+        ) from error
 
 
 def recipe_summary(recipe: Recipe[C]) -> str:

@@ -1,8 +1,12 @@
-"""What launch/local.sh runs: starts the ranks, hands signals on, waits, and ends with the first failure's code."""
+"""What launch/local.sh runs: starts the ranks, hands signals on, waits, and ends with the first failure's code.
+
+With --max-restarts it starts them again after a failure that the run's directory calls retryable.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -12,44 +16,89 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 try:
-    from distkit.errors import ConfigError
-    from distkit.runtime.local_ranks import free_port, rank_environment
+    from distkit.commands.parser import run_dir_of
+    from distkit.commands.slurm.outcome import GO_ON, decide, read_before
+    from distkit.errors import ConfigError, Stopped
+    from distkit.runtime.local_ranks import free_port, rank_environment, without_launcher
 except ModuleNotFoundError as error:
     message = f"{sys.executable} has no {error.name}\n  type:     PYTHON=.venv/bin/python launch/local.sh -n 2 RECIPE"
     print(f"launch/local.sh: {message}", file=sys.stderr)
     sys.exit(2)
 
 USAGE = "launch/local.sh -n 2 recipes/gpt.py --preset tiny --text FILE"
+RESTARTING = "launch/local.sh -n 2 --max-restarts 3 recipes/gpt.py --preset tiny --text FILE --run-dir runs/NAME"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 ORPHANS_SECONDS = 2.0
-#: What an outer launcher said of its own ranks.
-OUTER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run `-n N RECIPE [FLAG…]` or `-n N -m MODULE [ARGUMENT…]`; the exit code."""
+    """Run `-n N [--max-restarts N] RECIPE [FLAG…]` or `-n N -m MODULE [ARGUMENT…]`; the exit code."""
     if argv and argv[0] in ("-h", "--help"):
         lines = Path(__file__).with_suffix(".sh").read_text().splitlines()
         print("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[1:] if line.startswith("#")))
         return 0
     try:
-        num_ranks, recipe = parse(argv)
+        num_ranks, max_restarts, recipe = parse(argv)
+        run_dir = restarted_run(max_restarts, recipe)
         grace = number(env, "GRACE_SECONDS", "30", least=0, most=86_400)
-        port = number(env, "MASTER_PORT", "29500", least=1, most=65_535) if "MASTER_PORT" in env else free_port()
+        port = number(env, "MASTER_PORT", "29500", least=1, most=65_535) if "MASTER_PORT" in env else None
+        signals = Signals()
+
+        def attempt() -> int:
+            meeting, outer = port or free_port(), without_launcher(env)
+            environments = [outer | rank_environment(rank, num_ranks, meeting) for rank in range(num_ranks)]
+            return Ranks(grace, signals).run([sys.executable, *recipe], environments)
+
+        if run_dir is None:
+            return attempt()
+        return restart(attempt, signals, run_dir, max_restarts, env.get("SLURM_JOB_ID"))
     except ConfigError as error:
         print(f"launch/local.sh: {error}", file=sys.stderr)
         return error.exit_code
-    outer = {name: value for name, value in env.items() if name not in OUTER}
-    commands = [outer | rank_environment(rank, num_ranks, port) for rank in range(num_ranks)]
-    return Ranks(grace).run([sys.executable, *recipe], commands)
 
 
-def parse(argv: Sequence[str]) -> tuple[int, list[str]]:
-    """The number of ranks; the recipe, or -m and a module, and what follows.
+def restart(attempt: Callable[[], int], signals: Signals, run_dir: Path, max_restarts: int, job: str | None) -> int:
+    """Make attempts until one ends well, or another one would not help; the exit code of the last.
+
+    A run that was told to stop stays stopped: who told it decides what comes next.
+
+    Raises:
+        ConfigError: the run's files cannot be read.
+    """
+    for number in itertools.count(1):
+        before = read_before(run_dir)
+        code = attempt()
+        signals.wait(0)
+        if code in (0, ConfigError.exit_code, Stopped.exit_code) or signals.told:
+            return code
+        decision = decide(run_dir, before, job=job or None, num_requeues=number - 1, max_requeues=max_restarts)
+        say(f"attempt {number} of {max_restarts + 1}: {decision.why}")
+        if decision.exit_code != GO_ON:
+            return code
+    raise AssertionError("unreachable: the numbers do not end")
+
+
+def restarted_run(max_restarts: int, recipe: Sequence[str]) -> Path | None:
+    """The directory of a run that is started again; None where none is.
+
+    Raises:
+        ConfigError: the run's flags do not name it.
+    """
+    run_dir = run_dir_of(recipe)
+    if not max_restarts:
+        return None
+    if run_dir is None:
+        raise ConfigError("--max-restarts needs --run-dir", expected="a directory in which an attempt finds the run",
+                          got=" ".join(recipe), fix=RESTARTING)  # fmt: skip
+    return Path(run_dir)
+
+
+def parse(argv: Sequence[str]) -> tuple[int, int, list[str]]:
+    """The number of ranks; how often they may be started again; the recipe, or -m and a module, and what follows.
 
     Raises:
         ConfigError: with what to type.
@@ -58,11 +107,18 @@ def parse(argv: Sequence[str]) -> tuple[int, list[str]]:
     if option != "-n" or not count.isdecimal() or not 1 <= int(count) <= 4096:
         raise ConfigError("how many ranks?", expected="-n N first, N at least 1", got=" ".join(argv[:2]) or "nothing",
                           fix=USAGE)  # fmt: skip
+    max_restarts = 0
+    if recipe[:1] == ["--max-restarts"]:
+        text, recipe = [*recipe[1:2], ""][0], recipe[2:]
+        if not text.isdecimal():
+            raise ConfigError("how many restarts?", expected="a whole number, 0 or more, after --max-restarts",
+                              got=text or "nothing", fix=RESTARTING)  # fmt: skip
+        max_restarts = int(text)
     module = recipe[:1] == ["-m"] and len(recipe) > 1
     if not module and (not recipe or not Path(recipe[0]).is_file()):
         raise ConfigError("which recipe?", expected="a Python file, or -m MODULE, after -n N",
                           got=recipe[0] if recipe else "nothing", fix=USAGE)  # fmt: skip
-    return int(count), recipe
+    return int(count), max_restarts, recipe
 
 
 def number(env: Mapping[str, str], name: str, example: str, *, least: int, most: int) -> int:
@@ -78,15 +134,42 @@ def number(env: Mapping[str, str], name: str, example: str, *, least: int, most:
     return int(text)
 
 
+class Signals:
+    """The signals of this process as bytes, so that none is missed between a look at the ranks and the next wait.
+
+    Attributes:
+        told: one has come that is handed on to the ranks.
+    """
+
+    def __init__(self) -> None:
+        self.told = False
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        for name in (*FORWARDED, signal.SIGCHLD):
+            # nohup's wish holds
+            if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN:
+                signal.signal(name, lambda *_: None)
+
+    def wait(self, seconds: float | None) -> bytes:
+        """Those that have come, for at most so long; None: for ever."""
+        ready, _, _ = select.select([self._receiver], [], [], seconds)
+        received = self._receiver.recv(4096) if ready else b""
+        self.told = self.told or any(number in FORWARDED for number in received)
+        return received
+
+
 class Ranks:
     """Processes that end together.
 
     Args:
         grace: seconds that they may take after a SIGTERM, or after one of them has failed.
+        signals: of this process.
     """
 
-    def __init__(self, grace: float) -> None:
+    def __init__(self, grace: float, signals: Signals) -> None:
         self.grace = grace
+        self.signals = signals
         self.deadline: float | None = None
         self.processes: list[subprocess.Popen[bytes]] = []
         self.running: dict[int, subprocess.Popen[bytes]] = {}
@@ -102,15 +185,7 @@ class Ranks:
             return self._run(command, environments)
 
     def _run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
-        # signals arrive as bytes here, so that none is missed between a look at the ranks and the next wait
         guardian = Guardian(self.grace)
-        receiver, sender = socket.socketpair()
-        sender.setblocking(False)
-        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        for name in (*FORWARDED, signal.SIGCHLD):
-            # nohup's wish holds
-            if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN:
-                signal.signal(name, lambda *_: None)
         try:
             for rank, environment in enumerate(environments):
                 environment = {**environment, "TORCHELASTIC_ERROR_FILE": str(self.error_files[rank])}
@@ -122,8 +197,7 @@ class Ranks:
             while self.running:
                 endless = self.deadline is None or self.killed
                 rest = None if endless else max(0.0, (self.deadline or 0.0) - time.monotonic())
-                ready, _, _ = select.select([receiver], [], [], rest)
-                self.forward(receiver.recv(4096) if ready else b"")
+                self.forward(self.signals.wait(rest))
                 self.reap()
                 if rest == 0.0 and self.running:
                     ranks = ", ".join(str(rank) for rank in self.running)
@@ -211,6 +285,7 @@ class Guardian:
             os.close(receiver)
             return
         os.close(self._sender)
+        signal.set_wakeup_fd(-1)
         os.setsid()  # what ends the launcher must not end it
         for name in FORWARDED:
             signal.signal(name, signal.SIG_IGN)

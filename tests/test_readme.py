@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 from support.harness import ROOT, run_recipe_cli
 
+from distkit.commands.drill.cases import ALL
+
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line.split("  #")[0].strip()
@@ -62,7 +64,9 @@ def test_the_readme_shows_commands() -> None:
     assert "make train" in COMMANDS
 
 
-TRAINING = [c for c in COMMANDS if "recipes/cifar10" in c and "runs/mine" not in c and "verify-resume" not in c]
+#: Commands with cifar10 in them that others of these tests run.
+OTHERS = ("runs/mine", "verify-resume", "drill")
+TRAINING = [c for c in COMMANDS if "recipes/cifar10" in c and not any(word in c for word in OTHERS)]
 
 
 @pytest.mark.parametrize("command", [c for c in TRAINING if "packed" not in c])
@@ -136,6 +140,17 @@ def test_the_commands_for_a_cluster_run(tmp_path: Path) -> None:
     assert "#SBATCH --gpus-per-node=8\n" in script
     assert "\n    --ranks 8 \\\n" in script
     assert call(jobs.split(), tmp_path) == "no run in runs\n"
+
+
+@pytest.mark.distributed
+def test_the_drill_runs(tmp_path: Path) -> None:
+    (command,) = [c for c in COMMANDS if "drill" in c]
+    words = command.split()
+    assert words[3] == "--"
+    out = call([*words[:3], "--cases", "kill:save", *words[3:], *SHORT[2:]], tmp_path)
+    assert "1 of 1 cases ended with the bits and the metrics of the undisturbed run" in out
+    assert not list(tmp_path.iterdir())
+    assert f"all {len(ALL)}," in README
 
 
 def test_doctor_commands_run(tmp_path: Path) -> None:

@@ -140,7 +140,6 @@ def commit(folder: Path, job: Job, runtime: Runtime) -> Outcome:
     votes = runtime.gather(vote)
     error = _first_error([other.error for other in votes])
     lost = _first_lost([other.lost for other in votes])
-    nbytes = sum(entry.bytes for other in votes for entry in other.files.values())
     written = [(other.seconds, other.nbytes) for other in votes]
     warning = None
     if error is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from distkit.commands import checkpoint, data, doctor, generate, jobs, show, slurm, submit, verify_resume
+from distkit.commands import checkpoint, data, doctor, drill, generate, jobs, show, slurm, submit, verify_resume
 from distkit.commands.parser import Answer, write_out
 from distkit.errors import ConfigError, DistkitError, nearest
 from distkit.version import __version__
@@ -31,6 +32,7 @@ usage: distkit COMMAND [ARGUMENTS]
   generate RUN            generate text with a trained language model
   doctor                  look for what would fail here: versions, devices, network, limits, disk, signals
   submit RECIPE           train it as a SLURM job, which is checked first
+  drill RECIPE            stop and kill a run in each phase, resume it, and compare it with one never disturbed
   slurm options           print the options that this site wants, for sbatch slurm/train.sbatch
   verify-resume RECIPE    kill and resume a run, and compare it with one never killed
 
@@ -62,6 +64,9 @@ def run(argv: Sequence[str]) -> int:
     except PermissionError as error:
         print(f"distkit: error: {error.filename} cannot be read: {error.strerror}", file=sys.stderr)
         return ConfigError.exit_code
+    except KeyboardInterrupt:
+        print("distkit: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     text, code = answer if isinstance(answer, Answer) else (answer, 0)
     if text:
         write_out(f"{text}\n")
@@ -85,6 +90,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], str | Answer]] = {
     "generate": generate.command,
     "doctor": doctor.command,
     "submit": submit.command,
+    "drill": drill.command,
     "slurm": slurm.command,
     "verify-resume": verify_resume.command,
 }

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
 from distkit.errors import ConfigError
@@ -54,6 +55,15 @@ def count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
     return value
+
+
+def run_dir_of(flags: Sequence[str]) -> str | None:
+    """The last --run-dir among a recipe's `flags`."""
+    given = None
+    for flag, value in pairwise([*flags, ""]):
+        if flag == "--run-dir" or flag.startswith("--run-dir="):
+            given = value if flag == "--run-dir" else flag.partition("=")[2]
+    return given
 
 
 def positive(text: str) -> int:

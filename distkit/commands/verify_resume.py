@@ -2,53 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distkit.commands.parser import Parser, positive, split_flags
+from distkit.commands.trial import Runs, compare_metrics, interruptible
 from distkit.errors import ConfigError, TrainingError
-from distkit.runtime.local_ranks import free_port, rank_environment
 
-#: Fields of an event that tell time, and so differ between any two runs.
-TIMED = frozenset({"samples_per_second", "data_wait_seconds", "seconds", "mfu"})
-POLL_SECONDS = 0.05
+#: One rank failed: how long the others may take to find out by themselves.
+PATIENCE_SECONDS = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class Trial(Runs):
     """What is compared.
 
     Args:
-        recipe: the recipe's file.
-        flags: more flags for it; they win over those of the trial.
-        nproc: ranks on this machine, >= 1.
         num_steps: length of both runs, >= 3.
         kill_at: step after which every rank gets SIGKILL, in [2, num_steps): a step before it is saved.
-        folder: where both runs are written; must not hold any.
     """
 
-    recipe: Path
-    flags: Sequence[str]
-    nproc: int
     num_steps: int
     kill_at: int
-    folder: Path
 
     def __post_init__(self) -> None:
-        if not self.recipe.is_file():
-            raise ConfigError(f"there is no recipe {self.recipe}", expected="a Python file",
-                              fix="distkit verify-resume recipes/cifar10.py")  # fmt: skip
-        if self.nproc < 1:
-            raise ConfigError("--nproc is the number of ranks", expected="1 or more", got=self.nproc, fix="--nproc 2")
+        super().__post_init__()
         if self.num_steps < 3:
             raise ConfigError("--steps is the length of both runs", expected="3 or more: one is saved, one killed",
                               got=self.num_steps, fix="--steps 40")  # fmt: skip
@@ -64,21 +48,26 @@ class Trial:
                 raise ConfigError(f"{self.folder / name} exists", expected="a new directory",
                                   fix=f"--folder {self.folder}-2")  # fmt: skip
 
-    def save_every(self) -> int:
-        """Steps between saves, so that the kill is between two."""
-        return max(1, self.kill_at * 2 // 3)
-
-    def argv(self, name: str, saving: str) -> list[str]:
-        """The command line of one run; `saving` in the background (`on`) or synchronously (`off`)."""
-        every = str(self.save_every())
-        mine = [
+    def own_flags(self, saving: str) -> list[str]:
+        """Flags of one run, whose kill is between two saves; `saving` in the background (`on`) or not (`off`)."""
+        return [
             *("--num-steps", str(self.num_steps)),
             *("--report-every", str(max(1, self.num_steps // 8))),
-            *("--checkpoint.save-every", every),
+            *("--checkpoint.save-every", str(max(1, self.kill_at * 2 // 3))),
             *("--checkpoint.keep-last", "None"),
             *("--checkpoint.async", saving),
         ]
-        return [sys.executable, str(self.recipe), *mine, *self.flags, "--run-dir", str(self.folder / name)]
+
+    def survive(self, name: str) -> None:
+        """A run, or its rest, that must end well.
+
+        Raises:
+            ConfigError: a rank refused its command line; with the end of its output.
+            TrainingError: a rank failed; likewise.
+        """
+        ended = self.run(name, self.own_flags("on"), patience=PATIENCE_SECONDS)
+        if any(ended.codes):
+            raise self.failure(name, ended)
 
 
 def verify_resume(trial: Trial) -> list[str]:
@@ -88,80 +77,16 @@ def verify_resume(trial: Trial) -> list[str]:
         TrainingError: a run failed by itself, the kill did not happen, or came before the first checkpoint.
     """
     # saving in the background must give the same; but a short run may be killed before such a save has ended
-    run_ranks(trial, "straight", {}, saving="on")
-    codes = run_ranks(trial, "resumed", {"DISTKIT_FAULT": f"step:*:{trial.kill_at}:kill"}, survives=False)
-    if not any(code == -9 for code in codes):
-        raise TrainingError(f"no rank was killed at step {trial.kill_at}: exit codes {codes}; is the run shorter?")
+    trial.survive("straight")
+    killed = trial.run("resumed", trial.own_flags("off"), f"step:*:{trial.kill_at}:kill", patience=PATIENCE_SECONDS)
+    if -signal.SIGKILL not in killed.codes:
+        raise TrainingError(f"no rank was killed at step {trial.kill_at}: exit codes {killed.codes}; is the run "
+                            "shorter?")  # fmt: skip
     if not any((trial.folder / "resumed" / "checkpoints").glob("step-*")):
         raise TrainingError(f"nothing was saved before step {trial.kill_at}: there is nothing to resume from")
-    run_ranks(trial, "resumed", {}, saving="on")
+    trial.survive("resumed")
     straight, resumed = trial.folder / "straight", trial.folder / "resumed"
     return [*compare_metrics(straight, resumed), *compare_checkpoints(straight, resumed)]
-
-
-def run_ranks(
-    trial: Trial, name: str, env: Mapping[str, str], *, survives: bool = True, saving: str = "off"
-) -> list[int]:
-    """Start the ranks of one run and wait for them; their exit codes. No process is left, whatever happens.
-
-    Raises:
-        ConfigError: a rank refused its command line; with the end of its output.
-        TrainingError: a rank failed, though it should have survived; likewise.
-    """
-    processes: list[subprocess.Popen[bytes]] = []
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    logs = [trial.folder / f"{name}-rank{rank}.log" for rank in range(trial.nproc)]
-    port = free_port()
-    try:
-        for rank, log in enumerate(logs):
-            with open(log, "ab") as file:
-                settings = {**os.environ, **rank_environment(rank, trial.nproc, port), **env}
-                processes.append(subprocess.Popen(trial.argv(name, saving), env=settings, stdout=file, stderr=file))
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() not in (None, 0) for process in processes):
-                wait_a_little(processes)
-                break
-            time.sleep(POLL_SECONDS)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-    codes = [process.returncode for process in processes]
-    failed = next((rank for rank, code in enumerate(codes) if code != 0), None)
-    if survives and failed is not None:
-        lines = logs[failed].read_text(errors="replace").splitlines()[-6:]
-        kind = ConfigError if codes[failed] == ConfigError.exit_code else TrainingError
-        raise kind("\n".join([f"rank {failed} of the {name} run ended with {codes[failed]}:", *lines]))
-    return codes
-
-
-def wait_a_little(processes: Sequence[subprocess.Popen[bytes]], seconds: float = 20.0) -> None:
-    """One rank failed: the others find out by themselves, or are killed after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-        time.sleep(POLL_SECONDS)
-
-
-def compare_metrics(straight: Path, resumed: Path) -> list[str]:
-    """The first train or eval line that differs, times aside."""
-    first, second = list(metric_lines(straight)), list(metric_lines(resumed))
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-            shown = ", ".join(f"{name} {one.get(name)!r} and {other.get(name)!r}" for name in names[:3])
-            return [f"step {one['step']}: the first metric line that differs ({one['event']}): {shown}"]
-    if len(first) != len(second):
-        return [f"{len(first)} metric lines in the uninterrupted run, {len(second)} in the resumed one"]
-    return []
-
-
-def metric_lines(run_dir: Path) -> Iterator[dict[str, object]]:
-    """Train and eval events without what tells time."""
-    for text in (run_dir / "metrics.jsonl").read_text().splitlines():
-        event = json.loads(text)
-        if event["event"] in ("train", "eval"):
-            yield {name: value for name, value in event.items() if name not in TIMED}
 
 
 def compare_checkpoints(straight: Path, resumed: Path) -> list[str]:
@@ -181,11 +106,6 @@ def compare_checkpoints(straight: Path, resumed: Path) -> list[str]:
     return []
 
 
-def interrupt(_number: int, _frame: object) -> None:
-    """SIGTERM ends the ranks as Ctrl-C does: through the blocks that wait for them."""
-    raise KeyboardInterrupt
-
-
 def report(trial: Trial, keep: bool) -> str:
     """Do the trial and say how it went.
 
@@ -194,17 +114,15 @@ def report(trial: Trial, keep: bool) -> str:
         TrainingError: the runs differ (exit 1), naming the first step and tensor.
     """
     started = time.perf_counter()
-    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        lines = verify_resume(trial)
+        with interruptible():
+            lines = verify_resume(trial)
     except ConfigError:
         if not keep:
             shutil.rmtree(trial.folder, ignore_errors=True)
         raise
     except TrainingError as error:
         raise TrainingError(f"{error}\n  kept: {trial.folder}") from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if lines:
         raise TrainingError(
             "\n  ".join(["the resumed run differs from the uninterrupted one", *lines, f"kept: {trial.folder}"])

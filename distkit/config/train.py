@@ -316,3 +316,12 @@ def split_batch(config: TrainConfig, world_size: int) -> BatchSplit:
             fix=fix,
         )
     return BatchSplit(global_batch_size=total, microbatch_size=unit // world_size, world_size=world_size)
+
+
+def ranks_that_fit(config: TrainConfig, near: int) -> list[int]:
+    """The next smaller and the next larger number of ranks over which the global batch of `config` divides."""
+    unit = config.microbatch_size or 1
+    fitting = [ranks for ranks in range(1, config.global_batch_size // unit + 1)
+               if config.global_batch_size % (ranks * unit) == 0]  # fmt: skip
+    return [ranks for ranks in (max((r for r in fitting if r < near), default=0),
+                                min((r for r in fitting if r > near), default=0)) if ranks]  # fmt: skip

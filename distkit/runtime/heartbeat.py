@@ -23,6 +23,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from distkit.errors import RankSilentError
+from distkit.runtime.agent_store import is_served_by_agent
 from distkit.runtime.position import (
     BEATS,
     FROZEN,
@@ -98,7 +99,7 @@ class Heartbeat:
         self._condition = threading.Condition()
         self._wake = threading.Event()
         self._closed = False
-        self._host_is_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._host_is_rank_0 = not is_served_by_agent()
         self._thread: threading.Thread | None = None
         # calls of one client wait for each other, and the process group has its own
         self._store = None if store is None else store.clone()

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,9 @@ LOOPBACK = "127.0.0.1"
 PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 LOWEST_PORT = 10_000
 TRIES = 1000
+#: What an outer launcher said of its own ranks.
+OUTER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK",
+         "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
 
 
 def die_with_parent(owner: int) -> None:
@@ -49,6 +53,11 @@ def _outlive_nobody(descriptor: int) -> None:
     poll.register(descriptor, select.POLLIN)
     poll.poll()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` for ranks that are started anew, whatever started this process."""
+    return {name: value for name, value in env.items() if name not in OUTER}
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -20,7 +20,8 @@ from typing import TypeVar
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is public, and only listed elsewhere
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from distkit.errors import RendezvousError, shorten
+from distkit.errors import RankSilentError, RendezvousError, shorten
+from distkit.runtime.agent_store import agree_on_name, is_served_by_agent
 from distkit.runtime.local_ranks import free_port, listener
 from distkit.runtime.topology import Topology
 
@@ -63,14 +64,11 @@ def in_time(work: Callable[[], T], seconds: float) -> T:
 def open_store(topology: Topology, seconds: float) -> Store:
     """This rank's end of the launch's store; rank 0 opens the store itself where the launcher has none.
 
-    A launcher that starts the ranks again keeps its store, so the keys of each of its attempts have a prefix.
-
     Raises:
         RendezvousError: it cannot be opened, or not be reached within `seconds`.
     """
     host, port = str(topology.master_addr), int(topology.master_port or 0)
-    launcher_has_one = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    opens = topology.is_main_process and not launcher_has_one
+    opens = topology.is_main_process and not is_served_by_agent()
     who, where = f"rank {topology.rank} on {socket.gethostname()}", f"{host}:{port}"
 
     def connect() -> Store:
@@ -78,13 +76,11 @@ def open_store(topology: Topology, seconds: float) -> Store:
                         wait_for_workers=False, multi_tenant=True)  # fmt: skip
 
     try:
-        store = in_time(connect, seconds + CONNECT_SECONDS)
+        return in_time(connect, seconds + CONNECT_SECONDS)
     except (TimeoutError, RuntimeError, ValueError) as error:  # torch's DistNetworkError among them
         if opens:
             raise RendezvousError(f"{who} cannot listen at {where}: {why_not(host, port)}") from error
         raise RendezvousError(f"{who}: {nobody(host, port, seconds)}") from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"distkit-{attempt}", store)
 
 
 def why_not(host: str, port: int) -> str:
@@ -138,8 +134,18 @@ def meet(topology: Topology, seconds: float, later_seconds: float) -> Store:
     seconds = later_seconds if run else seconds
     store = PrefixStore(f"run-{run}", store)
     who = f"rank {topology.rank} on {socket.gethostname()}, at {topology.master_addr}:{topology.master_port}"
+
+    def come() -> tuple[Store, str]:
+        part = store
+        if is_served_by_agent():
+            name = agree_on_name(store, topology.rank, topology.world_size, timedelta(seconds=seconds))
+            part = PrefixStore(name, store)
+        return part, _come(part, topology, seconds)
+
     try:
-        verdict = in_time(lambda: _come(store, topology, seconds), seconds + CONNECT_SECONDS)
+        store, verdict = in_time(come, 2 * seconds + CONNECT_SECONDS)
+    except RankSilentError as error:
+        raise RendezvousError(f"{who}: {error}; {LONGER}") from error
     except TimeoutError:
         raise RendezvousError(f"{who}: the store there no longer answers; see what rank 0 says, and the network"
                               ) from None  # fmt: skip

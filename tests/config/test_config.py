@@ -31,6 +31,7 @@ from distkit.config import (
     TrainConfig,
     fill_defaults,
     from_values,
+    ranks_that_fit,
     reset_for_debugging,
     split_batch,
     to_json,
@@ -333,6 +334,20 @@ def test_the_nearest_batch_sizes(total: int, microbatch: int | None, world_size:
     with pytest.raises(ConfigError) as caught:
         split_batch(make_config(global_batch_size=total, microbatch_size=microbatch), world_size)
     assert str(caught.value).splitlines()[-1] == f"  type:     {fix}"
+
+
+@given(total=st.integers(1, 500), microbatch=st.one_of(st.none(), st.integers(1, 60)), near=st.integers(1, 64))
+def test_numbers_of_ranks_that_fit(total: int, microbatch: int | None, near: int) -> None:
+    config = make_config(global_batch_size=total, microbatch_size=microbatch)
+    for ranks in ranks_that_fit(config, near):
+        assert_exact(config, ranks)
+    assert microbatch is not None or ranks_that_fit(config, total + 1) == [total]
+
+
+def test_the_nearest_numbers_of_ranks() -> None:
+    assert ranks_that_fit(make_config(global_batch_size=8), 3) == [2, 4]
+    assert ranks_that_fit(make_config(global_batch_size=24, microbatch_size=4), 4) == [3, 6]
+    assert ranks_that_fit(make_config(global_batch_size=8, microbatch_size=3), 2) == []
 
 
 def test_accumulation_is_derived() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.harness import ROOT, Ended
+from support.harness import ROOT, Ended, run_recipe_cli
 from support.launching import LAUNCH, TINY, alive, ended, environment, run, started, write_text
 
 LOCAL = str(LAUNCH / "local.sh")
+PACED = ROOT / "tests" / "support" / "paced.py"
 #: `recipe.py MODE`: writes ready.RANK, then does what MODE says; notes.RANK tells which signals came.
 RECIPE = """
 import os, signal, subprocess, sys, time
@@ -48,6 +49,32 @@ if mode == "fail then end":
     sys.exit(4)
 while True:
     time.sleep(0.05)
+"""
+
+
+#: A run in `--run-dir DIR` whose attempts end as the first argument says: state, exit code, retryable and the step of
+#: the newest checkpoint of each. Rank 0 writes, and rank 1 is the one that fails.
+ATTEMPTS = """
+import json, os, sys, time
+from pathlib import Path
+
+run_dir, port = Path(sys.argv[-1].removeprefix("--run-dir=")), os.environ["MASTER_PORT"]
+word = Path(f"word.{port}")
+if os.environ["RANK"] == "0":
+    status = run_dir / "status.json"
+    number = 1 + (json.loads(status.read_text())["attempt"] if status.exists() else 0)
+    state, code, retryable, step = sys.argv[1].split(",")[number - 1].split()
+    (run_dir / "checkpoints" / f"step-{int(step):09d}").mkdir(parents=True, exist_ok=True)
+    said = {"state": state, "step": int(step), "reason": "a test", "retryable": retryable == "yes", "attempt": number}
+    status.write_text(json.dumps(said))
+    print(port, flush=True)
+    Path("word.tmp").write_text(code)
+    os.rename("word.tmp", word)
+while not word.exists() or word.read_text() == "wait":
+    time.sleep(0.02)
+if os.environ["RANK"] == "0" and word.read_text() != "0":
+    time.sleep(0.5)
+sys.exit(int(word.read_text()))
 """
 
 
@@ -227,6 +254,10 @@ def test_nohup_holds(tmp_path: Path) -> None:
         (["-n", "two", "recipe.py"], {}, "-n N"),
         (["-n", "0", "recipe.py"], {}, "at least 1"),
         (["-n", "-1", "recipe.py"], {}, "at least 1"),
+        (["-n", "2", "--max-restarts"], {}, "how many restarts?"),
+        (["-n", "2", "--max-restarts", "-1", "recipe.py"], {}, "0 or more"),
+        (["-n", "2", "--max-restarts", "recipe.py"], {}, "--max-restarts 3"),
+        (["-n", "2", "--max-restarts", "1", "recipe.py", "ok"], {}, "--run-dir runs/NAME"),
         (["-n", "2"], {}, "a Python file"),
         (["-n", "2", "nowhere.py"], {}, "nowhere.py"),
         (["-n", "2", "--preset", "tiny"], {}, "--preset"),
@@ -249,8 +280,102 @@ def test_a_wrong_line_ends_with_2_and_says_what_to_type(
 def test_help_says_what_there_is(tmp_path: Path) -> None:
     done = run([LOCAL, "--help"], tmp_path, environment())
     assert (done.returncode, done.stderr) == (0, "")
-    for words in ("-n 2 recipes/gpt.py", "GRACE_SECONDS", "MASTER_PORT", "PYTHON"):
+    for words in ("-n 2 recipes/gpt.py", "--max-restarts N", "GRACE_SECONDS", "MASTER_PORT", "PYTHON"):
         assert words in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("endings", "max_restarts", "code", "says"),
+    [
+        (["failed 3 yes 2", "failed 4 yes 5", "completed 0 - 9"], "3", 0, [
+            "attempt 1 of 4: run failed at step 2: a test: it goes on from the checkpoint of step 2",
+            "attempt 2 of 4: run failed at step 5: a test: it goes on from the checkpoint of step 5",
+        ]),
+        (["failed 3 yes 2", "failed 4 yes 5", "completed 0 - 9"], "1", 4, [
+            "attempt 1 of 2: run failed at step 2: a test: it goes on from the checkpoint of step 2",
+            "attempt 2 of 2: run failed at step 5: a test, and it was started again 1 times: not again",
+        ]),
+        (["failed 3 yes 2", "failed 4 yes 2", "completed 0 - 9"], "9", 4, [
+            "attempt 1 of 10: run failed at step 2: a test: it goes on from the checkpoint of step 2",
+            "attempt 2 of 10: run failed at step 2: a test, without a new checkpoint since the attempt before: the "
+            "newest is that of step 2",
+        ]),
+        (["failed 3 no 2", "completed 0 - 9"], "3", 3, ["attempt 1 of 4: run failed at step 2: a test"]),
+        (["preempted 75 yes 2", "completed 0 - 9"], "3", 75, []),
+        (["failed 2 no 2", "completed 0 - 9"], "3", 2, []),
+        (["failed 3 yes 2", "completed 0 - 9"], "0", 3, []),
+        (["completed 0 - 9"], "3", 0, []),
+    ],
+)  # fmt: skip
+def test_ranks_are_started_again_while_that_may_help(
+    tmp_path: Path, endings: list[str], max_restarts: str, code: int, says: list[str]
+) -> None:
+    (tmp_path / "attempts.py").write_text(ATTEMPTS)
+    command = [LOCAL, "-n", "2", "--max-restarts", max_restarts, "attempts.py", ",".join(endings), "--run-dir", "run"]
+    done = run(command, tmp_path, environment())
+    assert done.returncode == code
+    said = [line.removeprefix("launch/local.sh: ") for line in done.stderr.splitlines()]
+    assert [line for line in said if line.startswith("attempt")] == says
+    attempts = json.loads((tmp_path / "run" / "status.json").read_text())["attempt"]
+    # one more than was said, where the last one needs no word
+    assert attempts == len(says) + (not says or code == 0)
+    assert len(set(done.stdout.split())) == attempts  # each with another port
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_who_tells_the_launcher_to_stop_is_obeyed(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "attempts.py").write_text(ATTEMPTS)
+    argv = ["--max-restarts", "3", "attempts.py", "running wait yes 2,completed 0 - 9", "--run-dir", "run"]
+    with started([LOCAL, "-n", "2", *argv], tmp_path, environment(), tmp_path / "run") as process:
+        deadline = time.monotonic() + 20
+        while not list(tmp_path.glob("word.*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+    assert "attempt" not in (tmp_path / "run.err").read_text()
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["attempt"] == 1
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "attempts.py").write_text(ATTEMPTS)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text("{")
+    command = [LOCAL, "-n", "2", "--max-restarts", "1", "attempts.py", "completed 0 - 9", "--run-dir=run"]
+    done = run(command, tmp_path, environment())
+    assert done.returncode == 2
+    assert "status.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_restarts_end_with_the_bits_of_a_run_that_was_never_killed(tmp_path: Path) -> None:
+    flags = ["--run-dir", "run", "--num-steps", "12"]
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = run_recipe_cli(flags, tmp_path / "undisturbed", recipe=PACED, world_size=2)
+    assert {one.returncode for one in undisturbed} == {0}
+    # once right after a save, so that the run gets on each time
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    faults = {"DISTKIT_FAULT": "after_rename:0:5:kill,after_rename:0:10:kill", "PYTHONPATH": path}
+    command = [LOCAL, "-n", "2", "--max-restarts", "2", str(PACED), *flags]
+    done = run(command, tmp_path, environment(faults))
+    assert done.returncode == 0, done.stderr
+    for number, step in ((1, 5), (2, 10)):
+        said = f"launch/local.sh: attempt {number} of 3: run failed at step {step}: rank 0 on "
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith(said)]
+        assert line.endswith(f"it goes on from the checkpoint of step {step}")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["attempt"]) == ("completed", 3)
+    digests = [json.loads((folder / "run" / "summary.json").read_text())["state_digest"]
+               for folder in (tmp_path, tmp_path / "undisturbed")]  # fmt: skip
+    assert digests[0] == digests[1]
+    # and where it gets nowhere
+    (tmp_path / "stuck").mkdir()
+    done = run(command, tmp_path / "stuck", environment({**faults, "DISTKIT_FAULT": "step:1:7:kill"}))
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "attempt 2 of 3" in done.stderr.splitlines()[-1]
+    assert "without a new checkpoint" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -25,7 +25,9 @@ class Config(tiny.TinyConfig):
 def compute_loss(config: Config, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
     if model.training:
         time.sleep(config.pause_seconds)
-    return tiny.compute_loss(config, model, batch)
+    output, indices = tiny.compute_loss(config, model, batch), batch["indices"].double()
+    # which samples a global batch has, however it is split: the first moments of their indices
+    return replace(output, sums={**output.sums, "indices": indices.sum(), "squares": indices.square().sum()})
 
 
 TINY = Config(**{name: getattr(tiny.BASE, name) for name in tiny.BASE.__dataclass_fields__})

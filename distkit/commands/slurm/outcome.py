@@ -53,15 +53,15 @@ def read_before(run_dir: Path) -> Before:
 
 
 def decide(
-    run_dir: Path, before: Before, *, job: str, num_requeues: int, max_requeues: int, told: str = ""
+    run_dir: Path, before: Before, *, job: str | None, num_requeues: int, max_requeues: int, told: str = ""
 ) -> Decision:
-    """Whether job `job`, whose ranks have ended, goes on with its run.
+    """Whether a job, or a launcher on one machine, whose ranks have ended, goes on with its run.
 
     Args:
         run_dir: the run's directory.
         before: what `read_before` said when the job began.
-        job: SLURM_JOB_ID.
-        num_requeues: how often the job was requeued so far.
+        job: SLURM_JOB_ID; None outside of one.
+        num_requeues: how often the job was requeued, or the ranks were started again, so far.
         max_requeues: at most.
         told: the signal that told the batch script to stop, if any.
 
@@ -95,6 +95,6 @@ def decide(
 def _go_on(run_dir: Path, what: str, now: Before, num_requeues: int, max_requeues: int) -> Decision:
     """Once more, unless the limit is reached."""
     if num_requeues >= max_requeues:
-        return Decision(FAILED, f"{run_dir} {what}, and this job was requeued {num_requeues} times: not again")
+        return Decision(FAILED, f"{run_dir} {what}, and it was started again {num_requeues} times: not again")
     where = f"it goes on from the checkpoint of step {now.step}" if now.step >= 0 else "it begins again"
     return Decision(GO_ON, f"{run_dir} {what}: {where}")

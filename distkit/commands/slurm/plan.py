@@ -8,9 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from pathlib import Path
 
+from distkit.commands.parser import run_dir_of
 from distkit.commands.slurm.meeting import choose_meeting
 from distkit.commands.slurm.outcome import read_before
 from distkit.commands.slurm.site import Site
@@ -79,7 +79,7 @@ def train_plan(
                           got='continuation = "chain"', fix='continuation = "requeue" in slurm/site.toml')  # fmt: skip
     task = _in_job(env, "SLURM_ARRAY_TASK_ID", "sbatch --array=1-3 slurm/sweep.sbatch FILE RECIPE") if sweep else ""
     if sweep is not None:
-        if _run_dir_of(flags) is not None:
+        if run_dir_of(flags) is not None:
             raise ConfigError("one run directory for a whole sweep", expected="one for each task",
                               fix=f"--run-dir DIR on each line of {sweep}, or nowhere")  # fmt: skip
         flags = [*flags, *sweep_flags(sweep, int(task))]
@@ -180,7 +180,7 @@ def _check_requeues(env: Mapping[str, str], limit: int) -> None:
 
 def _with_run_dir(site: Site, env: Mapping[str, str], recipe: str, flags: Sequence[str]) -> tuple[Path, list[str]]:
     """The run directory, and the flags with it: an attempt must find that of the attempt before."""
-    given = _run_dir_of(flags)
+    given = run_dir_of(flags)
     if given is not None:
         return Path(given), list(flags)
     if site.continuation == "chain":
@@ -191,15 +191,6 @@ def _with_run_dir(site: Site, env: Mapping[str, str], recipe: str, flags: Sequen
         name = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     run_dir = Path("runs") / Path(recipe).stem / f"slurm-{name}"
     return run_dir, ["--run-dir", str(run_dir), *flags]
-
-
-def _run_dir_of(flags: Sequence[str]) -> str | None:
-    """The last --run-dir among `flags`."""
-    given = None
-    for flag, value in pairwise([*flags, ""]):
-        if flag == "--run-dir" or flag.startswith("--run-dir="):
-            given = value if flag == "--run-dir" else flag.partition("=")[2]
-    return given
 
 
 def _staged_copy(site: Site, env: Mapping[str, str], source: str) -> Path:

@@ -73,7 +73,7 @@ def test_not_beyond_the_limit(tmp_path: Path) -> None:
     assert outcome(tmp_path, num_requeues=9)[0] == 75
     code, why = outcome(tmp_path, num_requeues=10)
     assert code == 1
-    assert "requeued 10 times" in why
+    assert "started again 10 times" in why
     assert outcome(tmp_path, max_requeues=0)[0] == 1
 
 
