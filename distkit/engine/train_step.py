@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from time import perf_counter
 
@@ -39,13 +40,13 @@ def train_step(run: Run) -> None:
         return
     bad = None
     if strategy.needs_closure:
-        evaluations = count()
-        # the loss is evaluated several times on one global batch, and reported once
-        strategy.update_with_closure(lambda: global_loss(run, report=next(evaluations) == 0))
+        # the loss is evaluated several times on one global batch, which is read and reported once
+        evaluations, batches = count(), list(microbatches(run))
+        strategy.update_with_closure(lambda: global_loss(run, batches, report=next(evaluations) == 0))
     else:
         if guard is not None:
             guard.begin()
-        outputs = compute_gradients(run)
+        outputs = compute_gradients(run, microbatches(run))
         bad = None if guard is None else guard.judge(progress.step + 1, outputs)
         run.meter.grad_norm = strategy.clip_gradients_(due(run.config.report_every, progress.step + 1, run.num_steps))
         strategy.update(bad)
@@ -58,19 +59,18 @@ def train_step(run: Run) -> None:
 
 def pass_over(run: Run) -> None:
     """Leave the step out: nothing moves, and no random generator is used."""
-    for accum_index in range(run.split.accum_steps):
-        next_microbatch(run, accum_index)
+    for _ in microbatches(run):
+        pass
     run.meter.grad_norm = None
     run.progress.step += 1
 
 
-def compute_gradients(run: Run, report: bool = True) -> list[LossOutput]:
+def compute_gradients(run: Run, batches: Iterable[Batch], report: bool = True) -> list[LossOutput]:
     """Gradients of the mean loss of the whole global batch: `accum_steps` microbatches, one exchange (C2)."""
     strategy, split = run.strategy, run.split
     strategy.zero_gradients()
     outputs = []
-    for accum_index in range(split.accum_steps):
-        batch = next_microbatch(run, accum_index)
+    for accum_index, batch in enumerate(batches):
         strategy.exchange_gradients(accum_index == split.accum_steps - 1)
         with run.forward_timer, strategy.precision():
             output = run.compute_loss(strategy.model, batch)
@@ -80,6 +80,12 @@ def compute_gradients(run: Run, report: bool = True) -> list[LossOutput]:
         outputs.append(output)
     normalize_by_weight_(run, outputs)
     return outputs
+
+
+def microbatches(run: Run) -> Iterator[Batch]:
+    """The microbatches of this step, each read when it is asked for."""
+    for accum_index in range(run.split.accum_steps):
+        yield next_microbatch(run, accum_index)
 
 
 def next_microbatch(run: Run, accum_index: int) -> Batch:
@@ -123,10 +129,10 @@ def normalize_by_weight_(run: Run, outputs: list[LossOutput]) -> None:
     run.strategy.scale_gradients_(factor)
 
 
-def global_loss(run: Run, report: bool) -> Tensor:
+def global_loss(run: Run, batches: Sequence[Batch], report: bool) -> Tensor:
     """The closure of LBFGS: gradients, and the loss of the global batch, which must be the same on every rank."""
     with torch.enable_grad():
-        outputs = compute_gradients(run, report)
+        outputs = compute_gradients(run, batches, report)
     weight = torch.stack([torch.ones_like(o.loss) if o.weight is None else o.weight for o in outputs])
     loss = torch.stack([output.loss.detach() for output in outputs])
     pair = torch.stack([(loss * weight).sum(), weight.sum()])

@@ -428,6 +428,14 @@ def test_lbfgs_reports_each_global_batch_once(tmp_path: Path) -> None:
     assert lines(run, "train")[0]["samples"] == 4 * config.global_batch_size
 
 
+def test_lbfgs_reads_each_global_batch_once(tmp_path: Path) -> None:
+    run = build_run(tmp_path, replace(BASE, optim=LBFGS(lr=0.1), num_steps=4, microbatch_size=4))
+    assert isinstance(run.data.train_set, Vectors)
+    run.data.train_set.read.clear()
+    fit(run)
+    assert len(run.data.train_set.read) == 4 * 2
+
+
 def test_a_step_of_padding_alone_moves_nothing(tmp_path: Path) -> None:
     config = replace(BASE, optim=SGD(lr=0.1), schedule=Constant())
     run = build_run(tmp_path, config)
