@@ -164,7 +164,8 @@ def test_the_run_directory_says_what_happened(tmp_path: Path) -> None:
         "weights.safetensors", "ema.safetensors", "recipe",
     }  # fmt: skip
     status, summary = (json.loads((folder / name).read_text()) for name in ("status.json", "summary.json"))
-    told = {"state": "completed", "step": 20, "num_steps": 20, "reason": None, "cause": None, "attempt": 1}
+    told = {"state": "completed", "step": 20, "num_steps": 20, "reason": None, "retryable": None, "cause": None,
+            "attempt": 1, "exit_code": 0}  # fmt: skip
     assert told.items() <= status.items()
     evals = lines(run, "eval")
     assert summary["best"]["correct"] == max(line["correct"] for line in evals)
