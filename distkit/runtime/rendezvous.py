@@ -161,7 +161,12 @@ def meet(topology: Topology, seconds: float, later_seconds: float) -> Store:
 def _come(store: Store, topology: Topology, seconds: float) -> str:
     """Say that this rank is here, and wait; ALL, or what is missing, the same for every rank that is here."""
     rank, world_size = topology.rank, topology.world_size
-    store.set(f"here/{rank}", str(world_size))
+    me = f"{world_size} process {os.getpid()} on {socket.gethostname()}"
+    first = store.compare_set(f"here/{rank}", "", me).decode()
+    if first != me:
+        words = f"{me.partition(' ')[2]} and {first.partition(' ')[2]} both say that they are rank {rank}"
+        said = f"{words}; another launch uses this port: set MASTER_PORT to a free one"
+        return store.compare_set("verdict", "", said).decode()
     if store.add("count", 1) == world_size:
         return store.compare_set("verdict", "", ALL).decode()
     try:
@@ -173,7 +178,9 @@ def _come(store: Store, topology: Topology, seconds: float) -> str:
 
 def _who_came(store: Store, world_size: int) -> dict[int, int]:
     """Each rank that has come, and the number of ranks that it was told of."""
-    return {rank: int(store.get(f"here/{rank}")) for rank in range(world_size) if store.check([f"here/{rank}"])}
+    return {
+        rank: int(store.get(f"here/{rank}").split()[0]) for rank in range(world_size) if store.check([f"here/{rank}"])
+    }
 
 
 def missing(came: dict[int, int], world_size: int, seconds: float) -> str:

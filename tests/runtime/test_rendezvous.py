@@ -120,6 +120,22 @@ def test_ranks_that_were_told_of_different_numbers() -> None:
     assert "ranks, and this one as one of " in first
 
 
+def meet_as(ranks: dict[str, int]) -> str:
+    topology = read_topology(os.environ)
+    topology = replace(topology, rank=ranks[str(topology.rank)], world_size=3)
+    try:
+        meet(topology, 5.0, 5.0)
+    except RendezvousError as error:
+        return str(error)
+    return "met"
+
+
+@pytest.mark.distributed
+def test_two_launches_at_one_port() -> None:
+    for said in run_ranks(meet_as, 3, {"0": 0, "1": 1, "2": 1}):
+        assert f" on {HOST} both say that they are rank 1; another launch uses this port" in said
+
+
 def wait_in_collectives() -> list[float]:
     config, topology = replace(CONFIG, start_timeout_seconds=1.0), read_topology(os.environ)
     sums = []

@@ -53,9 +53,14 @@ def interrupt(cluster: Cluster, project: Path, job: str, attempt: int, what: Cal
     wait_for(lambda: status(project)["state"] != "running", f"end of attempt {attempt}", 40)
 
 
-def digest_undisturbed(folder: Path, world_size: int) -> str:
+def train_lines(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "train"]
+
+
+def digest_undisturbed(folder: Path, world_size: int, *flags: str) -> str:
     folder.mkdir()
-    ended = run_recipe_cli(FLAGS, folder, recipe=PACED, world_size=world_size)
+    ended = run_recipe_cli([*FLAGS, *flags], folder, recipe=PACED, world_size=world_size)
     assert {rank.returncode for rank in ended} == {0}
     return str(json.loads((folder / "run" / "summary.json").read_text())["state_digest"])
 
@@ -90,6 +95,32 @@ def test_two_nodes_go_on_after_signals_to_ranks_to_the_script_and_a_requeue(clus
     check_completed(project, 4, 2)
 
 
+def test_a_requeued_job_goes_on_with_fewer_nodes_and_with_more(cluster: Cluster, project: Path) -> None:
+    # without randomness of a rank's own, losses on any number of ranks agree to rounding
+    keyed = ["--dropout", "0"]
+    job = cluster.submit("--nodes=2", "slurm/train.sbatch", str(PACED), *FLAGS, *SLOWLY, *keyed, cwd=project)
+
+    def requeue(nodes: int) -> None:
+        cluster.call("scontrol", "requeue", job)
+        wait_for(lambda: cluster.field(job, "JobState") == "PENDING", "requeue", 40)
+        cluster.call("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}", f"NumTasks={nodes}")
+
+    for attempt, (nodes, then) in enumerate(((2, 1), (1, 2)), 1):
+        interrupt(cluster, project, job, attempt, lambda then=then: requeue(then))
+        assert status(project)["state"] == "preempted"
+        assert json.loads((project / "run" / "environment.json").read_text())["world_size"] == nodes
+    assert cluster.wait(job) == "COMPLETED"
+    assert (status(project)["state"], status(project)["attempt"]) == ("completed", 3)
+    assert json.loads((project / "run" / "environment.json").read_text())["world_size"] == 2
+    digest_undisturbed(project / "undisturbed", 2, *keyed)
+    straight, moved = train_lines(project / "undisturbed"), train_lines(project)
+    assert [line["step"] for line in moved] == list(range(1, 61))
+    for line, other in zip(moved, straight, strict=True):
+        # the moments of the indices of a step's samples
+        assert (line["samples"], line["indices"], line["squares"]) == (8, other["indices"], other["squares"])
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
 def test_the_limit_holds_a_cancelled_job_stays_cancelled_and_a_stopped_one_stopped(
     cluster: Cluster, project: Path
 ) -> None:
@@ -99,7 +130,7 @@ def test_the_limit_holds_a_cancelled_job_stays_cancelled_and_a_stopped_one_stopp
     interrupt(cluster, project, first, 2, lambda: cluster.call("scancel", "--signal=INT", first))
     assert "SIGINT" in status(project)["reason"]
     assert (cluster.wait(first), cluster.field(first, "Restarts")) == ("FAILED", "1")
-    assert "this job was requeued 1 times: not again" in (project / f"distkit-{first}.out").read_text()
+    assert "it was started again 1 times: not again" in (project / f"distkit-{first}.out").read_text()
 
     second = submit(cluster, project)
     interrupt(cluster, project, second, 3, lambda: cluster.call("scancel", second))
