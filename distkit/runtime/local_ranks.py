@@ -14,8 +14,6 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
-
 from distkit.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -96,6 +94,8 @@ def _first_outgoing_port() -> int:
 
 def listener(port: int) -> str:
     """The process that listens at `port` of this machine, where this user may know it; else an empty string."""
+    import psutil  # not where the batch script's Python runs
+
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             if connection.laddr and connection.laddr.port == port and connection.pid and not connection.raddr:

@@ -13,7 +13,7 @@ import torch
 from support import tiny
 from torch import Tensor, nn
 
-from distkit.config import Split
+from distkit.config import Constant, Split
 from distkit.data import SampleStream
 from distkit.entry import main
 from distkit.losses import LossOutput
@@ -66,7 +66,7 @@ def build_schedule(config: PlantedConfig, num_steps: int) -> Callable[[int], flo
     return lambda step: 1e300 if step + 1 == config.explode_at else 1.0
 
 
-BASE = PlantedConfig(**{field.name: getattr(tiny.BASE, field.name) for field in fields(tiny.BASE)})
+BASE = PlantedConfig(**{f.name: getattr(tiny.BASE, f.name) for f in fields(tiny.BASE)} | {"schedule": Constant()})
 RECIPE = Recipe("planted", PlantedConfig, tiny.build_model, build_dataset, compute_loss, presets={"default": BASE},
                 build_schedule=build_schedule, best=("correct", "max"))  # fmt: skip
 
