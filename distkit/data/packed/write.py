@@ -127,7 +127,8 @@ def _write(
         for number in sorted(set(range(len(shards))) - set(sha256)):
             sha256[number] = _write_shard(folder, plan, number, digest, num_workers, advance)
     entries = tuple(dataclasses.replace(shard, sha256=sha256[number]) for number, shard in enumerate(shards))
-    write_json(folder / INDEX, dataclasses.replace(plan.index, shards=entries).to_json())
+    notes = plan.oddities.notes(plan.index.background)
+    write_json(folder / INDEX, dataclasses.replace(plan.index, shards=entries, notes=notes).to_json())
 
 
 def _finished(folder: Path, plan: Plan, digest: str, overwrite: bool) -> dict[int, str]:

@@ -94,6 +94,7 @@ def open_training(dataset: Dataset | IterableData, reading: Reading, split: Batc
         augment=dataset.augment,
         num_workers=reading.num_workers(),
         prefetch_depth=reading.data.prefetch_depth,
+        collate=dataset.collate,
     )
     how = f"workers (iterable data set, {reading.num_workers()} processes)"
     return TrainSource(loader=source, num_samples=size, summary=line, placement=how)
@@ -104,6 +105,12 @@ def summary_of(dataset: object) -> str:
     describe = getattr(dataset, "describe", None)
     samples = dataset.samples if isinstance(dataset, MapDataset) else dataset
     return str(describe()) if describe is not None else f"{len(dataset):,} samples of {type(samples).__name__}"  # type: ignore[arg-type]
+
+
+def notes_of(dataset: object) -> tuple[str, ...]:
+    """What a person should know of the data set before training on it: its `notes`."""
+    samples = dataset.samples if isinstance(dataset, MapDataset) else dataset
+    return tuple(getattr(samples, "notes", ()))
 
 
 def place(dataset: Dataset, reading: Reading) -> Placed:

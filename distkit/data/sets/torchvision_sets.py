@@ -23,7 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from distkit.config import Split
+from distkit.config.data import ground_color
 from distkit.data.dataset import Indexable
+from distkit.data.sets.decode import check_depth, flattened, planes, upright
 from distkit.data.sets.images import CIFAR10_MEAN, CIFAR10_STD, ImageDataset
 from distkit.errors import DataError, nearest
 from distkit.files import locked
@@ -44,6 +46,7 @@ class TorchvisionSet:
         folder: what is left below the root once it is unpacked.
         mean: mean per channel on the scale of [0, 1].
         std: standard deviation per channel likewise.
+        num_classes: classes.
     """
 
     title: str
@@ -51,11 +54,12 @@ class TorchvisionSet:
     folder: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    num_classes: int = 10
 
 
 TORCHVISION_SETS = {
     "cifar10": TorchvisionSet("CIFAR-10", "CIFAR10", "cifar-10-batches-py", CIFAR10_MEAN, CIFAR10_STD),
-    "cifar100": TorchvisionSet("CIFAR-100", "CIFAR100", "cifar-100-python", CIFAR100_MEAN, CIFAR100_STD),
+    "cifar100": TorchvisionSet("CIFAR-100", "CIFAR100", "cifar-100-python", CIFAR100_MEAN, CIFAR100_STD, 100),
     "mnist": TorchvisionSet("MNIST", "MNIST", "MNIST", MNIST_MEAN, MNIST_STD),
     "fashion_mnist": TorchvisionSet(
         "Fashion-MNIST", "FashionMNIST", "FashionMNIST", FASHION_MNIST_MEAN, FASHION_MNIST_STD
@@ -193,12 +197,20 @@ def _reuse_archives(opener: _Opener, root: Path, target: Path, temporary: Path) 
 class TensorSamples:
     """A map-style set of (image, target) whose PIL objects become tensors, so that torch can collate them.
 
-    The image, or a lone sample that is one: uint8 [1, H, W] where it is grey (modes 1, L), else RGB uint8 [3, H, W].
-    PIL objects in the target, such as the masks of VOC: their raw values, int64 [H, W]. All else is left as it is.
+    The image, or a lone sample that is one: uint8 [1, H, W] where it is grey, else RGB uint8 [3, H, W], upright and
+    without transparency, as `open_image` gives it; a `loader` of the set that drops transparency comes before.
+    PIL objects in the target, such as the masks of VOC: their raw values, int64 [H, W], upright too. All else is left
+    as it is.
+
+    Args:
+        samples: the set; `collate` and `fingerprint` stay its own.
+        background: what transparent pixels are laid on: white, grey, black or #rrggbb.
     """
 
-    def __init__(self, samples: Indexable) -> None:
+    def __init__(self, samples: Indexable, background: str = "white") -> None:
         self.samples = samples
+        self.background = background
+        ground_color(background, "background")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -207,21 +219,19 @@ class TensorSamples:
         """Sample `index`, without PIL objects."""
         sample = self.samples[index]
         if isinstance(sample, tuple) and sample:
-            return _image(sample[0]), *(_target(item) for item in sample[1:])
-        return _image(sample)
+            return self._image(sample[0]), *(_target(item) for item in sample[1:])
+        return self._image(sample)
 
-
-def _image(value: object) -> object:
-    if not isinstance(value, Image.Image):
-        return value
-    grey = value.mode in ("1", "L")
-    pixels = torch.from_numpy(np.array(value.convert("L" if grey else "RGB")))
-    return pixels.unsqueeze(0) if grey else pixels.permute(2, 0, 1).contiguous()
+    def _image(self, value: object) -> object:
+        if not isinstance(value, Image.Image):
+            return value
+        check_depth(value, getattr(value, "filename", "") or "of the data set")
+        return torch.from_numpy(planes(np.asarray(flattened(value, None, self.background))).copy())
 
 
 def _target(value: object) -> object:
     if isinstance(value, Image.Image):
-        return torch.from_numpy(np.asarray(value).astype(np.int64))
+        return torch.from_numpy(np.asarray(upright(value)).astype(np.int64))
     if isinstance(value, tuple):
         return tuple(_target(item) for item in value)
     return value
