@@ -106,7 +106,8 @@ def compute_loss(config: Config, model: nn.Module, batch: tuple[Tensor, Tensor])
     logits = model(images)
     smoothing = config.label_smoothing if model.training else 0.0
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    return LossOutput(loss, topk_correct(logits, labels, ks=(1, 5) if logits.shape[1] > 5 else (1,)))
+    ks = (1, 5) if logits.shape[1] > 5 else (1,)
+    return LossOutput(loss, topk_correct(logits, labels, ks))
 
 
 PRESETS = {

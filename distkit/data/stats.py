@@ -60,10 +60,11 @@ class Stats:
     def describe(self) -> str:
         """The numbers, and what to type for them."""
         mean, std = (" ".join(f"{value:.8f}" for value in each) for each in (self.mean, self.std))
+        channels = f"{len(self.counts)} channel" + ("s" if len(self.counts) > 1 else "")
         pixels = int(self.counts[0].sum())
         return "\n".join(
             [
-                f"{self.source}: {self.num_images:,} images, {len(self.counts)} channels, {pixels:,} pixels",
+                f"{self.source}: {self.num_images:,} images, {channels}, {pixels:,} pixels",
                 f"  mean: {mean}",
                 f"  std:  {std}",
                 f"  type: --data.mean {mean} --data.std {std}",

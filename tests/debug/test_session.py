@@ -134,7 +134,7 @@ def test_a_broken_data_set_is_not_blamed_on_the_loss(tmp_path: Path) -> None:
 
 
 def test_sums_that_are_no_tensors_are_named(tmp_path: Path) -> None:
-    ended = debug(tmp_path, change=("topk_correct(logits, labels, ks=(1, 5)))", "{'n': 3})"))
+    ended = debug(tmp_path, change=("topk_correct(logits, labels, ks))", "{'n': 3})"))
     assert ended.returncode == 1
     assert "sums['n'] must be a tensor without dims, got int 3" in ended.stderr
     assert "Traceback" not in ended.stderr

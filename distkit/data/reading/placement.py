@@ -13,6 +13,7 @@ from distkit.data.reading.fetchers import BatchMaker, Fetcher, HostFetcher, Inli
 from distkit.data.reading.iterable import IterableData, IterableSource
 from distkit.data.reading.loader import Loader
 from distkit.data.reading.workers import WorkerFetcher
+from distkit.data.sets.torchvision_sets import loader_notes
 from distkit.data.stream.stream import SampleStream
 from distkit.errors import ConfigError
 from distkit.runtime.process import available_cores
@@ -108,9 +109,10 @@ def summary_of(dataset: object) -> str:
 
 
 def notes_of(dataset: object) -> tuple[str, ...]:
-    """What a person should know of the data set before training on it: its `notes`."""
-    samples = dataset.samples if isinstance(dataset, MapDataset) else dataset
-    return tuple(getattr(samples, "notes", ()))
+    """What a person should know of the data set before training on it: its `notes`, and what its loader ignores."""
+    if not isinstance(dataset, MapDataset):
+        return tuple(getattr(dataset, "notes", ()))
+    return *getattr(dataset.samples, "notes", ()), *loader_notes(dataset.samples)
 
 
 def place(dataset: Dataset, reading: Reading) -> Placed:

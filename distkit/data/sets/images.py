@@ -144,7 +144,7 @@ class ResidentDataset(ABC, Generic[A]):
         if not self.borrows_normalization:
             return self.file_notes
         whose = "CIFAR-10's mean and std" if len(self.mean) == 3 else f"a mean and std of {self.mean[0]}"
-        return *self.file_notes, f"{self.source}: normalised with {whose}; `distkit data stats` computes its own"
+        return *self.file_notes, f"{self.source}: normalised with {whose}; `distkit data stats FOLDER` computes its own"
 
     def describe(self) -> str:
         """One line for people: "50,000 images 3x32x32 uint8, 10 classes, from folder data/flowers"."""

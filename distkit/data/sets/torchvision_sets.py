@@ -96,6 +96,13 @@ def torchvision_set(name: str, root: Path, split: Split) -> ImageDataset:
     row = TORCHVISION_SETS[name]
     try:
         opened = _open(row, root, split)
+    except PermissionError as error:
+        raise DataError(
+            f"{row.title} cannot be read in {root}, nor downloaded to it",
+            expected="files that this user may read, or a folder that it may write",
+            got=error,
+            fix="--data.root DIR",
+        ) from error
     except (OSError, HTTPException, RuntimeError, EOFError, ImportError) as error:
         raise DataError(
             f"{row.title} cannot be downloaded to {root}",
