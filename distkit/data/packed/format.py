@@ -29,7 +29,7 @@ from typing import Literal
 
 from distkit.config import Color, Split
 from distkit.config.data import ground_color
-from distkit.errors import DataError
+from distkit.errors import ConfigError, DataError
 
 INDEX = "index.json"
 VERSION = 2
@@ -166,7 +166,12 @@ def _check(index: Index) -> None:
         raise ValueError(f"the form {index.form} with samples of shape {index.sample_shape}")
     if index.channels not in (1, 3):
         raise ValueError(f"images of {index.channels} channels")
-    ground_color(index.background, "background")
+    if not isinstance(index.background, str) or not all(isinstance(note, str) for note in index.notes):
+        raise ValueError("a background or a note that is no text")
+    try:
+        ground_color(index.background)
+    except ConfigError as error:
+        raise ValueError(f"the background {index.background!r}") from error
     for number, shard in enumerate(index.shards):
         if shard.file != shard_name(number, len(index.shards)):
             raise ValueError(f"a shard named {shard.file}")

@@ -21,7 +21,6 @@ from distkit.config import Color, Split
 from distkit.data.packed.format import BLANK, Index, ShardEntry, shard_name
 from distkit.data.sets.decode import (
     GREY_MODES,
-    TRANSPARENT_MODES,
     Mode,
     Oddities,
     check_depth,
@@ -29,6 +28,7 @@ from distkit.data.sets.decode import (
     has_frames,
     head,
     in_order,
+    is_transparent,
     opened,
     planes,
     shape_words,
@@ -310,6 +310,6 @@ def _file(listing: Listing, index: int, check: bool, oddities: Oddities) -> byte
         check_depth(image, path)
         if has_frames(image):
             oddities.add("frames", str(path))
-        if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
+        if is_transparent(image):
             oddities.add("alpha", str(path))
     return data

@@ -10,8 +10,8 @@ import errno
 import io
 import shlex
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
@@ -64,25 +64,26 @@ class Oddities:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._examples: dict[str, list[str]] = {}
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
 
     def add(self, kind: Literal["transparent", "alpha", "frames"], name: str) -> None:
         """Count an image of this kind."""
         with self._lock:
-            self._examples.setdefault(kind, []).append(name)
+            self._counts[kind] += 1
+            self._first[kind] = min(name, self._first.get(kind, name))
 
     def notes(self, background: str) -> tuple[str, ...]:
         """A sentence for each kind that there was; `background` is the name of the ground."""
-        words = {"transparent": f"with transparent pixels, laid on {background}",
-                 "alpha": f"with an alpha channel: what is transparent is laid on {background}",
-                 "frames": "of several frames, of which the first is used"}  # fmt: skip
-        found = ((sorted(self._examples[kind]), words[kind]) for kind in words if kind in self._examples)
-        return tuple(f"{count_images(names)} {what} ({printable(names[0])})" for names, what in found)
-
-
-def count_images(names: Sized) -> str:
-    """ "1 image", "1,234 images"."""
-    return f"{len(names):,} image" + ("s" if len(names) != 1 else "")
+        words = {
+            "transparent": f"with transparent pixels, laid on {background}",
+            "alpha": f"with an alpha channel: what is transparent is laid on {background}",
+            "frames": "of several frames, of which the first is used",
+        }
+        return tuple(
+            f"{count:,} image{'s' if count > 1 else ''} {words[kind]} ({printable(self._first[kind])})"
+            for kind, count in sorted(self._counts.items(), reverse=True)
+        )
 
 
 @contextlib.contextmanager
@@ -177,13 +178,18 @@ def flattened(
     if mode is None:
         mode = "L" if image.mode in GREY_MODES else "RGB"
     image = upright(image)
-    if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
+    if is_transparent(image):
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, ground_color(background))
         image.alpha_composite(layer)
         if layer.getchannel("A").getextrema()[0] != 255:
             on_transparent()
     return image.convert(mode)
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether a pixel could be transparent: there is an alpha channel, or a colour that stands for it."""
+    return image.mode in TRANSPARENT_MODES or "transparency" in image.info
 
 
 def check_depth(image: Image.Image, name: object, fix: str | None = None) -> None:

@@ -24,12 +24,15 @@ from torch import Tensor
 
 from distkit.config import Split
 from distkit.config.data import ground_color
+from distkit.data.collate import with_inner
 from distkit.data.dataset import Indexable
-from distkit.data.sets.decode import check_depth, flattened, planes, upright
+from distkit.data.sets.decode import check_depth, flattened, is_transparent, orientation, planes, upright
 from distkit.data.sets.images import CIFAR10_MEAN, CIFAR10_STD, ImageDataset
 from distkit.errors import DataError, nearest
 from distkit.files import locked
 
+#: Files of a set that are opened to see whether torchvision's loader is right for them.
+MAX_LOOKS = 64
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
 CIFAR100_MEAN = (0.5071, 0.4867, 0.4408)
@@ -242,6 +245,33 @@ def _target(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(_target(item) for item in value)
     return value
+
+
+def loader_notes(samples: object) -> tuple[str, ...]:
+    """A sentence where torchvision's own loader reads images that it does not show as a person sees them.
+
+    It ignores EXIF and drops transparency. At most 64 files are opened, spread evenly over the set, and not decoded.
+    """
+    for each in with_inner(samples):
+        files = getattr(each, "samples", None)
+        if getattr(getattr(each, "loader", None), "__module__", "") != "torchvision.datasets.folder" or not files:
+            continue
+        chosen = np.unique(np.linspace(0, len(files) - 1, MAX_LOOKS).astype(np.int64)).tolist()
+        odd = [str(files[i][0]) for i in chosen if _is_odd(files[i][0])]
+        if odd:
+            return (f"{len(odd)} of {len(chosen)} images looked at are turned by EXIF or transparent ({odd[0]}), which "
+                    "torchvision's loader ignores: give the data set loader=distkit.data.open_image",)  # fmt: skip
+    return ()
+
+
+def _is_odd(path: str | Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            # a PNG without EXIF in its head would be decoded in search of it
+            turned = (image.format != "PNG" or "exif" in image.info) and orientation(image) != 1
+            return turned or is_transparent(image)
+    except Exception:  # a damaged file is named when it is read
+        return False
 
 
 def resident_images(

@@ -235,7 +235,8 @@ def test_a_hostile_index_is_refused(encoded):
     escape = [{**shards[0], "file": "../../outside"}, *shards[1:]]
     huge = [{**shards[0], "num_samples": 1 << 60}, *shards[1:]]
     for changes in ({"shards": escape}, {"shards": huge}, {"shards": []}, {"num_samples": 41}, {"extra": 1},
-                    {"form": "raw"}, {"sample_shape": [3, 1 << 40, 1]}, {"shards": 3}):  # fmt: skip
+                    {"form": "raw"}, {"sample_shape": [3, 1 << 40, 1]}, {"shards": 3}, {"background": "pink"},
+                    {"background": 3}, {"channels": 2}, {"notes": [3]}):  # fmt: skip
         before = (encoded / "index.json").read_text()
         rewrite_index(encoded, **changes)
         with pytest.raises(DataError, match=r"index\.json is damaged"):

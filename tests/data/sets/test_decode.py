@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin, features
+from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 
-from distkit.data import TensorSamples, cifar10, folder, mask_folder, open_image, open_packed
+from distkit.data import TensorSamples, as_dataset, cifar10, folder, mask_folder, open_image, open_packed
 from distkit.data.packed.pack import pack
 from distkit.data.packed.read import PackedImages
+from distkit.data.reading.placement import notes_of
 from distkit.data.sets.decode import SUFFIXES, Oddities, decode, head
 from distkit.errors import ConfigError, DataError
 
@@ -119,6 +121,17 @@ def test_every_way_to_read_a_folder_turns_its_images(tmp_path, form):
         for ways in (packed[i][0], samples[i][0], resident.images[i]):
             assert ways.equal(expected)
         assert np.array_equal(np.asarray(by_hand[i][0]), upright)
+
+
+def test_a_torchvision_set_whose_loader_ignores_exif_is_told_so(tmp_path):
+    turned_tree(tmp_path)
+    default, own = (ImageFolder(tmp_path / "train", **how) for how in ({}, {"loader": open_image}))
+    (note,) = notes_of(as_dataset(Subset(default, range(3))))
+    assert note.startswith(f"4 of 6 images looked at are turned by EXIF or transparent ({tmp_path}/train/a/1.png)")
+    assert notes_of(as_dataset(own)) == ()
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"damaged")
+    assert notes_of(as_dataset(default)) == ()
 
 
 def test_images_and_masks_are_turned_each_for_itself(tmp_path):
