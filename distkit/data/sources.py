@@ -15,7 +15,7 @@ from distkit.config import Color, DataConfig, Split
 from distkit.config.check import require_number
 from distkit.data.packed.format import read_index
 from distkit.data.packed.plan import GREY, channels_of, common_shape, plan_folder
-from distkit.data.packed.read import PackedImages, open_packed
+from distkit.data.packed.read import PackedImages, open_packed, packed_folder
 from distkit.data.packed.write import write_packed
 from distkit.data.sets.decode import head, shape_words
 from distkit.data.sets.image_folder import SPLITS, all_classes, class_folders, image_files, list_images
@@ -50,7 +50,7 @@ def image_facts(data: DataConfig) -> ImageFacts:
     if data.source == "synthetic":
         return ImageFacts(NUM_SYNTHETIC_CLASSES, 3)
     if data.source == "packed":
-        index = read_index(data.root / "train")[0]
+        index = read_index(packed_folder(data.root, "train"))[0]
         return ImageFacts(len(index.class_names), index.sample_shape[0] if index.sample_shape else index.channels)
     if data.source == "folder":
         folders = {split: class_folders(data.root / split) for split in SPLITS}

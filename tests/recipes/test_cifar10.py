@@ -120,7 +120,7 @@ def test_a_class_without_test_images(tmp_path):
     (ended,) = train(tmp_path, *FOLDER)
     assert ended.returncode == 2
     assert not (tmp_path / "run").exists()
-    advice = re.search(r"type:     (--\S+),", ended.stderr)[1]
+    advice = re.search(r"type:     (--\S+)", ended.stderr)[1]
     succeeds(tmp_path, *FOLDER, advice)
     assert "images/test: no image of c" in notes(tmp_path)
     assert load_run(tmp_path / "run", recipe=RECIPE)[1].head.out_features == 3

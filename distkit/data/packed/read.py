@@ -40,6 +40,16 @@ def open_packed(root: Path, split: Split) -> ImageDataset | PackedImages:
     Raises:
         DataError: there is no such folder, or it cannot be used; see `PackedSplit`.
     """
+    images = PackedImages(packed_folder(root, split))
+    return images if images.split.index.form == "encoded" else images.resident()
+
+
+def packed_folder(root: Path, split: Split) -> Path:
+    """ROOT/SPLIT.
+
+    Raises:
+        DataError: it has no index, or cannot be read.
+    """
     folder = root / split
     inside = entries(folder)
     if INDEX not in [entry.name for entry in inside or ()]:
@@ -51,8 +61,7 @@ def open_packed(root: Path, split: Split) -> ImageDataset | PackedImages:
             got="files of an unfinished pack" if unfinished else present or "a folder without packed splits",
             fix=f"distkit data pack FOLDER {root}",
         )
-    images = PackedImages(folder)
-    return images if images.split.index.form == "encoded" else images.resident()
+    return folder
 
 
 def packed_splits(root: Path) -> list[str]:

@@ -199,7 +199,7 @@ def check_depth(image: Image.Image, name: object, fix: str | None = None) -> Non
             f"the image {name} has pixels of mode {image.mode}, which 8 bits cannot hold",
             expected=f"8 bits a channel: {', '.join(MODES)}",
             got=f"{image.mode}: scale them to 0 to 255 yourself, since their range is not known",
-            fix=fix or f"rm {shlex.quote(str(name))}, and put an image of 8 bits in its place",
+            fix=fix or f"rm {shlex.quote(str(name))}",
         )
 
 

@@ -87,9 +87,9 @@ def all_classes(
         where = {split: [printable(name) for name in lone if name in each] for split, each in folders.items()}
         raise DataError(
             f"the {' and '.join(folders)} folders in {root} have different classes",
-            expected="the same class folders in both",
+            expected=f"the same class folders in both; {option}, where a class has no image in one of them",
             got="; ".join(f"only in {split}: {shorten(each, 10)}" for split, each in where.items() if each),
-            fix=_rename(root, folders, lone) or f"{option}, where a class has no image in one of them",
+            fix=_rename(root, folders, lone) or option,
         )
     return tuple(names)
 

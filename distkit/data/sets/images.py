@@ -184,7 +184,7 @@ class ResidentDataset(ABC, Generic[A]):
                 f"images from {self.source} and their mean and std differ in channels",
                 expected=f"{channels} numbers each",
                 got=f"mean {mean}, std {std}",
-                fix="--data.mean and --data.std as `distkit data stats FOLDER` prints them",
+                fix="distkit data stats FOLDER",
             )
         self.mean, self.std = mean, std
         self._normalization = {torch.device("cpu"): augment.normalization(mean, std)}
