@@ -21,7 +21,7 @@ from distkit.config import BatchSplit, CheckpointConfig, Constant, TrainConfig, 
 from distkit.data import Dataset, as_dataset
 from distkit.data.reading.iterable import IterableData, IterableSource
 from distkit.data.reading.loader import EvaluationLoader
-from distkit.data.reading.placement import Placed, Reading, TrainSource, open_training, place, summary_of
+from distkit.data.reading.placement import Placed, Reading, TrainSource, notes_of, open_training, place, summary_of
 from distkit.data.sets.fingerprint import fingerprint_of
 from distkit.ema import Ema
 from distkit.engine.flops import FirstBatch, describe_peak, outline_utilization
@@ -72,6 +72,7 @@ def assemble(recipe: Recipe[C], config: C, runtime: Runtime) -> Run:
 def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDirectory) -> Run:
     """`assemble` in a directory that is already chosen; the caller releases it."""
     fault("start-up", runtime.rank, 0)
+    config = resolve_config(recipe, config, runtime)
     check_one_schedule(recipe, config)
     resume = choose_checkpoint(config, runtime, directory)
     strategy = build_strategy(config, runtime)
@@ -108,6 +109,18 @@ def open_directory(recipe: str, config: TrainConfig, runtime: Runtime) -> RunDir
     return directory
 
 
+def resolve_config(recipe: Recipe[C], config: C, runtime: Runtime = ALONE) -> C:
+    """The configuration with what the data decide (the number of classes) filled in by the recipe.
+
+    Raises:
+        ConfigError: what the recipe raises.
+    """
+    if recipe.resolve_config is not None:
+        with runtime.raise_on_all_ranks("asking the data what the configuration leaves to them"):
+            config = recipe.resolve_config(config)
+    return config
+
+
 def open_data(recipe: Recipe[C], config: C, runtime: Runtime = ALONE) -> Data:
     """The recipe's data sets, the same on every rank.
 
@@ -127,7 +140,8 @@ def open_data(recipe: Recipe[C], config: C, runtime: Runtime = ALONE) -> Data:
     if not isinstance(train_set, IterableData):
         check_sizes(train_set, split_batch(config, runtime.world_size))
     check_evaluation(config, test_set)
-    return Data(train_set=train_set, test_set=test_set, fingerprint=first[0][1])
+    notes = [note for part in (train_set, test_set) if part is not None for note in notes_of(part)]
+    return Data(train_set=train_set, test_set=test_set, fingerprint=first[0][1], notes=tuple(dict.fromkeys(notes)))
 
 
 def _sizes(parts: list[tuple[int, str | None]]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from traceback import extract_tb
 from types import TracebackType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from distkit.cli import parse
 from distkit.config import TrainConfig, ranks_that_fit, reset_for_debugging, split_batch
@@ -189,8 +189,8 @@ def run_recipe(recipe: Recipe[C], config: C, topology: Topology, signals: StopSi
         ending.directory = open_directory(recipe.name, config, runtime)
         run = build_run(recipe, config, runtime, ending.directory)
         if config.debug.enabled:
-            expected = recipe.expected_initial_loss(config) if recipe.expected_initial_loss is not None else None
-            debug(run, expected)
+            expected_loss = recipe.expected_initial_loss
+            debug(run, None if expected_loss is None else expected_loss(cast(C, run.config)))
         elif run.finished:
             if runtime.is_main_process:
                 done = run.resume.completed_steps

@@ -94,6 +94,11 @@ def shorten(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def printable(text: str) -> str:
+    """`text` with an escape for each character that no screen shows: control characters, bytes that are not UTF-8."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice spelled most like `word`, or None when none is close."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

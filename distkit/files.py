@@ -182,7 +182,8 @@ def _lock(descriptor: int, path: Path, on_wait: Callable[[], None]) -> bool:
 
 def _temporary(path: Path) -> Path:
     """A unique temporary name: two processes writing the same file must not rename each other's half."""
-    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # file systems take 255 bytes
+    return path.with_name(f"{TEMPORARY}{name}-{uuid.uuid4().hex[:8]}")
 
 
 def _create(path: Path, mode: int) -> int:

@@ -39,6 +39,8 @@ class Recipe(Generic[C]):
         init_model_: config, model, training set -> None; for weights that depend on data.
         best: the evaluation metric that decides what is best, and whether it should fall or rise.
         expected_initial_loss: config -> the loss of an untrained model, which debug mode checks.
+        resolve_config: config -> config with what the data decide filled in, such as the number of classes. Called
+            before anything is built; what it returns is the run's configuration, and comes back as it is.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Recipe(Generic[C]):
     init_model_: Callable[..., None] | None = None
     best: tuple[str, Literal["min", "max"]] = ("loss", "min")
     expected_initial_loss: Callable[[C], float] | None = None
+    resolve_config: Callable[[C], C] | None = None
 
     def __post_init__(self) -> None:
         if not self.presets:

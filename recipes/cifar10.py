@@ -8,7 +8,7 @@
 quick: ResNet-8, 4 epochs. classic: ResNet-18, 160 epochs. fast: an airbench-like net, 10 epochs on one GPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch.nn.functional as F
@@ -17,20 +17,22 @@ from torch import Tensor, nn
 from distkit import LossOutput, Recipe, TrainConfig, main
 from distkit.config import SGD, Cosine, OneCycle, Split
 from distkit.config.check import require, require_number
-from distkit.data import Augmentation, Dataset, ImageDataset, load_images
+from distkit.data import Augmentation, Dataset, ImageDataset, ImageFacts, image_facts, load_images
 from distkit.metrics import expected_initial_loss, topk_correct
 from distkit.models import FastNet, resnet18, resnet_cifar, whitening_init_
 from distkit.optim import ParamGroup, default_param_groups
 
-NUM_CLASSES = 10
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
-    """ResNets and a fast net on CIFAR-10, or on any ImageFolder tree of ten classes of 32x32 images."""
+    """ResNets and a fast net on CIFAR-10, or on any folder of 32x32 images, by class."""
 
     model: Literal["resnet8", "resnet20", "resnet18", "fastnet"] = "resnet18"
     """Which network."""
+    num_classes: int | None = None
+    """Classes of the head; None: as many as the data has."""
+    channels: int | None = None
+    """Channels of an image; None: as many as the data has."""
     norm: Literal["batch", "group", "none"] = "batch"
     """Normalisation layers of the ResNets."""
     crop_padding: int = 4
@@ -44,6 +46,8 @@ class Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_number("num_classes", self.num_classes, least=1, example="None")
+        require(self.channels in (None, 1, 3), "channels", "1, 3 or None", self.channels, "None")
         require_number("crop_padding", self.crop_padding, least=0, most=31, example="4")
         require_number("cutout", self.cutout, least=0, most=32, example="8")
         require_number("label_smoothing", self.label_smoothing, least=0, below=1, example="0.1")
@@ -51,17 +55,33 @@ class Config(TrainConfig):
         require(ok, "norm", "batch, which fastnet has built in", self.norm, "batch")
 
 
+def facts_of(config: Config) -> ImageFacts:
+    """Classes and channels: those of the data, where the configuration leaves them to it."""
+    if config.num_classes and config.channels:
+        return ImageFacts(config.num_classes, config.channels)
+    facts = image_facts(config.data)
+    return ImageFacts(config.num_classes or facts.num_classes, config.channels or facts.channels)
+
+
+def resolve_config(config: Config) -> Config:
+    """What the data decide becomes part of the run, so that its model can be loaded without them."""
+    facts = facts_of(config)
+    return replace(config, num_classes=facts.num_classes, channels=facts.channels)
+
+
 def build_model(config: Config) -> nn.Module:
+    facts = facts_of(config)
     if config.model == "fastnet":
-        return FastNet(NUM_CLASSES)
+        return FastNet(facts.num_classes, in_channels=facts.channels)
     if config.model == "resnet18":
-        return resnet18(NUM_CLASSES, norm=config.norm)
-    return resnet_cifar(int(config.model.removeprefix("resnet")), num_classes=NUM_CLASSES, norm=config.norm)
+        return resnet18(facts.num_classes, norm=config.norm, in_channels=facts.channels)
+    depth = int(config.model.removeprefix("resnet"))
+    return resnet_cifar(depth, num_classes=facts.num_classes, norm=config.norm, in_channels=facts.channels)
 
 
 def build_dataset(config: Config, split: Split) -> ImageDataset:
     augmentation = Augmentation(crop_padding=config.crop_padding, flip=config.flip, cutout=config.cutout)
-    return load_images(config.data, split, seed=config.seed, augmentation=augmentation)
+    return load_images(config.data, split, seed=config.seed, augmentation=augmentation, facts=facts_of(config))
 
 
 def init_model_(config: Config, model: nn.Module, train_set: Dataset) -> None:
@@ -81,12 +101,13 @@ def build_param_groups(config: Config, model: nn.Module) -> list[ParamGroup]:
 
 
 def compute_loss(config: Config, model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossOutput:
-    """images [B, 3, 32, 32], labels [B] int64 -> mean cross entropy over B, and counts of correct samples."""
+    """images [B, C, 32, 32], labels [B] int64 -> mean cross entropy over B, and counts of correct samples."""
     images, labels = batch
     logits = model(images)
     smoothing = config.label_smoothing if model.training else 0.0
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    return LossOutput(loss, topk_correct(logits, labels, ks=(1, 5)))
+    ks = (1, 5) if logits.shape[1] > 5 else (1,)
+    return LossOutput(loss, topk_correct(logits, labels, ks))
 
 
 PRESETS = {
@@ -138,7 +159,8 @@ recipe = Recipe(
     build_param_groups=build_param_groups,
     init_model_=init_model_,
     best=("top1", "max"),
-    expected_initial_loss=lambda config: expected_initial_loss(NUM_CLASSES),
+    expected_initial_loss=lambda config: expected_initial_loss(facts_of(config).num_classes),
+    resolve_config=resolve_config,
 )
 
 if __name__ == "__main__":

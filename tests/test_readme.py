@@ -89,6 +89,8 @@ def test_packing_commands_run_and_what_they_packed_trains(tmp_path: Path) -> Non
     image_folder(tmp_path / "ROOT")
     commands = [c.split() for c in COMMANDS if "packed" in c]
     assert [words[:3] for words in commands[:-1]] == [["distkit", "data", "pack"], ["distkit", "data", "verify"]]
+    assert "distkit data stats ROOT" in COMMANDS
+    assert "--data.mean 0." in call(["distkit", "data", "stats", "ROOT"], tmp_path)
     for words in commands[:-1]:
         call(words, tmp_path)
     assert "top1" in call([*commands[-1], *SHORT, "--run-dir", "run"], tmp_path)

@@ -21,6 +21,7 @@ usage: distkit COMMAND [ARGUMENTS]
   data pack FOLDER OUT    pack images for fast reading
   data show OUT/SPLIT     describe a packed split
   data verify OUT/SPLIT   compare every byte of it with its checksums
+  data stats FOLDER       mean and std of the images, to normalise them with
   checkpoint list RUN     list the checkpoints of a run
   checkpoint show PATH    describe a checkpoint
   checkpoint verify PATH  compare every byte of a checkpoint with its checksums

@@ -2,7 +2,7 @@
 
 from distkit.config.checkpoint import CheckpointConfig, ResumeConfig
 from distkit.config.choice import carry_over, from_values
-from distkit.config.data import DataConfig, Placement
+from distkit.config.data import Color, DataConfig, Placement
 from distkit.config.optim import (
     ASGD,
     LBFGS,
@@ -79,6 +79,7 @@ __all__ = [
     "Adamax",
     "BatchSplit",
     "CheckpointConfig",
+    "Color",
     "CompileBackend",
     "CompileMode",
     "CompileScope",

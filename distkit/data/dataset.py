@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset
 
 from distkit.data.batch import Batch, batch_size, to_device
+from distkit.data.collate import collate_of
 from distkit.data.stream.draws import Draws
 from distkit.errors import DataError
 
@@ -45,17 +46,22 @@ class Augments(Protocol):
 
 
 class Indexable(Protocol):
-    """A map-style torch data set: `len(it)` samples, `it[i]` one of them."""
+    """A map-style torch data set: `len(it)` samples, `it[i]` one of them.
+
+    It may also have `collate(samples)`, which makes a batch of a list of samples: for those of different sizes, which
+    it pads (return the lengths, too, and `weight` from compute_loss where the mean is over tokens). Without it
+    torch's `default_collate` does. See `distkit.data.collate`.
+    """
 
     def __len__(self) -> int:
         """Number of samples."""
 
     def __getitem__(self, index: int, /) -> object:
-        """One sample: tensors, arrays, numbers, or tuples and dicts of them, the same shapes every time."""
+        """One sample: tensors, arrays, numbers, or tuples and dicts of them; without `collate` always of one shape."""
 
 
 class MapDataset:
-    """A map-style torch data set as a `Dataset`: samples are taken one by one and collated by torch's rules."""
+    """A map-style torch data set as a `Dataset`: samples are taken one by one and collated."""
 
     def __init__(self, samples: Indexable) -> None:
         self.samples = samples
@@ -64,11 +70,11 @@ class MapDataset:
         return len(self.samples)
 
     def fetch(self, indices: Tensor) -> Batch:
-        """`default_collate` of the samples with these numbers; `__getitems__` is used where the data set has it."""
+        """The samples with these numbers, collated; `__getitems__` is used where the data set has it."""
         numbers = indices.tolist()
         several = getattr(self.samples, "__getitems__", None)
         samples = several(numbers) if several else [self.samples[i] for i in numbers]
-        return cast(Batch, default_collate(samples))
+        return collate_of(self.samples)(samples)
 
 
 def as_dataset(candidate: object) -> Dataset:

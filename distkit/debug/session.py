@@ -43,6 +43,8 @@ def debug(run: Run, expected_loss: float | None) -> None:
     config, module = run.config.debug, run.strategy.module
     for name, value in run.facts.items():
         print(f"{name:13s} {value}")
+    for note in run.data.notes:
+        print(f"{'note':13s} {note}")
     print_parameters(module)
     num_batches = config.overfit_batches
     if num_batches is not None:

@@ -102,7 +102,7 @@ def opened(run: Run) -> Iterator[None]:
     try:
         for observer in run.observers:
             observer.start(info, progress.step)
-        for note in [*run.resume.warnings, *resume_notes(run)]:
+        for note in [*run.data.notes, *run.resume.warnings, *resume_notes(run)]:
             run.note(note)
         yield
         run.loader.close()

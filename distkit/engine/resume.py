@@ -159,8 +159,11 @@ def check_fits(run: Run, checkpoint: VerifiedCheckpoint) -> None:
     for name, here in (("num_samples", run.num_samples), ("data", run.data.fingerprint)):
         before = checkpoint.state.get(name)
         if here != before and not (name == "data" and None in (here, before)):
+            changed = _changed(run, checkpoint)
+            also = f"; changed since: {shorten(changed)}" if changed else ""
             raise ConfigError(f"{where} was trained on different data", expected=f"{name} {before}",
-                              got=f"{name} {here}", fix="the data it was trained on, or another --run-dir")  # fmt: skip
+                              got=f"{name} {here}{also}",
+                              fix="another --run-dir, or the data it was trained on")  # fmt: skip
     position = _data_position(run, checkpoint)
     if (position is None) != (run.data_state is None):
         kinds = ("an indexable data set", "an iterable data set")
@@ -305,10 +308,15 @@ def resume_notes(run: Run) -> list[str]:
     kinds = {name.removeprefix("rng/00000/") for name in checkpoint.manifest.tensors if name.startswith("rng/00000/")}
     if kinds != capture_rng(run.runtime.device).keys():
         notes.append("saved on another kind of device: arithmetic and random draws (dropout) differ from before")
-    changed = changes(fill_defaults(cast(dict[str, object], checkpoint.state["config"])), to_json(run.config))
+    changed = _changed(run, checkpoint)
     if changed:
         notes.append(f"changed since: {shorten(changed)}")
     return notes
+
+
+def _changed(run: Run, checkpoint: VerifiedCheckpoint) -> list[str]:
+    """`optim.lr 0.1 -> 0.2` for each field of the configuration that differs from the checkpoint's."""
+    return changes(fill_defaults(cast(dict[str, object], checkpoint.state["config"])), to_json(run.config))
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object], prefix: str = "") -> list[str]:

@@ -55,11 +55,13 @@ class Data:
     Attributes:
         train_set, test_set: as the recipe built them; test_set is None where there is none.
         fingerprint: tells the training set from another one; None where it cannot be computed.
+        notes: what a person should know of them, said at the start.
     """
 
     train_set: Dataset | IterableData
     test_set: Dataset | None
     fingerprint: str | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

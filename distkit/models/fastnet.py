@@ -25,7 +25,6 @@ from distkit.errors import ConfigError, DataError
 from distkit.models.init import dirac_init_
 
 PATCH = 2
-PATCH_VALUES = 3 * PATCH * PATCH
 CHUNK = 512
 
 
@@ -61,13 +60,18 @@ class FastNet(nn.Module):
         num_classes: C of the logits.
         widths: output channels of the three conv groups.
         logit_scale: factor on the logits, which sets how sharp they are at the start.
+        in_channels: of the images.
 
     Raises:
         ConfigError: widths are not three numbers >= 1.
     """
 
     def __init__(
-        self, num_classes: int = 10, widths: Sequence[int] = (64, 256, 256), logit_scale: float = 1 / 9
+        self,
+        num_classes: int = 10,
+        widths: Sequence[int] = (64, 256, 256),
+        logit_scale: float = 1 / 9,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         if len(widths) != 3 or min(widths) < 1:
@@ -78,15 +82,16 @@ class FastNet(nn.Module):
                 fix="widths=(64, 256, 256)",
             )
         self.logit_scale = logit_scale
-        self.whiten = nn.Conv2d(3, 2 * PATCH_VALUES, PATCH)
+        num_filters = 2 * in_channels * PATCH * PATCH
+        self.whiten = nn.Conv2d(in_channels, num_filters, PATCH)
         self.whiten.weight.requires_grad_(False)
-        channels = (2 * PATCH_VALUES, *widths)
+        channels = (num_filters, *widths)
         self.groups = nn.Sequential(*(ConvGroup(a, b) for a, b in zip(channels, widths, strict=False)))
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
         dirac_init_(self.groups)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, 32, 32] float -> logits [B, num_classes]."""
+        """images [B, in_channels, 32, 32] float -> logits [B, num_classes]."""
         features = self.groups(F.gelu(self.whiten(images)))
         pooled = F.max_pool2d(features, 3).flatten(1)
         logits: Tensor = self.head(pooled) * self.logit_scale
@@ -94,11 +99,12 @@ class FastNet(nn.Module):
 
 
 def patch_second_moment(images: Tensor) -> Tensor:
-    """images [N, 3, H, W] float -> mean of p pᵀ over all 2x2 patches p, [12, 12] float64 on the CPU."""
-    total = torch.zeros(PATCH_VALUES, PATCH_VALUES, dtype=torch.float64)
+    """images [N, C, H, W] float -> mean of p pᵀ over all 2x2 patches p, [4 C, 4 C] float64 on the CPU."""
+    num_values = images.shape[1] * PATCH * PATCH
+    total = torch.zeros(num_values, num_values, dtype=torch.float64)
     count = 0
     for chunk in torch.split(images, CHUNK):
-        patches = F.unfold(chunk.detach().cpu().double(), PATCH).transpose(1, 2).reshape(-1, PATCH_VALUES)
+        patches = F.unfold(chunk.detach().cpu().double(), PATCH).transpose(1, 2).reshape(-1, num_values)
         total += patches.T @ patches
         count += len(patches)
     return total / count
@@ -113,16 +119,17 @@ def whitening_init_(model: FastNet, images: Tensor, eps: float = 5e-4) -> None:
 
     Args:
         model: changed in place; the whitening weight keeps its device and dtype, the bias becomes zero.
-        images: [N, 3, H, W] float, normalised as in training; the paper takes 5,000.
+        images: [N, C, H, W] float, normalised as in training; the paper takes 5,000.
         eps: added to each eigenvalue, in squared units of the images.
 
     Raises:
         DataError: the images have another shape or dtype, are none, or hold NaN or infinity.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0 or not images.is_floating_point():
+    channels = model.whiten.in_channels
+    if images.ndim != 4 or images.shape[1] != channels or len(images) == 0 or not images.is_floating_point():
         raise DataError(
             "whitening_init_: the images do not fit",
-            expected="float [N, 3, H, W], normalised as in training, N >= 1",
+            expected=f"float [N, {channels}, H, W], normalised as in training, N >= 1",
             got=f"{images.dtype} {list(images.shape)}",
             fix="images = (uint8_images.float() / 255 - mean) / std",
         )

@@ -113,6 +113,7 @@ class ResNet(nn.Module):
     Args:
         stages: from the stem on; the stem has the channels of the first.
         num_classes: C of the logits.
+        in_channels: of the images.
         norm: "batch", "group" (16 channels a group) or "none".
         shortcut: where a block changes shape, "project" (option B: 1x1 convolution and norm) or "pad" (option A).
 
@@ -125,12 +126,13 @@ class ResNet(nn.Module):
         stages: Sequence[Stage],
         *,
         num_classes: int = 10,
+        in_channels: int = 3,
         norm: Norm = "batch",
         shortcut: Shortcut = "project",
     ) -> None:
         super().__init__()
         channels = stages[0].channels
-        stem = nn.Conv2d(3, channels, 3, padding=1, bias=norm == "none")
+        stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=norm == "none")
         self.stem = nn.Sequential(stem, build_norm(norm, channels), nn.ReLU(inplace=True))
         self.stages = nn.Sequential()
         for stage in stages:
@@ -160,23 +162,25 @@ class ResNet(nn.Module):
                 block.conv2.weight.div_(math.sqrt(len(blocks)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] float -> logits [B, num_classes]."""
+        """images [B, in_channels, H, W] float -> logits [B, num_classes]."""
         features: Tensor = self.stages(self.stem(images))
         # A plain mean: the backward of adaptive_avg_pool2d is not deterministic on CUDA.
         logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits
 
 
-def resnet18(num_classes: int = 10, width: int = 64, norm: Norm = "batch") -> ResNet:
+def resnet18(num_classes: int = 10, width: int = 64, norm: Norm = "batch", in_channels: int = 3) -> ResNet:
     """ResNet-18 for 32x32 images: four stages of two blocks, `width` to 8 * `width` channels, projections.
 
     11,173,962 parameters at width 64 with 10 classes. Raises ConfigError as `ResNet` does.
     """
     stages = [Stage(num_blocks=2, channels=width << i, stride=1 if i == 0 else 2) for i in range(4)]
-    return ResNet(stages, num_classes=num_classes, norm=norm, shortcut="project")
+    return ResNet(stages, num_classes=num_classes, in_channels=in_channels, norm=norm, shortcut="project")
 
 
-def resnet_cifar(depth: int, width: int = 16, num_classes: int = 10, norm: Norm = "batch") -> ResNet:
+def resnet_cifar(
+    depth: int, width: int = 16, num_classes: int = 10, norm: Norm = "batch", in_channels: int = 3
+) -> ResNet:
     """The family of He et al. section 4.2: three stages of (depth - 2) / 6 blocks, `width` to 4 * `width` channels.
 
     Shortcuts are option A, as in the paper: subsampled and zero-padded, without parameters.
@@ -195,4 +199,4 @@ def resnet_cifar(depth: int, width: int = 16, num_classes: int = 10, norm: Norm 
         )
     num_blocks = (depth - 2) // 6
     stages = [Stage(num_blocks=num_blocks, channels=width << i, stride=1 if i == 0 else 2) for i in range(3)]
-    return ResNet(stages, num_classes=num_classes, norm=norm, shortcut="pad")
+    return ResNet(stages, num_classes=num_classes, in_channels=in_channels, norm=norm, shortcut="pad")

@@ -13,6 +13,9 @@ from distkit.errors import NonFiniteError
 
 DEBUG = ["--debug", "--data.source", "synthetic", "--global-batch-size", "16", "--num-threads", "2"]
 
+#: How the recipe opens its data.
+LOAD = "load_images(config.data, split, seed=config.seed, augmentation=augmentation, facts=facts_of(config))"
+
 
 def debug(tmp_path: Path, *argv: str, change: tuple[str, str] | None = None, stdin: str = "") -> Ended:
     """The cifar10 recipe in debug mode, with one change to its text."""
@@ -64,8 +67,8 @@ def test_a_nan_between_modules_and_in_the_loss_and_in_the_batch_are_told_apart(t
     batch = debug(
         tmp_path,
         change=(
-            "    return load_images(config.data, split, seed=config.seed, augmentation=augmentation)",
-            "    images = load_images(config.data, split, seed=config.seed, augmentation=augmentation)\n"
+            f"    return {LOAD}",
+            f"    images = {LOAD}\n"
             "    for device, pair in images._normalization.items():\n"
             "        images._normalization[device] = tuple(t * float('nan') for t in pair)\n    return images",
         ),
@@ -105,7 +108,7 @@ def test_labels_out_of_range_are_named(tmp_path: Path) -> None:
 
 
 def test_labels_out_of_range_in_the_data_are_named(tmp_path: Path) -> None:
-    ended = debug(tmp_path, change=("NUM_CLASSES = 10", "NUM_CLASSES = 7"))
+    ended = debug(tmp_path, change=("num_classes=facts.num_classes, norm", "num_classes=7, norm"))
     assert ended.returncode == 1
     assert "to 9; the model has 7 classes, so labels must be in 0 to 6" in ended.stderr
 
@@ -121,9 +124,8 @@ def test_a_wrong_input_shape_is_named(tmp_path: Path) -> None:
 
 def test_a_broken_data_set_is_not_blamed_on_the_loss(tmp_path: Path) -> None:
     change = (
-        "    return load_images(config.data, split, seed=config.seed, augmentation=augmentation)",
-        "    images = load_images(config.data, split, seed=config.seed, augmentation=augmentation)\n"
-        "    type(images).fetch = lambda self, indices: 1 / 0\n    return images",
+        f"    return {LOAD}",
+        f"    images = {LOAD}\n    type(images).fetch = lambda self, indices: 1 / 0\n    return images",
     )
     ended = debug(tmp_path, change=change)
     assert ended.returncode == 1
@@ -132,7 +134,7 @@ def test_a_broken_data_set_is_not_blamed_on_the_loss(tmp_path: Path) -> None:
 
 
 def test_sums_that_are_no_tensors_are_named(tmp_path: Path) -> None:
-    ended = debug(tmp_path, change=("topk_correct(logits, labels, ks=(1, 5)))", "{'n': 3})"))
+    ended = debug(tmp_path, change=("topk_correct(logits, labels, ks))", "{'n': 3})"))
     assert ended.returncode == 2
     assert "sums['n'] must be a tensor without dims" in ended.stderr
     assert "int 3" in ended.stderr

@@ -21,16 +21,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distkit.config import Split
-from distkit.errors import DataError
+from distkit.config import Color, Split
+from distkit.config.data import ground_color
+from distkit.errors import ConfigError, DataError
 
 INDEX = "index.json"
-VERSION = 1
+VERSION = 2
 #: An index has about 150 bytes a shard; a larger file is something else.
 MAX_INDEX_BYTES = 64 << 20
 BLANK = "0" * 64
@@ -72,6 +74,14 @@ class Index:
     labels_sha256: str
     """Over the labels of all shards."""
     shards: tuple[ShardEntry, ...]
+    color: Color = "rgb"
+    """What was asked for. Version 1 has neither this nor what follows."""
+    channels: int = 3
+    """Of an encoded image once it is decoded: 1, grey, or 3."""
+    background: str = "white"
+    """What transparent pixels are laid on."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the images, for people; written last, like the checksums."""
 
     @property
     def num_bytes(self) -> int:
@@ -79,14 +89,18 @@ class Index:
         return sum(shard.num_bytes for shard in self.shards)
 
     def plan_digest(self) -> str:
-        """sha256 of the index with blank checksums: known before the first image is read."""
+        """sha256 of the index with blank checksums and no notes: known before the first image is read."""
         blank = tuple(dataclasses.replace(shard, sha256=BLANK) for shard in self.shards)
-        return _digest(dataclasses.asdict(dataclasses.replace(self, shards=blank)))
+        return _digest(dataclasses.replace(self, shards=blank, notes=())._values())
 
     def to_json(self) -> dict[str, object]:
         """The fields, and under `sha256` a checksum of them."""
-        values = dataclasses.asdict(self)
+        values = self._values()
         return {**values, "sha256": _digest(values)}
+
+    def _values(self) -> dict[str, object]:
+        added = ("color", "channels", "background", "notes") if self.version == 1 else ()
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in added}
 
 
 def shard_name(number: int, num_shards: int) -> str:
@@ -104,6 +118,9 @@ def read_index(folder: Path) -> tuple[Index, str]:
     try:
         with path.open("rb") as file:
             text = file.read(MAX_INDEX_BYTES + 1)
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read", expected="a file that this user may read", got=error,
+                        fix=f"chmod u+r {shlex.quote(str(path))}") from error  # fmt: skip
     except OSError as error:
         raise DataError(
             f"{folder} is not a packed split", expected=f"a folder made by {PACK}", got=error, fix=PACK
@@ -122,7 +139,8 @@ def read_index(folder: Path) -> tuple[Index, str]:
         sha256 = values.pop("sha256")
         if sha256 != _digest(values):
             raise ValueError("another checksum")
-        lists = {name: tuple(values[name]) for name in ("class_names", "mean", "std")}
+        names = ("class_names", "mean", "std", "notes")
+        lists = {name: tuple(values[name]) for name in names if name in values or name != "notes"}
         shape = values["sample_shape"] and tuple(values["sample_shape"])
         shards = tuple(ShardEntry(**shard) for shard in values["shards"])
         index = Index(**{**values, **lists, "sample_shape": shape, "shards": shards})
@@ -146,6 +164,14 @@ def _check(index: Index) -> None:
         raise ValueError(f"shards that do not add up to {index.num_samples} samples")
     if index.form not in ("raw", "encoded") or (index.form == "raw") != (index.sample_shape is not None):
         raise ValueError(f"the form {index.form} with samples of shape {index.sample_shape}")
+    if index.channels not in (1, 3):
+        raise ValueError(f"images of {index.channels} channels")
+    if not isinstance(index.background, str) or not all(isinstance(note, str) for note in index.notes):
+        raise ValueError("a background or a note that is no text")
+    try:
+        ground_color(index.background)
+    except ConfigError as error:
+        raise ValueError(f"the background {index.background!r}") from error
     for number, shard in enumerate(index.shards):
         if shard.file != shard_name(number, len(index.shards)):
             raise ValueError(f"a shard named {shard.file}")

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from distkit.config import Split
+from distkit.config import Color, Split
 from distkit.config.check import require_number
+from distkit.config.data import ground_color
 from distkit.data.packed.format import INDEX, PACK
-from distkit.data.packed.plan import SHARD_BYTES, Plan, common_shape, plan_folder, plan_set
+from distkit.data.packed.plan import SHARD_BYTES, Plan, channels_of, common_shape, plan_folder, plan_set
 from distkit.data.packed.read import PackedSplit, packed_splits
 from distkit.data.packed.write import write_packed
-from distkit.data.sets.image_folder import LAYOUT, SPLITS, check_same_classes, class_folders, list_split
+from distkit.data.sets.image_folder import LAYOUT, SPLITS, all_classes, class_folders, entries, list_split
 from distkit.data.sets.torchvision_sets import TORCHVISION_SETS, torchvision_set
-from distkit.errors import ConfigError, DataError, DistkitError, Stopped
+from distkit.errors import ConfigError, DataError, DistkitError, Stopped, printable
 from distkit.runtime.process import available_cores
 
 
@@ -31,6 +32,9 @@ def pack(
     num_workers: int | None = None,
     check: bool = False,
     overwrite: bool = False,
+    color: Color = "auto",
+    background: str = "white",
+    allow_empty_classes: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Write OUT/SPLIT/ for every split of `source`; a line for each. What is there already is left as it is.
@@ -48,6 +52,9 @@ def pack(
         num_workers: threads that read images, >= 1; None: one a core.
         check: decode every image of an encoded split, so that a truncated one is found now.
         overwrite: replace another data set, and what is damaged.
+        color: channels of the images of a folder; auto: grey where every training image is grey, else rgb.
+        background: what their transparent pixels are laid on: white, grey, black or #rrggbb.
+        allow_empty_classes: accept classes that have images in only one split.
         shard_bytes: bytes of images in one file, >= 1; a larger image has a file of its own.
 
     Raises:
@@ -58,14 +65,19 @@ def pack(
     require_number("workers", num_workers, least=1, example="4")
     require_number("shard_bytes", shard_bytes, least=1, example=str(SHARD_BYTES))
     num_workers = num_workers or available_cores()
+    ground_color(background, "background")
     if source in TORCHVISION_SETS:
-        if form == "encoded" or check:
+        if form == "encoded" or check or (color, background, allow_empty_classes) != ("auto", "white", False):
             fix = f"distkit data pack {source} {out}"
-            raise ConfigError(f"{source} has no image files", expected="--form raw, without --check", fix=fix)
+            expected = "--form raw, without --check, --color, --background and --allow-empty-classes"
+            raise ConfigError(f"{source} has no image files", expected=expected, fix=fix)
         sets = ((split, torchvision_set(source, root, split)) for split in splits or SPLITS)
         plans: Iterator[Plan] = (plan_set(source, split, images, shard_bytes=shard_bytes) for split, images in sets)
     else:
-        plans = _folder_plans(_split_folders(Path(source), splits, out), form, num_workers, check, shard_bytes)
+        folders, chosen = _split_folders(Path(source), splits, out)
+        plans = _folder_plans(folders, chosen, form=form, num_workers=num_workers, check=check, color=color,
+                              background=background, allow_empty=allow_empty_classes,
+                              shard_bytes=shard_bytes)  # fmt: skip
     lines: list[str] = []
     try:
         for plan in plans:
@@ -74,7 +86,10 @@ def pack(
                 out.mkdir(parents=True, exist_ok=True)
                 wrote = write_packed(folder, plan, num_workers=num_workers, overwrite=overwrite, report=report,
                                      progress=progress)  # fmt: skip
-            lines.append(PackedSplit(folder).describe() + ("" if wrote else ", packed before"))
+            packed = PackedSplit(folder)
+            for note in packed.index.notes:
+                report(f"{folder}: {note}")
+            lines.append(packed.describe() + ("" if wrote else ", packed before"))
     except KeyboardInterrupt:
         raise Stopped("stopped; the same command continues with the files that are missing") from None
     return "\n".join(lines)
@@ -82,37 +97,55 @@ def pack(
 
 def _folder_plans(
     folders: dict[Split, Path],
+    chosen: Sequence[Split],
+    *,
     form: Literal["auto", "raw", "encoded"],
     num_workers: int,
     check: bool,
+    color: Color,
+    background: str,
+    allow_empty: bool,
     shard_bytes: int,
 ) -> Iterator[Plan]:
-    names = {split: class_folders(folder, PACK) for split, folder in folders.items()}
-    check_same_classes(next(iter(folders.values())).parent, names)
+    classes = {split: class_folders(folder, PACK) for split, folder in folders.items()}
+    names = all_classes(next(iter(folders.values())).parent, classes, allow_empty, "--allow-empty-classes")
+    channels = None
     for split, folder in folders.items():
-        listing = list_split(folder, names[split])
-        shape = common_shape(listing, form, num_workers)
-        yield plan_folder(listing, split, shape, check=check, shard_bytes=shard_bytes)
+        if split not in chosen and channels is not None:
+            continue
+        listing = list_split(folder, classes[split], names, allow_empty, "--allow-empty-classes")
+        channels = channels or channels_of(listing, color, num_workers)  # train comes first
+        if split not in chosen:
+            continue
+        for note in listing.notes:
+            report(note)
+        shape = common_shape(listing, form, num_workers, channels)
+        yield plan_folder(listing, split, shape, channels=channels, color=color, background=background, check=check,
+                          shard_bytes=shard_bytes)  # fmt: skip
 
 
-def _split_folders(root: Path, splits: Sequence[Split] | None, out: Path) -> dict[Split, Path]:
-    if not root.is_dir():
+def _split_folders(root: Path, splits: Sequence[Split] | None, out: Path) -> tuple[dict[Split, Path], Sequence[Split]]:
+    """The splits that are there, train first, and those to pack: the classes are those of all, whatever is packed."""
+    inside = entries(root)
+    if inside is None:
         expected = f"{LAYOUT}, or one of {', '.join(TORCHVISION_SETS)}"
         raise DataError(f"there is no folder {root}", expected=expected, fix=PACK)
-    present: dict[Split, Path] = {split: root / split for split in SPLITS if (root / split).is_dir()}
+    folders = {entry.name for entry in inside if entry.is_dir()}
+    present: dict[Split, Path] = {split: root / split for split in SPLITS if split in folders}
     if present:
         for split in splits or ():
             if split not in present:
                 fix = f"--split {next(iter(present))}"
                 raise DataError(f"there is no folder {root / split}", expected=LAYOUT, fix=fix)
-        return {split: present[split] for split in splits or present}
+        return present, splits or tuple(present)
     if len(splits or ()) > 1:
         what = f"{root} has neither train/ nor test/, so it is one split"
         raise DataError(what, expected=LAYOUT, fix="--split train")
     if out.resolve().parent == root.resolve():
         fix = f"distkit data pack {root} {root}-packed"
         raise ConfigError(f"{out} would be mistaken for a class of {root}", expected="a folder elsewhere", fix=fix)
-    return {(splits or SPLITS)[0]: root}
+    split = (splits or SPLITS)[0]
+    return {split: root}, (split,)
 
 
 @contextlib.contextmanager
@@ -132,7 +165,7 @@ def show(folder: Path) -> str:
     """A packed split in a few lines; reads its index and labels."""
     packed = _open(folder)
     index = packed.index
-    names = ", ".join(index.class_names[:10]) + (", …" if len(index.class_names) > 10 else "")
+    names = printable(", ".join(index.class_names[:10])) + (", …" if len(index.class_names) > 10 else "")
     counts = packed.labels.bincount(minlength=len(index.class_names))
     return "\n".join(
         [
@@ -144,6 +177,7 @@ def show(folder: Path) -> str:
             f"  mean:    {', '.join(f'{value:g}' for value in index.mean)}",
             f"  std:     {', '.join(f'{value:g}' for value in index.std)}",
             f"  sha256:  {packed.sha256}",
+            *(f"  note:    {note}" for note in index.notes),
         ]
     )
 

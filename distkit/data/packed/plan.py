@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,14 +17,29 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from distkit.config import Split
+from distkit.config import Color, Split
 from distkit.data.packed.format import BLANK, Index, ShardEntry, shard_name
-from distkit.data.sets.decode import decode, head, in_order, opened, shape_words
+from distkit.data.sets.decode import (
+    GREY_MODES,
+    Mode,
+    Oddities,
+    check_depth,
+    decode,
+    has_frames,
+    head,
+    in_order,
+    is_transparent,
+    opened,
+    planes,
+    shape_words,
+)
 from distkit.data.sets.image_folder import Listing
-from distkit.data.sets.images import CIFAR10_MEAN, CIFAR10_STD, ImageDataset
+from distkit.data.sets.images import ImageDataset, default_normalization
 from distkit.errors import DataError
 
 SHARD_BYTES = 1 << 30
+#: What is grey of itself; images of 16 bits are, too, and are refused later.
+GREY = (*GREY_MODES, "I;16", "I;16B", "I;16L", "I", "F")
 #: Largest side in pixels of the images that are stored raw unless the user asks for it.
 SMALL = 64
 #: Samples and bytes that a thread reads at a time.
@@ -41,6 +57,7 @@ class Plan:
         offsets: int64 [N + 1], bytes of all samples before each one, and of all.
         starts: the first sample of every shard, and N.
         read: the bytes of a sample; it raises DataError with the path.
+        oddities: what `read` found unusual.
     """
 
     index: Index
@@ -49,6 +66,7 @@ class Plan:
     offsets: NDArray[np.int64]
     starts: tuple[int, ...]
     read: Callable[[int], bytes]
+    oddities: Oddities
 
     def samples(self, shard: int) -> range:
         """The samples of a shard."""
@@ -123,6 +141,9 @@ def plan_folder(
     split: Split,
     shape: tuple[int, int, int] | None,
     *,
+    channels: int = 3,
+    color: Color = "rgb",
+    background: str = "white",
     expected: str | None = None,
     fix: str | None = "--form encoded",
     check: bool = False,
@@ -133,54 +154,83 @@ def plan_folder(
     Args:
         listing: its files.
         split: which split it is.
-        shape: [3, H, W] of every image, stored raw; None: the files are stored as they are.
+        shape: [C, H, W] of every image, stored raw; None: the files are stored as they are.
+        channels: C, 1 or 3, also of those that are stored as they are, once they are decoded.
+        color: what was asked for; see `channels_of`.
+        background: what transparent pixels are laid on.
         expected: what to say of an image of another size was expected; None: the size, and the first image.
         fix: what to type against an image of another size.
         check: decode each file that is stored as it is.
         shard_bytes: as `plan_set`.
     """
+    oddities = Oddities()
+    mode: Mode = "L" if channels == 1 else "RGB"
     words = expected or (shape and f"{shape_words(shape[1:])}, as {listing.folder / listing.files[0]}")
 
     def pixels(index: int) -> bytes:
         path = listing.folder / listing.files[index]
-        decoded = decode(path)
+        decoded = decode(path, mode, background, oddities=oddities)
         if shape is not None and decoded.shape[:2] != shape[1:]:
             what = f"the image {path} differs in size"
             raise DataError(what, expected=words, got=shape_words(decoded.shape), fix=fix)
-        return decoded.transpose(2, 0, 1).tobytes()
+        return planes(decoded).tobytes()
 
+    mean, std = default_normalization(channels)
     return _plan(
         name=(listing.folder.parent if listing.folder.name == split else listing.folder).resolve().name,
         split=split,
         shape=shape,
         class_names=listing.class_names,
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
+        mean=mean,
+        std=std,
         source_sha256=listing.sha256,
         labels=np.array(listing.labels, np.int64),
         paths=[os.fsencode(file) for file in listing.files],
         sizes=listing.sizes if shape is None else [int(np.prod(shape))] * len(listing.files),
-        read=pixels if shape else lambda index: _file(listing, index, check),
+        read=pixels if shape else lambda index: _file(listing, index, check, oddities),
         shard_bytes=shard_bytes,
+        color=color,
+        channels=channels,
+        background=background,
+        oddities=oddities,
     )
 
 
+def channels_of(listing: Listing, color: Color, num_workers: int) -> int:
+    """1 or 3: what `color` says, and for auto 1 where every image is grey. Reads files until one is not."""
+    if color != "auto":
+        return 1 if color == "grey" else 3
+
+    def all_grey(block: Sequence[str]) -> bool:
+        return all(head(listing.folder / file)[0] in GREY for file in block)
+
+    if not all_grey(listing.files[:1]):
+        return 3
+    with contextlib.closing(in_order(all_grey, _file_blocks(listing), num_workers)) as blocks:
+        return 1 if all(blocks) else 3
+
+
+def _file_blocks(listing: Listing) -> Iterator[Sequence[str]]:
+    return (listing.files[i : i + BLOCK_SAMPLES] for i in range(0, len(listing.files), BLOCK_SAMPLES))
+
+
 def common_shape(
-    listing: Listing, form: Literal["auto", "raw", "encoded"], num_workers: int
+    listing: Listing, form: Literal["auto", "raw", "encoded"], num_workers: int, channels: int = 3
 ) -> tuple[int, int, int] | None:
-    """[3, H, W] of a folder's images if they are to be stored raw: if `form` says so, or all have one small size."""
+    """[C, H, W] of a folder's images if they are to be stored raw: if `form` says so, or all have one small size."""
     if form == "encoded":
         return None
     height, width = head(listing.folder / listing.files[0])[1]
     if form == "auto":
         if max(height, width) > SMALL:
             return None
-        blocks = (listing.files[i : i + BLOCK_SAMPLES] for i in range(0, len(listing.files), BLOCK_SAMPLES))
-        sizes_of = in_order(lambda block: {head(listing.folder / file)[1] for file in block}, blocks, num_workers)
+        sizes_of = in_order(
+            lambda block: {head(listing.folder / file)[1] for file in block}, _file_blocks(listing), num_workers
+        )
         with contextlib.closing(sizes_of):
             if any(sizes != {(height, width)} for sizes in sizes_of):
                 return None
-    return 3, height, width
+    return channels, height, width
 
 
 def _plan(
@@ -197,6 +247,10 @@ def _plan(
     read: Callable[[int], bytes],
     shard_bytes: int,
     paths: Sequence[bytes] | None = None,
+    color: Color = "rgb",
+    channels: int = 3,
+    background: str = "white",
+    oddities: Oddities | None = None,
 ) -> Plan:
     offsets = _offsets(sizes)
     starts = [0]
@@ -215,8 +269,11 @@ def _plan(
         source_sha256=source_sha256,
         labels_sha256=hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(),
         shards=(),
+        color=color,
+        channels=shape[0] if shape else channels,
+        background=background,
     )
-    plan = Plan(index, labels, paths, offsets, tuple(starts), read)
+    plan = Plan(index, labels, paths, offsets, tuple(starts), read, oddities or Oddities())
     shards = []
     for number, (first, stop) in enumerate(itertools.pairwise(starts)):
         size = len(plan.head(number, BLANK)) + int(offsets[stop] - offsets[first]) + 4 * (stop - first)
@@ -229,13 +286,15 @@ def _offsets(sizes: Sequence[int]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
-def _file(listing: Listing, index: int, check: bool) -> bytes:
+def _file(listing: Listing, index: int, check: bool, oddities: Oddities) -> bytes:
     """An image file as it is, known to begin like an image, or decoded to be sure."""
     path = listing.folder / listing.files[index]
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"the image {path} cannot be read", got=error, fix=f"rm {path}") from error
+        denied = isinstance(error, PermissionError)
+        fix = f"{'chmod u+r' if denied else 'rm'} {shlex.quote(str(path))}"
+        raise DataError(f"the image {path} cannot be read", got=error, fix=fix) from error
     if len(data) != listing.sizes[index]:
         raise DataError(
             f"the image {path} changed while it was packed",
@@ -243,9 +302,14 @@ def _file(listing: Listing, index: int, check: bool) -> bytes:
             got=f"{len(data)} bytes",
             fix="the same command again",
         )
+    fix = f"rm {shlex.quote(str(path))}"
     if check:
-        decode(io.BytesIO(data), name=str(path), fix=f"rm {path}")
-    else:
-        with opened(io.BytesIO(data), str(path), f"rm {path}"):
-            pass
+        decode(io.BytesIO(data), name=str(path), fix=fix, oddities=oddities)
+        return data
+    with opened(io.BytesIO(data), str(path), fix) as image:
+        check_depth(image, path)
+        if has_frames(image):
+            oddities.add("frames", str(path))
+        if is_transparent(image):
+            oddities.add("alpha", str(path))
     return data

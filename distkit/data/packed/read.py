@@ -22,9 +22,10 @@ from torch import Tensor
 
 from distkit.config import Split
 from distkit.data.packed.format import INDEX, PACK, Index, ShardEntry, read_index
-from distkit.data.sets.decode import decode
+from distkit.data.sets.decode import Mode, decode, planes
 from distkit.data.sets.fingerprint import fingerprint
-from distkit.data.sets.images import ImageDataset
+from distkit.data.sets.image_folder import entries
+from distkit.data.sets.images import ImageDataset, default_normalization
 from distkit.errors import DataError
 
 #: Bytes that are hashed at a time.
@@ -39,18 +40,28 @@ def open_packed(root: Path, split: Split) -> ImageDataset | PackedImages:
     Raises:
         DataError: there is no such folder, or it cannot be used; see `PackedSplit`.
     """
+    images = PackedImages(packed_folder(root, split))
+    return images if images.split.index.form == "encoded" else images.resident()
+
+
+def packed_folder(root: Path, split: Split) -> Path:
+    """ROOT/SPLIT.
+
+    Raises:
+        DataError: it has no index, or cannot be read.
+    """
     folder = root / split
-    if not (folder / INDEX).exists():
-        unfinished = folder.is_dir() and any(folder.iterdir())
-        present = ", ".join(packed_splits(root)) if root.is_dir() else "no such folder"
+    inside = entries(folder)
+    if INDEX not in [entry.name for entry in inside or ()]:
+        unfinished = bool(inside)
+        present = "no such folder" if entries(root) is None else ", ".join(packed_splits(root))
         raise DataError(
             f"there is no packed split {folder}",
             expected="a folder made by distkit data pack",
             got="files of an unfinished pack" if unfinished else present or "a folder without packed splits",
             fix=f"distkit data pack FOLDER {root}",
         )
-    images = PackedImages(folder)
-    return images if images.split.index.form == "encoded" else images.resident()
+    return folder
 
 
 def packed_splits(root: Path) -> list[str]:
@@ -150,7 +161,10 @@ class PackedSplit:
     @property
     def fingerprint(self) -> str:
         """Identifies the labels and images of this split by the checksums of the images: 16 digits."""
-        return fingerprint(self.labels, torch.cat([shard.tensors["crc"] for shard in self._shards]))
+        index = self.index
+        how = [] if (index.channels, index.background) == (3, "white") else [index.channels, *index.background.encode()]
+        decoding = [torch.tensor(how)] if how and index.form == "encoded" else []
+        return fingerprint(self.labels, torch.cat([shard.tensors["crc"] for shard in self._shards]), *decoding)
 
     def read(self, index: int) -> bytes:
         """The bytes of a sample, compared with their checksum.
@@ -294,8 +308,8 @@ class _Shard:
 class PackedImages:
     """A packed split as a map-style torch data set: `it[i]` is (uint8 [C, H, W], class number).
 
-    Encoded images are checked against their CRC and decoded to RGB. It may be given to worker processes by fork or
-    pickle; a copy opens the files again.
+    Encoded images are checked against their CRC and decoded as `open_image` does it. It may be given to worker
+    processes by fork or pickle; a copy opens the files again.
 
     Args:
         folder: made by `distkit data pack`.
@@ -322,10 +336,19 @@ class PackedImages:
             DataError: the image is damaged or was never one; the message has its original path.
             IndexError: there are not so many.
         """
+        image = self.pixels(index)
+        return (self.transform(image) if self.transform else image), int(self.labels[index])
+
+    def pixels(self, index: int) -> Tensor:
+        """One image without `transform`, uint8 [C, H, W]; raises as `__getitem__`."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.split.folder} has {len(self)} images, none with the number {index}")
-        image = self._decoded(index) if self._pixels is None else self._pixels.narrow(0, index, 1)[0].clone()
-        return (self.transform(image) if self.transform else image), int(self.labels[index])
+        return self._decoded(index) if self._pixels is None else self._pixels.narrow(0, index, 1)[0].clone()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is unusual about the images, with the name of the folder."""
+        return tuple(f"{self.split.folder}: {note}" for note in self.split.index.notes)
 
     @property
     def fingerprint(self) -> str:
@@ -352,20 +375,25 @@ class PackedImages:
             DataError: the split holds encoded images.
         """
         index = self.split.index
+        borrowed = (index.mean, index.std) == default_normalization(len(index.mean))
         if self._pixels is None:
             what = f"{self.split.folder} holds encoded images"
             raise DataError(what, expected="raw images", fix=f"{PACK} --form raw")
-        return ImageDataset(
+        images = ImageDataset(
             self._pixels,
             self.labels,
             class_names=index.class_names,
             source=f"packed {self.split.folder}",
-            mean=index.mean,
-            std=index.std,
+            mean=None if borrowed else index.mean,
+            std=None if borrowed else index.std,
             memory_mapped=True,
         )
+        images.file_notes = self.notes
+        return images
 
     def _decoded(self, index: int) -> Tensor:
         data, name = self.split.read(index), f"{self.split.sample_name(index)} in {self.split.folder}"
-        pixels = decode(io.BytesIO(data), name=name, fix=f"remove it from the folder, then {PACK} --overwrite")
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        fix = f"remove it from the folder, then {PACK} --overwrite"
+        mode: Mode = "L" if self.split.index.channels == 1 else "RGB"
+        pixels = decode(io.BytesIO(data), mode, self.split.index.background, name=name, fix=fix)
+        return torch.from_numpy(planes(pixels).copy())

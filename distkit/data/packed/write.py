@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from distkit.data.packed.format import INDEX, read_index
+from distkit.data.packed.format import INDEX, Index, read_index
 from distkit.data.packed.plan import Plan
 from distkit.data.packed.read import PackedSplit
 from distkit.data.sets.decode import in_order
@@ -104,11 +104,16 @@ def _is_done(folder: Path, plan: Plan, overwrite: bool) -> bool:
     if not same:
         raise DataError(
             f"{folder} exists and holds something else",
-            expected=f"no folder, or the same {plan.index.num_samples:,} images of {plan.index.name}, unchanged",
-            got=f"{index.num_samples:,} images of {index.name}, {index.form}",
+            expected=f"no folder, or the same {_words(plan.index)}, unchanged",
+            got=_words(index),
             fix="--overwrite",
         )
     return True
+
+
+def _words(index: Index) -> str:
+    how = f"{index.form}, {index.color} on {index.background}, format {index.version}"
+    return f"{index.num_samples:,} images of {index.name}, {how}"
 
 
 def _write(
@@ -127,7 +132,8 @@ def _write(
         for number in sorted(set(range(len(shards))) - set(sha256)):
             sha256[number] = _write_shard(folder, plan, number, digest, num_workers, advance)
     entries = tuple(dataclasses.replace(shard, sha256=sha256[number]) for number, shard in enumerate(shards))
-    write_json(folder / INDEX, dataclasses.replace(plan.index, shards=entries).to_json())
+    notes = plan.oddities.notes(plan.index.background)
+    write_json(folder / INDEX, dataclasses.replace(plan.index, shards=entries, notes=notes).to_json())
 
 
 def _finished(folder: Path, plan: Plan, digest: str, overwrite: bool) -> dict[int, str]:

@@ -20,6 +20,7 @@ import torch
 from distkit.config import BatchSplit
 from distkit.config.check import require
 from distkit.data.batch import Batch, to_device
+from distkit.data.collate import Collate
 from distkit.data.reading.endless import Build, EndlessSamples
 from distkit.data.reading.worker_process import end_workers, iterator_of, worker_errors
 from distkit.data.stream.draws import Draws
@@ -43,11 +44,13 @@ class IterableData:
         build: makes the data set of a rank, `build(rank, world_size)`.
         samples_per_epoch: what counts as one epoch, >= 1: for the length of a run, schedules and reports.
         augment: run on the device with draws keyed by position.
+        collate: makes a batch of a list of samples, for those that must be padded; None: torch's default_collate.
     """
 
     build: Build
     samples_per_epoch: int
     augment: Callable[[Batch, Draws], Batch] | None = None
+    collate: Collate | None = None
 
     def __len__(self) -> int:
         return self.samples_per_epoch
@@ -79,6 +82,7 @@ class IterableSource:
         augment: run on the device with draws keyed by position (C1); None: nothing.
         num_workers: processes that read; 0: this one.
         prefetch_depth: batches that a worker makes ready ahead, >= 1.
+        collate: makes a batch of a list of samples; None: torch's default_collate.
 
     Raises:
         ConfigError: torchdata is not installed, or a number is out of range.
@@ -93,6 +97,7 @@ class IterableSource:
     augment: Callable[[Batch, Draws], Batch] | None = None
     num_workers: int = 0
     prefetch_depth: int = 2
+    collate: Collate | None = None
     _next: int = field(default=0, init=False)
     _restored: object = field(default=None, init=False)
     _batches: Iterator[Batch] | None = field(default=None, init=False)
@@ -207,6 +212,7 @@ class IterableSource:
                     batch_size=self.split.microbatch_size,
                     num_workers=self.num_workers,
                     prefetch_factor=self.prefetch_depth if self.num_workers else None,
+                    collate_fn=self.collate,
                     pin_memory=self.device.type == "cuda",
                     # Of its own, because torch's global one belongs to the model; another one on each rank and after
                     # each resume, or random transforms would repeat.

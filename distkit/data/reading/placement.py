@@ -13,6 +13,7 @@ from distkit.data.reading.fetchers import BatchMaker, Fetcher, HostFetcher, Inli
 from distkit.data.reading.iterable import IterableData, IterableSource
 from distkit.data.reading.loader import Loader
 from distkit.data.reading.workers import WorkerFetcher
+from distkit.data.sets.torchvision_sets import loader_notes
 from distkit.data.stream.stream import SampleStream
 from distkit.errors import ConfigError
 from distkit.runtime.process import available_cores
@@ -94,6 +95,7 @@ def open_training(dataset: Dataset | IterableData, reading: Reading, split: Batc
         augment=dataset.augment,
         num_workers=reading.num_workers(),
         prefetch_depth=reading.data.prefetch_depth,
+        collate=dataset.collate,
     )
     how = f"workers (iterable data set, {reading.num_workers()} processes)"
     return TrainSource(loader=source, num_samples=size, summary=line, placement=how)
@@ -104,6 +106,13 @@ def summary_of(dataset: object) -> str:
     describe = getattr(dataset, "describe", None)
     samples = dataset.samples if isinstance(dataset, MapDataset) else dataset
     return str(describe()) if describe is not None else f"{len(dataset):,} samples of {type(samples).__name__}"  # type: ignore[arg-type]
+
+
+def notes_of(dataset: object) -> tuple[str, ...]:
+    """What a person should know of the data set before training on it: its `notes`, and what its loader ignores."""
+    if not isinstance(dataset, MapDataset):
+        return tuple(getattr(dataset, "notes", ()))
+    return *getattr(dataset.samples, "notes", ()), *loader_notes(dataset.samples)
 
 
 def place(dataset: Dataset, reading: Reading) -> Placed:

@@ -28,6 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from distkit.data.batch import Batch, map_leaves, map_tensors
+from distkit.data.collate import ADVICE, collate_of, why_no_batch
 from distkit.data.dataset import Indexable
 from distkit.data.reading.fetchers import Batches, BatchMaker
 from distkit.data.reading.worker_process import end_workers, iterator_of, start_worker, worker_errors
@@ -50,7 +51,7 @@ LOOK_SECONDS = 5.0
 class Read:
     """What a worker answers: a collated batch and the samples it replaced, or why there is none.
 
-    `failure` is a sample that cannot be read, `fault` anything else that the data set raised.
+    `failure` is a sample that cannot be read, `fault` says what else the data set or `collate` raised.
     """
 
     batch: Batch | None
@@ -89,17 +90,24 @@ class KeyedSamples(Dataset[object]):
                 except UNREADABLE as last:
                     return [Read(None, failure=f"{cause}; {MAX_TRIES} replacements failed too, the last with {last}")]
             except Exception as error:
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                place = f"{Path(where.filename).name}:{where.lineno}: {where.line}"
-                name = sample_name(self.samples, index)
-                return [Read(None, fault=f"{name}: {type(error).__name__}: {error}\n  at:       {place}")]
+                fault = f"the data set failed at {sample_name(self.samples, index)}: {_in_words(error)}"
+                return [Read(None, fault=fault)]
+        return [self.collated(values, [index for index, _ in pairs], tuple(replaced))]
+
+    def collated(self, values: list[object], indices: list[int], replaced: tuple[str, ...]) -> Read:
+        """The samples `values`, numbered `indices`, as a batch, or why there is none."""
+        collate = collate_of(self.samples)
         try:
-            return [Read(packed_small(default_collate(values)), tuple(replaced))]
-        except (RuntimeError, TypeError) as error:
+            return Read(packed_small(collate(values)), replaced)
+        except Exception as error:
             if "shared memory" in str(error):
                 raise  # the batch is made right there; `worker_errors` says what to do
-            hint = "tensors of one shape, numbers, tuples and dicts of them; TensorSamples makes them of PIL images"
-            return [Read(None, fault=f"samples do not make a batch: {str(error).splitlines()[0]}\n  expected: {hint}")]
+            if collate is not default_collate:
+                return Read(None, fault=f"collate of {type(self.samples).__name__} failed: {_in_words(error)}")
+            names = [sample_name(self.samples, index) for index in indices]
+            reason = why_no_batch(values, names) or str(error).splitlines()[0]
+            advice = f"\n  expected: {_advice(values[0])}"
+            return Read(None, fault=f"samples do not make a batch: {reason}{advice}")
 
     def read(self, index: int, key: int) -> object:
         """Sample `index` with all global generators seeded from `key`, 0 to 2^64 - 1."""
@@ -123,6 +131,21 @@ class KeyedSamples(Dataset[object]):
         raise AssertionError("unreachable")
 
 
+def _in_words(error: Exception) -> str:
+    """The error, and the line that raised it."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(where.filename).name}:{where.lineno}: {where.line}"
+    return f"{type(error).__name__}: {error}\n  at:       {place}"
+
+
+def _advice(sample: object) -> str:
+    """What to do where torch makes no batch of samples like this one."""
+    values = sample if isinstance(sample, tuple | list) else (sample,)
+    if any(isinstance(value, Image.Image) for value in values):
+        return "tensors: distkit.data.TensorSamples makes them of PIL images"
+    return f"tensors of one shape, numbers, tuples and dicts of them; for others {ADVICE}"
+
+
 def sample_name(samples: object, index: int) -> str:
     """The path of a sample where the data set knows it (ImageFolder's `samples`), else its number."""
     for attribute in ("samples", "imgs", "paths"):
@@ -136,7 +159,8 @@ def sample_name(samples: object, index: int) -> str:
     positions = getattr(samples, "indices", None)
     if inner is not None and positions is not None:
         return sample_name(inner, int(positions[index]))
-    return f"sample {index}"
+    wrapped = getattr(samples, "samples", None)  # TensorSamples
+    return sample_name(wrapped, index) if hasattr(wrapped, "__getitem__") else f"sample {index}"
 
 
 def sample_keys(seed: int, request: Request) -> list[int]:
@@ -260,7 +284,7 @@ class _WorkerBatches:
         with guard:
             read = self._next_read(self._reads)
         if read.fault is not None:
-            raise TrainingError(f"the data set failed at {read.fault}")
+            raise TrainingError(read.fault)
         if read.batch is None:
             raise DataError(
                 "a sample cannot be read",

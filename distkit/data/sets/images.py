@@ -20,8 +20,14 @@ from distkit.errors import ConfigError, DataError
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 #: Class id of mask pixels that do not count; give it to the loss as `ignore_index`.
 IGNORE = 255
+
+
+def default_normalization(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of images that do not say theirs: CIFAR-10's in colour, 0.5 otherwise."""
+    return (CIFAR10_MEAN, CIFAR10_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +89,10 @@ class ResidentDataset(ABC, Generic[A]):
 
     memory_mapped = False
     """Whether the images stay in a file until something reads them."""
+    file_notes: tuple[str, ...] = ()
+    """What is unusual about the files that the images come from, for people."""
+    borrows_normalization = False
+    """Whether mean and std are those of other images."""
     _targets_words = ""
 
     def __init__(
@@ -100,18 +110,10 @@ class ResidentDataset(ABC, Generic[A]):
         self.targets = targets
         self.class_names = class_names
         self.source = source
-        self.mean = mean
-        self.std = std
         self.augmentation = augmentation
         self._check_targets()
-        if len(mean) != images.shape[1] or len(std) != images.shape[1]:
-            raise DataError(
-                f"images from {source} and their mean and std differ in channels",
-                expected=f"{images.shape[1]} numbers each",
-                got=f"mean {mean}, std {std}",
-            )
+        self._normalize_by(mean, std)
         self._check_augmentation()
-        self._normalization = {torch.device("cpu"): augment.normalization(mean, std)}
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -136,6 +138,14 @@ class ResidentDataset(ABC, Generic[A]):
         """Identifies the images and targets, wherever they come from; see `distkit.data.sets.fingerprint`."""
         return fingerprint(self.images, self.targets)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know before training on the images; said at the start of a run."""
+        if not self.borrows_normalization:
+            return self.file_notes
+        whose = "CIFAR-10's mean and std" if len(self.mean) == 3 else f"a mean and std of {self.mean[0]}"
+        return *self.file_notes, f"{self.source}: normalised with {whose}; `distkit data stats FOLDER` computes its own"
+
     def describe(self) -> str:
         """One line for people: "50,000 images 3x32x32 uint8, 10 classes, from folder data/flowers"."""
         shape = "x".join(str(size) for size in self.images.shape[1:])
@@ -155,6 +165,29 @@ class ResidentDataset(ABC, Generic[A]):
         other.augmentation = augmentation
         other._check_augmentation()
         return other
+
+    def with_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Self:
+        """The same images with other numbers to normalise them; nothing is copied.
+
+        Raises:
+            DataError: there are more or fewer channels.
+        """
+        other = copy.copy(self)
+        other._normalize_by(mean, std)
+        other.borrows_normalization = False
+        return other
+
+    def _normalize_by(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        channels = self.images.shape[1]
+        if len(mean) != channels or len(std) != channels:
+            raise DataError(
+                f"images from {self.source} and their mean and std differ in channels",
+                expected=f"{channels} numbers each",
+                got=f"mean {mean}, std {std}",
+                fix="distkit data stats FOLDER",
+            )
+        self.mean, self.std = mean, std
+        self._normalization = {torch.device("cpu"): augment.normalization(mean, std)}
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B] -> images uint8 [B, C, H, W] and their targets [B, ...], on the device that holds the images."""
@@ -190,6 +223,8 @@ class ImageDataset(ResidentDataset[Augmentation]):
     Args:
         images: uint8 [N, C, H, W].
         labels: int64 [N], each in [0, len(class_names)).
+        mean: mean per channel on the scale of [0, 1]; None: `default_normalization`, which is said at the start.
+        std: standard deviation per channel likewise, > 0.
         memory_mapped: the images stay in a file until something reads them.
 
     The other arguments and what is raised: see `ResidentDataset`.
@@ -202,13 +237,16 @@ class ImageDataset(ResidentDataset[Augmentation]):
         *,
         class_names: tuple[str, ...],
         source: str,
-        mean: tuple[float, ...] = CIFAR10_MEAN,
-        std: tuple[float, ...] = CIFAR10_STD,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
         augmentation: Augmentation | None = None,
         memory_mapped: bool = False,
     ) -> None:
         how = augmentation or Augmentation()
-        super().__init__(images, labels, class_names=class_names, source=source, mean=mean, std=std, augmentation=how)
+        usual = default_normalization(images.shape[1] if len(images.shape) == 4 else 3)
+        super().__init__(images, labels, class_names=class_names, source=source, mean=mean or usual[0],
+                         std=std or usual[1], augmentation=how)  # fmt: skip
+        self.borrows_normalization = (mean is None or std is None) and class_names != CIFAR10_CLASSES
         self.memory_mapped = memory_mapped and images.device.type == "cpu"
 
     @property

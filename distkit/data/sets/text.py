@@ -22,6 +22,8 @@ from distkit.files import atomic_file, write_bytes
 Level = Literal["byte", "char"]
 #: Bytes of text encoded at a time.
 CHUNK = 1 << 22
+#: Of a text's name that are kept in the name of its tokens.
+MAX_STEM_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,11 @@ def encoded_text(path: Path, folder: Path, level: Level) -> Path:
         raise DataError(f"the text {path} cannot be read, or not be encoded into {folder}",
                         expected="a text file, and a folder that can be written", got=error,
                         fix="--text FILE --data.root DIR") from error  # fmt: skip
-    key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
-    out = folder / f"{path.stem}-{level}-{key}.bin"
+    text = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    key = hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
+    # a file system takes names of 255 bytes, and this one gets a longer ending
+    stem = os.fsdecode(os.fsencode(path.stem)[:MAX_STEM_BYTES])
+    out = folder / f"{stem}-{level}-{key}.bin"
     if not out.exists():
         encode_text_file(path, out, level=level)
     return out

@@ -23,11 +23,16 @@ from PIL import Image
 from torch import Tensor
 
 from distkit.config import Split
+from distkit.config.data import ground_color
+from distkit.data.collate import with_inner
 from distkit.data.dataset import Indexable
+from distkit.data.sets.decode import check_depth, flattened, is_transparent, orientation, planes, upright
 from distkit.data.sets.images import CIFAR10_MEAN, CIFAR10_STD, ImageDataset
 from distkit.errors import DataError, nearest
 from distkit.files import locked
 
+#: Files of a set that are opened to see whether torchvision's loader is right for them.
+MAX_LOOKS = 64
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
 CIFAR100_MEAN = (0.5071, 0.4867, 0.4408)
@@ -44,6 +49,7 @@ class TorchvisionSet:
         folder: what is left below the root once it is unpacked.
         mean: mean per channel on the scale of [0, 1].
         std: standard deviation per channel likewise.
+        num_classes: classes.
     """
 
     title: str
@@ -51,11 +57,12 @@ class TorchvisionSet:
     folder: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    num_classes: int = 10
 
 
 TORCHVISION_SETS = {
     "cifar10": TorchvisionSet("CIFAR-10", "CIFAR10", "cifar-10-batches-py", CIFAR10_MEAN, CIFAR10_STD),
-    "cifar100": TorchvisionSet("CIFAR-100", "CIFAR100", "cifar-100-python", CIFAR100_MEAN, CIFAR100_STD),
+    "cifar100": TorchvisionSet("CIFAR-100", "CIFAR100", "cifar-100-python", CIFAR100_MEAN, CIFAR100_STD, 100),
     "mnist": TorchvisionSet("MNIST", "MNIST", "MNIST", MNIST_MEAN, MNIST_STD),
     "fashion_mnist": TorchvisionSet(
         "Fashion-MNIST", "FashionMNIST", "FashionMNIST", FASHION_MNIST_MEAN, FASHION_MNIST_STD
@@ -92,6 +99,13 @@ def torchvision_set(name: str, root: Path, split: Split) -> ImageDataset:
     row = TORCHVISION_SETS[name]
     try:
         opened = _open(row, root, split)
+    except PermissionError as error:
+        raise DataError(
+            f"{row.title} cannot be read in {root}, nor downloaded to it",
+            expected="files that this user may read, or a folder that it may write",
+            got=error,
+            fix="--data.root DIR",
+        ) from error
     except (OSError, HTTPException, RuntimeError, EOFError, ImportError) as error:
         raise DataError(
             f"{row.title} cannot be downloaded to {root}",
@@ -193,12 +207,20 @@ def _reuse_archives(opener: _Opener, root: Path, target: Path, temporary: Path) 
 class TensorSamples:
     """A map-style set of (image, target) whose PIL objects become tensors, so that torch can collate them.
 
-    The image, or a lone sample that is one: uint8 [1, H, W] where it is grey (modes 1, L), else RGB uint8 [3, H, W].
-    PIL objects in the target, such as the masks of VOC: their raw values, int64 [H, W]. All else is left as it is.
+    The image, or a lone sample that is one: uint8 [1, H, W] where it is grey, else RGB uint8 [3, H, W], upright and
+    without transparency, as `open_image` gives it; a `loader` of the set that drops transparency comes before.
+    PIL objects in the target, such as the masks of VOC: their raw values, int64 [H, W], upright too. All else is left
+    as it is.
+
+    Args:
+        samples: the set; `collate` and `fingerprint` stay its own.
+        background: what transparent pixels are laid on: white, grey, black or #rrggbb.
     """
 
-    def __init__(self, samples: Indexable) -> None:
+    def __init__(self, samples: Indexable, background: str = "white") -> None:
         self.samples = samples
+        self.background = background
+        ground_color(background, "background")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -207,24 +229,49 @@ class TensorSamples:
         """Sample `index`, without PIL objects."""
         sample = self.samples[index]
         if isinstance(sample, tuple) and sample:
-            return _image(sample[0]), *(_target(item) for item in sample[1:])
-        return _image(sample)
+            return self._image(sample[0]), *(_target(item) for item in sample[1:])
+        return self._image(sample)
 
-
-def _image(value: object) -> object:
-    if not isinstance(value, Image.Image):
-        return value
-    grey = value.mode in ("1", "L")
-    pixels = torch.from_numpy(np.array(value.convert("L" if grey else "RGB")))
-    return pixels.unsqueeze(0) if grey else pixels.permute(2, 0, 1).contiguous()
+    def _image(self, value: object) -> object:
+        if not isinstance(value, Image.Image):
+            return value
+        check_depth(value, getattr(value, "filename", "") or "of the data set")
+        return torch.from_numpy(planes(np.asarray(flattened(value, None, self.background))).copy())
 
 
 def _target(value: object) -> object:
     if isinstance(value, Image.Image):
-        return torch.from_numpy(np.asarray(value).astype(np.int64))
+        return torch.from_numpy(np.asarray(upright(value)).astype(np.int64))
     if isinstance(value, tuple):
         return tuple(_target(item) for item in value)
     return value
+
+
+def loader_notes(samples: object) -> tuple[str, ...]:
+    """A sentence where torchvision's own loader reads images that it does not show as a person sees them.
+
+    It ignores EXIF and drops transparency. At most 64 files are opened, spread evenly over the set, and not decoded.
+    """
+    for each in with_inner(samples):
+        files = getattr(each, "samples", None)
+        if getattr(getattr(each, "loader", None), "__module__", "") != "torchvision.datasets.folder" or not files:
+            continue
+        chosen = np.unique(np.linspace(0, len(files) - 1, MAX_LOOKS).astype(np.int64)).tolist()
+        odd = [str(files[i][0]) for i in chosen if _is_odd(files[i][0])]
+        if odd:
+            return (f"{len(odd)} of {len(chosen)} images looked at are turned by EXIF or transparent ({odd[0]}), which "
+                    "torchvision's loader ignores: give the data set loader=distkit.data.open_image",)  # fmt: skip
+    return ()
+
+
+def _is_odd(path: str | Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            # a PNG without EXIF in its head would be decoded in search of it
+            turned = (image.format != "PNG" or "exif" in image.info) and orientation(image) != 1
+            return turned or is_transparent(image)
+    except Exception:  # a damaged file is named when it is read
+        return False
 
 
 def resident_images(

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,10 @@ from distkit.data import ImageDataset
 from distkit.data.packed import pack as packing
 from distkit.data.packed.format import VERSION
 from distkit.data.packed.pack import pack, show, verify
+from distkit.data.packed.plan import plan_folder
 from distkit.data.packed.read import PackedImages, PackedSplit, open_packed
+from distkit.data.packed.write import write_packed
+from distkit.data.sets.image_folder import class_folders, list_split
 from distkit.data.sources import folder
 from distkit.errors import ConfigError, DataError, DistkitError
 
@@ -231,7 +235,8 @@ def test_a_hostile_index_is_refused(encoded):
     escape = [{**shards[0], "file": "../../outside"}, *shards[1:]]
     huge = [{**shards[0], "num_samples": 1 << 60}, *shards[1:]]
     for changes in ({"shards": escape}, {"shards": huge}, {"shards": []}, {"num_samples": 41}, {"extra": 1},
-                    {"form": "raw"}, {"sample_shape": [3, 1 << 40, 1]}, {"shards": 3}):  # fmt: skip
+                    {"form": "raw"}, {"sample_shape": [3, 1 << 40, 1]}, {"shards": 3}, {"background": "pink"},
+                    {"background": 3}, {"channels": 2}, {"notes": [3]}):  # fmt: skip
         before = (encoded / "index.json").read_text()
         rewrite_index(encoded, **changes)
         with pytest.raises(DataError, match=r"index\.json is damaged"):
@@ -365,3 +370,17 @@ def test_the_files_are_as_documented(encoded):
     assert count == index["num_samples"] == 40
     assert path == b"sub/deep/19.png"
     assert Image.open(io.BytesIO(data)).size == (30, 39)
+
+
+@pytest.mark.parametrize("form", ["raw", "encoded"])
+def test_a_split_of_the_first_version_is_read(small, tmp_path, form):
+    listing = list_split(small / "train", class_folders(small / "train"))
+    plan = plan_folder(listing, "train", (3, 16, 16) if form == "raw" else None)
+    plan = replace(plan, index=replace(plan.index, version=1))
+    write_packed(tmp_path / "train", plan, num_workers=1)
+    written = json.loads((tmp_path / "train" / "index.json").read_text())
+    assert not {"color", "channels", "background", "notes"} & written.keys()
+    images = PackedImages(tmp_path / "train")
+    assert images[31][0].equal(images_of(small / "train")[31])
+    assert images.notes == ()
+    assert verify(tmp_path / "train").endswith("every byte as it was written")

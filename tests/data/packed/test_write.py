@@ -139,7 +139,7 @@ from distkit.data.packed import plan as planning
 from distkit.data.packed.pack import pack
 
 decode, file = planning.decode, planning._file
-planning.decode = lambda *args: time.sleep(0.02) or decode(*args)
+planning.decode = lambda *args, **options: time.sleep(0.02) or decode(*args, **options)
 planning._file = lambda *args: time.sleep(0.02) or file(*args)
 print(pack(sys.argv[1], Path(sys.argv[2]), num_workers=1, shard_bytes=4096))
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distkit.data.sets import text
-from distkit.data.sets.text import Vocabulary, encode_text_file, read_vocabulary
+from distkit.data.sets.text import Vocabulary, encode_text_file, encoded_text, read_vocabulary
 from distkit.data.sets.tokens import TokenDataset, TokenFile
 from distkit.errors import ConfigError, DataError
 
@@ -127,3 +128,16 @@ def test_shakespeare(tmp_path):
     assert vocabulary.decode(inputs[0].numpy()) == content[:256]
     assert vocabulary.decode(targets[1].numpy()) == content[(len(train) - 1) * 256 + 1 :][:256]
     assert vocabulary.decode(test.fetch(torch.tensor([0]))[0][0].numpy()) == content[int(len(content) * 0.9) :][:256]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.txt", "n\u00e9" * 80 + ".txt", "x" * 240 + ".txt"])
+def test_any_name_of_a_text(tmp_path, name):
+    """Latin-1, and as long as a file system takes it."""
+    path = tmp_path / os.fsdecode(name)
+    path.write_text("abcabc")
+    made = {level: encoded_text(path, tmp_path / "tokens", level) for level in ("char", "byte")}
+    for level, out in made.items():
+        vocabulary = read_vocabulary(out)
+        assert vocabulary.decode(np.fromfile(out, "<u2")) == "abcabc"
+        assert encoded_text(path, tmp_path / "tokens", level) == out
+    assert len(set(made.values())) == 2
