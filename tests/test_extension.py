@@ -165,10 +165,10 @@ from distkit.strategies.data_parallel import DataParallel
 class Counting(DataParallel):
     count = 0
 
-    def update(self):
+    def update(self, leave_out=None):
         self.count += 1
         print("update", self.count)
-        super().update()
+        super().update(leave_out)
 ''',
         table="config/strategy.py",
         after="STRATEGIES: dict[str, StrategyRow] = {\n",
