@@ -137,8 +137,7 @@ def untouched(run: Run) -> Iterator[None]:
         for slot in list(buffer_slots(model)):
             tensor, values = buffers.get((slot.owner, slot.key), (None, None))
             if tensor is not None and values is not None:
-                with torch.no_grad():
-                    tensor.set_(values.untyped_storage(), 0, values.shape, values.stride())
+                put_back_(tensor, values)
             if (slot.owner, slot.key) in buffers:
                 slot.owner._buffers[slot.key] = tensor
             else:
@@ -152,3 +151,14 @@ def untouched(run: Run) -> Iterator[None]:
 def can_restore(module: nn.Module) -> bool:
     """False for a module that gives an extra state and takes none: what it gives is no state."""
     return type(module).set_extra_state is not nn.Module.set_extra_state
+
+
+@torch.no_grad()
+def put_back_(tensor: Tensor, values: Tensor) -> None:
+    """Give a buffer its `values` again, in its own memory, which other buffers may share."""
+    if tensor.layout is not torch.strided:
+        return  # a layer replaces such a tensor as a whole
+    if tensor.shape != values.shape:
+        tensor.set_(values.untyped_storage(), 0, values.shape, values.stride())
+    elif not torch.equal(tensor, values):  # one that overlaps itself can be read only
+        tensor.copy_(values)

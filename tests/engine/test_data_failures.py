@@ -92,7 +92,6 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
     assert "truncated" in ended.stderr.lower()
     assert "--data.on-corrupt skip" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) < 10
-    assert '"failed"' in (folder / "run" / "status.json").read_text()
 
 
 def test_a_truncated_file_is_skipped_on_wish(folder: Path) -> None:

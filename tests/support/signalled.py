@@ -37,6 +37,9 @@ def build_model(config: tiny.TinyConfig) -> nn.Module:
 
 
 def compute_loss(config: tiny.TinyConfig, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
+    assert config.run_dir is not None
+    if not (config.run_dir / "status.json").exists():
+        return tiny.compute_loss(config, model, batch)  # the batch before the first step
     time.sleep(float(os.environ.get("SLOWLY", "0.02")))
     calls["forward"] += torch.is_grad_enabled()
     send("forward")
