@@ -130,7 +130,9 @@ def test_a_module_in_place_of_a_recipe(tmp_path: Path) -> None:
 
 
 def test_the_ranks_find_each_other_at_a_free_port_or_the_given_one(tmp_path: Path) -> None:
-    (tmp_path / "port.py").write_text("import os\nprint(os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'])")
+    # a whole line in one write, or those of two ranks mix
+    line = "f\"{os.environ['MASTER_ADDR']} {os.environ['MASTER_PORT']}\\n\""
+    (tmp_path / "port.py").write_text(f"import os\nos.write(1, {line}.encode())")
     ports = set()
     for _ in range(2):
         first, second = run([LOCAL, "-n", "2", "port.py"], tmp_path, environment()).stdout.splitlines()
