@@ -93,9 +93,11 @@ def test_low_precision_within_its_rounding(precision: str, tmp_path: Path) -> No
         assert weights < ROUNDING[precision][1], name
         if precision == "fp16":
             assert curve(run, "loss_scale") == curve(ended["ddp-plain"], "loss_scale"), name
-    # sharding alone rounds nothing; zero3 has a linear of its own
+    # sharding alone rounds nothing; zero3 has a linear of its own. On a CPU with fp16 arithmetic (avx512_fp16) ddp in
+    # fp16 differs: 2.8e-5 measured
+    limit = 1e-4 if precision == "fp16" else 1e-7
     for name in {"fsdp-plain", "zero1-plain", "zero2-plain"} & ended.keys():
-        assert max(differences(ended[name], ended["ddp-plain"])) < 1e-7, name
+        assert max(differences(ended[name], ended["ddp-plain"])) < limit, name
 
 
 @pytest.mark.distributed
