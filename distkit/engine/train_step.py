@@ -59,8 +59,8 @@ def train_step(run: Run) -> None:
 
 def pass_over(run: Run) -> None:
     """Leave the step out: nothing moves, and no random generator is used."""
-    for _ in microbatches(run):
-        pass
+    for accum_index in range(run.split.accum_steps):
+        next_microbatch(run, accum_index)
     run.meter.grad_norm = None
     run.progress.step += 1
 
