@@ -25,25 +25,34 @@ OUTER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
          "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
 
 
-def die_with_parent(owner: int) -> None:
-    """End this process when process `owner`, for whom it works, ends, however that happens.
+def die_with_parent(parent: int) -> None:
+    """End this process when process `parent`, which started it, ends, however that happens (Linux prctl(2)).
 
-    Where `owner` started it itself the kernel sees to that (Linux prctl(2)); a child of Python's fork server has that
-    server for a parent, and a thread waits for its owner (pidfd_open(2)).
+    It holds through exec, so a command that is about to be started (`preexec_fn`) may call it.
     """
     if sys.platform != "linux":
         return
-    if os.getppid() != owner:
-        try:
-            descriptor = os.pidfd_open(owner)
-        except ProcessLookupError:
-            os.kill(os.getpid(), signal.SIGKILL)
-        else:
-            threading.Thread(target=_outlive_nobody, args=(descriptor,), name="distkit-owner", daemon=True).start()
-        return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != owner:  # it ended before the call
+    if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_owner(owner: int) -> None:
+    """The same for process `owner`, for whom this one works; it need not have started it.
+
+    A child of Python's fork server has that server for a parent, and a thread waits for its owner (pidfd_open(2)).
+    """
+    if sys.platform != "linux":
+        return
+    if os.getppid() == owner:
+        die_with_parent(owner)
+        return
+    try:
+        descriptor = os.pidfd_open(owner)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        threading.Thread(target=_outlive_nobody, args=(descriptor,), name="distkit-owner", daemon=True).start()
 
 
 def _outlive_nobody(descriptor: int) -> None:

@@ -178,11 +178,11 @@ def test_git_revision(tmp_path: object) -> None:
 
 OWNED = """
 import multiprocessing, os, sys, time
-from distkit.runtime.local_ranks import die_with_parent
+from distkit.runtime.local_ranks import die_with_owner
 
 
 def work(owner, path):
-    die_with_parent(owner)
+    die_with_owner(owner)
     with open(path, "w") as file:
         file.write(str(os.getpid()))
     time.sleep(600)
@@ -208,6 +208,38 @@ def test_a_worker_ends_with_its_owner_however_it_was_started(method: str, tmp_pa
         finally:
             owner.kill()
     wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+LATE = """
+import os, subprocess, sys, time
+from distkit.runtime.local_ranks import die_with_parent
+
+
+def before_exec():
+    with open(sys.argv[1], "w") as file:
+        file.write(str(os.getpid()))
+    while os.getppid() == owner:
+        time.sleep(0.01)
+    die_with_parent(owner)
+
+
+owner = os.getpid()
+subprocess.Popen(["sleep", "600"], preexec_fn=before_exec)
+"""
+
+
+def test_a_command_does_not_begin_when_its_parent_has_ended(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    said = tmp_path / "pid"
+    command = [sys.executable, str(tmp_path / "late.py"), str(said)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as parent:
+        try:
+            wait_until(lambda: said.exists() and bool(said.read_text()))
+            child = psutil.Process(int(said.read_text()))
+        finally:
+            parent.kill()
+        # not waited for: a process that has ended and that nobody has asked about still has its id
+        wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
 def wait_until(happened: Callable[[], bool], seconds: float = 20.0) -> None:

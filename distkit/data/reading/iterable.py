@@ -26,7 +26,7 @@ from distkit.data.reading.worker_process import end_workers, iterator_of, worker
 from distkit.data.stream.draws import Draws
 from distkit.data.stream.stream import microbatch_start
 from distkit.errors import ConfigError, DataError
-from distkit.runtime.local_ranks import die_with_parent
+from distkit.runtime.local_ranks import die_with_owner
 from distkit.runtime.seeding import derive_seed
 from distkit.runtime.signals import ignore_stop_signals
 
@@ -226,7 +226,7 @@ class IterableSource:
 
 
 def _start_worker(owner: int, _worker_id: int) -> None:
-    die_with_parent(owner)
+    die_with_owner(owner)
     ignore_stop_signals()
 
 

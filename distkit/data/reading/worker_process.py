@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from distkit.errors import TrainingError
-from distkit.runtime.local_ranks import die_with_parent
+from distkit.runtime.local_ranks import die_with_owner
 from distkit.runtime.signals import ignore_stop_signals
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ def start_worker(owner: int, _worker_id: int) -> None:
     Args:
         owner: the process that the worker belongs to, and must not outlive.
     """
-    die_with_parent(owner)
+    die_with_owner(owner)
     ignore_stop_signals()
     gc.freeze()
     mode = torch.inference_mode()
