@@ -47,6 +47,7 @@ TAKEN_BY: dict[str, frozenset[str]] = {
 Low = Literal["fp32", "bf16"]
 Offload = Literal["none", "optimizer", "parameters"]
 Recomputed = Literal["none", "full", "blocks", "every"]
+UnusedParameters = Literal["refuse", "same", "any"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from distkit.config.strategy import (
     DDPConfig,
     FSDPConfig,
     StrategyName,
+    UnusedParameters,
     ZeroConfig,
     check_sections,
 )
@@ -104,6 +105,10 @@ class TrainConfig:
     """fp32; tf32: fp32 on NVIDIA's tensor cores; bf16 or fp16: autocast, with fp32 weights."""
     strategy: StrategyName = field(default="auto", metadata=_PLAIN)
     """How the model is laid out over the ranks; auto: single on one rank, ddp on several."""
+    unused_parameters: UnusedParameters = field(default="refuse", metadata=_PLAIN)
+    """Parameters that some step's loss does not depend on, as with layer drop. refuse: an error that names them; same:
+    allowed, where all ranks leave out the same ones; any: each rank its own. ddp then searches each forward for them;
+    fsdp compares the ranks before each exchange, and with any it gathers the whole model at once; zero refuses both."""
     device: Device = "auto"
     """auto: cuda if there is one, else mps, else cpu."""
     deterministic: bool = field(default=True, metadata=_PLAIN)
@@ -194,6 +199,8 @@ class TrainConfig:
         require_number("num_threads", self.num_threads, least=1, most=512, example="2")
         if self.run_dir is not None:
             require(self.run_dir != Path(), "run_dir", "a directory of its own", repr(str(self.run_dir)), "runs/NAME")
+        require(self.unused_parameters in get_args(UnusedParameters), "unused_parameters", "refuse, same or any",
+                self.unused_parameters, "any")  # fmt: skip
         self._check_compile()
         self._check_on_nan()
         check_sections(self.strategy, {"ddp": self.ddp, "fsdp": self.fsdp, "zero": self.zero})

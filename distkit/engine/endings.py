@@ -307,7 +307,7 @@ def own_cause(error: BaseException, runtime: Runtime) -> Cause:
     who = "the run" if alone else f"rank {runtime.rank} on {host}"
     where = phase_words(phase, step)
     first, *rest = str(error).splitlines() or [""]
-    todo = "; ".join(line.strip() for line in rest) if isinstance(error, DistkitError) else ""
+    todo = "; ".join(" ".join(line.split()) for line in rest) if isinstance(error, DistkitError) else ""
     what, code = f"{who} failed {where}: {type(error).__name__}: {first}", 1
     if isinstance(error, DistkitError):
         what, code = f"{who} failed {where}: {first}", error.exit_code

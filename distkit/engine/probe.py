@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from distkit.data import Batch, batch_size
 from distkit.engine.meter import check_output
@@ -70,7 +71,8 @@ def check_training(run: Run, batch: Batch) -> None:
                           got=f"a {output.loss.dtype} tensor that does not require one")  # fmt: skip
     if run.config.compile:
         return
-    foreign = [leaf for leaf in leaves(output.loss) if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
+    used = list(leaves(output.loss))
+    foreign = [leaf for leaf in used if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
     if foreign:
         raise ConfigError(
             f"compute_loss trains {len(foreign)} parameters that are not in the model: they would never move",
@@ -78,6 +80,11 @@ def check_training(run: Run, batch: Batch) -> None:
             got=", ".join(f"one of shape {list(parameter.shape)}" for parameter in foreign[:3]),
             fix="self.criterion = … in the model, and model.criterion(…) in compute_loss",
         )
+    ids = {id(leaf) for leaf in used}
+    trained = {name: parameter for name, parameter in root.named_parameters() if parameter.requires_grad}
+    unused = [name for name, parameter in trained.items() if id(parameter) not in ids]
+    if unused and not hides_leaves(output.loss):
+        run.strategy.refuse_unused(unused)
 
 
 @contextmanager
@@ -98,18 +105,29 @@ def noting_calls(modules: list[nn.Module]) -> Iterator[tuple[set[nn.Module], dic
             handle.remove()
 
 
-def leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The tensors that a backward of `loss` would give gradients."""
+def graph(loss: Tensor) -> Iterator[Node]:
+    """The nodes of the backward of `loss`."""
     nodes, known = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is None or node in known:
             continue
         known.add(node)
+        yield node
+        nodes.extend(following for following, _ in node.next_functions)
+
+
+def leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The tensors that a backward of `loss` would give gradients."""
+    for node in graph(loss):
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
             yield variable
-        nodes.extend(following for following, _ in node.next_functions)
+
+
+def hides_leaves(loss: Tensor) -> bool:
+    """Whether a part of the backward has a graph of its own (torch.utils.checkpoint with use_reentrant)."""
+    return any("CheckpointFunction" in node.name() for node in graph(loss))
 
 
 def check_metrics(run: Run, output: LossOutput) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -114,6 +114,15 @@ class Runtime:
             return bool(answer.item())
 
         return wait
+
+    def same_everywhere(self, numbers: Sequence[int]) -> bool:
+        """Whether all ranks give the same `numbers`, equally many; waits for the others."""
+        if self.cpu_group is None:
+            return True
+        own = torch.tensor([*numbers, *(-number for number in numbers)], dtype=torch.int64)
+        dist.all_reduce(own, dist.ReduceOp.MAX, group=self.cpu_group)
+        greatest, least = own.chunk(2)
+        return torch.equal(greatest, -least)
 
     def cores(self) -> int:
         """This rank's share of the machine's cores, at least 1."""

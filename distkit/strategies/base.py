@@ -16,7 +16,7 @@ from distkit.errors import ConfigError
 from distkit.optim import OptimizerState, named_parameters, skips_on_device
 from distkit.runtime.process import Runtime
 from distkit.strategies.compiled import CompilerWatch, captures_graphs, refuse_accumulation
-from distkit.strategies.parameters import GradientWatch, OwnGradients, state_tensors
+from distkit.strategies.parameters import OwnGradients, state_tensors
 from distkit.strategies.precision import autocast
 from distkit.tensors.finite import largest_magnitude
 
@@ -53,7 +53,6 @@ class Strategy(ABC):
         self.reuses_outputs = runtime.device.type == "cuda" and captures_graphs(config)
         self._autocast = autocast(config.precision, runtime.device)
         self._parameters: list[nn.Parameter] = []
-        self._first_gradients: GradientWatch | None = None
         self._own_gradients: OwnGradients | None = None
         self._compiler = CompilerWatch() if config.compile else None
 
@@ -91,8 +90,19 @@ class Strategy(ABC):
             parameter.grad = None
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss` (a scalar; scaled for fp16)."""
+        """Add the gradients of `loss` (a scalar; scaled for fp16).
+
+        Raises:
+            ConfigError: the loss does not depend on some parameters, and the strategy needs a gradient for each.
+        """
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def refuse_unused(self, names: Sequence[str]) -> None:  # noqa: B027  # the default does nothing
+        """The first loss does not depend on the parameters `names`.
+
+        Raises:
+            ConfigError: the strategy needs a gradient for each.
+        """
 
     def gradients(self) -> list[Tensor]:
         """The gradients of this rank's parameters; sparse ones as the dense tensor of their values."""
@@ -172,11 +182,7 @@ class Strategy(ABC):
             leave_out: bool, 0-dim on the device, the same on all ranks: True leaves weights and optimizer as they are.
                 Optimizers that can (`skips_on_device`) read it on the device, for others the host waits for it. Not
                 with fp16, whose scaler judges by the gradients alone.
-
-        Raises:
-            ConfigError: in the first step, where the strategy needs a gradient for each parameter: those without one.
         """
-        self._check_first_gradients()
         if self.scaler.is_enabled():
             self._scaled_update()
         elif leave_out is None:
@@ -201,11 +207,6 @@ class Strategy(ABC):
             yield
         finally:
             del self.optimizer.found_inf  # type: ignore[attr-defined]
-
-    def _check_first_gradients(self) -> None:
-        if self._first_gradients is not None:
-            watch, self._first_gradients = self._first_gradients, None
-            watch.check()
 
     def update_with_closure(self, closure: Callable[[], Tensor]) -> None:
         """One update of an optimizer that evaluates the loss itself (LBFGS); `closure` computes gradients and loss."""

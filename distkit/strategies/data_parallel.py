@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence, Set
 
 import torch
@@ -14,7 +15,7 @@ from distkit.errors import ConfigError
 from distkit.strategies.base import Strategy
 from distkit.strategies.blocks import recompute_activations_
 from distkit.strategies.compiled import compile_
-from distkit.strategies.parameters import GradientWatch
+from distkit.strategies.unused import no_gradient
 
 
 class DataParallel(Strategy):
@@ -39,9 +40,6 @@ class DataParallel(Strategy):
             # in place: parameter names stay as they are, and DDP, which cannot be compiled itself, calls what was
             compile_(self.module, config, "whole")
         self._parameters = [p for p in self.module.parameters() if p.requires_grad]
-        if self._ddp is not None and not config.ddp.static_graph and not self.needs_closure:
-            trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-            self._first_gradients = GradientWatch(trained, self.name)
         self.optimizer = build_optimizer(self.module)
 
     def _wrap(self, module: nn.Module) -> DistributedDataParallel:
@@ -52,6 +50,7 @@ class DataParallel(Strategy):
             gradient_as_bucket_view=True,
             bucket_cap_mb=config.bucket_mb or 25,
             static_graph=config.static_graph,
+            find_unused_parameters=self.config.unused_parameters != "refuse",
             comm_hook=DDPCommunicationHookType.BF16 if config.bf16_gradients else DDPCommunicationHookType.NO,
         )
         # precision and compilation are the engine's: accelerate would cast every output back to fp32
@@ -64,13 +63,42 @@ class DataParallel(Strategy):
         wrapped = accelerator.prepare_model(module)
         assert isinstance(wrapped, DistributedDataParallel), type(wrapped)
         wrapped.__class__ = _WithAttributes  # accelerate chooses the class
-        settle_buckets(wrapped)
+        if not options.find_unused_parameters:  # with it DDP keeps its first buckets
+            settle_buckets(wrapped)
         return wrapped
 
     def exchange_gradients(self, on: bool) -> None:
         """DDP looks at the flag in forward and in backward (DistributedDataParallel.no_sync)."""
         if self._ddp is not None:
             self._ddp.require_backward_grad_sync = on
+
+    def refuse_unused(self, names: Sequence[str]) -> None:
+        """DDP would wait for their gradients, unless it is told not to."""
+        if self._ddp is not None and self.config.unused_parameters == "refuse" and not self.config.ddp.static_graph:
+            raise no_gradient(names, self.name)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`; with the last microbatch DDP averages them over the ranks."""
+        super().backward(loss)
+        if self._ddp is not None and self._ddp.require_backward_grad_sync:
+            self._check_exchanged(self._ddp)
+
+    def _check_exchanged(self, ddp: DistributedDataParallel) -> None:
+        """Refuse an exchange that DDP has not ended, because it waits for gradients that will not come."""
+        try:
+            # DDP asks the same before the next forward: after an update with gradients that are not averaged
+            ddp.reducer._rebuild_buckets()
+        except RuntimeError as error:
+            if "finished reduction" not in str(error):
+                raise
+            if self.config.unused_parameters != "refuse":
+                raise ConfigError("the loss does not depend on all that the model returned, and DDP waits for the "
+                                  "gradients of the rest", expected="a forward that returns what the loss uses",
+                                  fix="leave the rest out of what the model's forward returns") from error  # fmt: skip
+            said = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            trained = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+            names = [trained[int(index)] for index in said[1].split()] if said else ["some parameters"]
+            raise no_gradient(names, self.name) from error
 
     def gates(self) -> Sequence[tuple[nn.Module, nn.Module]] | None:
         """Rank 0's buffers are sent between DDP's forward and the module's; a hook there would be compiled again."""
@@ -82,8 +110,12 @@ class DataParallel(Strategy):
         return None if whole else [(self.model, self.module)]
 
     def check(self) -> None:
-        """Refuse what the device cannot do."""
+        """Refuse what the device cannot do, and choices that contradict each other."""
         super().check()
+        if self.config.ddp.static_graph and self.config.unused_parameters != "refuse":
+            raise ConfigError("--ddp.static-graph says that every step uses the same parameters",
+                              expected="not both", got=f"--unused-parameters {self.config.unused_parameters}",
+                              fix="--ddp.no-static-graph")  # fmt: skip
         if self.config.ddp.sync_batchnorm and self.runtime.device.type != "cuda":
             raise ConfigError("--ddp.sync-batchnorm needs GPUs: torch.nn.SyncBatchNorm has no other kernel",
                               got=f"device {self.runtime.device.type}", fix="--ddp.no-sync-batchnorm")  # fmt: skip

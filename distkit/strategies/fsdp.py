@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -26,6 +25,7 @@ from distkit.strategies.blocks import modules_of_class, recompute_activations_, 
 from distkit.strategies.compiled import compile_
 from distkit.strategies.parameters import OwnGradients
 from distkit.strategies.sharded import Sharded, refuse_scalars
+from distkit.strategies.unused import ExchangeOrder, SeenAllGather, SeenReduceScatter, SharedUse
 from distkit.tensors.shards import local_part
 
 
@@ -37,6 +37,7 @@ class FullySharded(Sharded):
 
     name = "fsdp"
     mesh: DeviceMesh
+    _shared_use: SharedUse | None = None
 
     def prepare(self, module: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> None:
         """Choose what is recomputed and compiled, then shard from the inside out, then build the optimizer."""
@@ -48,14 +49,18 @@ class FullySharded(Sharded):
             compile_(module, config, "blocks")
         self.mesh = build_mesh(self.runtime, config.fsdp.replicas)
         self.norm_group = self.mesh.get_group(-1)
-        shard_(module, self.mesh, config.fsdp)
+        shard_(module, self.mesh, config.fsdp, [] if config.unused_parameters == "any" else units(module, config.fsdp))
         assert isinstance(module, FSDPModule)
         self.module = self.model = self.eval_model = module
         self._units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
         self._exchanges = True
+        self._order = self._exchange_order()
+        self._watch_exchanges(lambda _: None)
         # FSDP swaps what a module calls its parameter: between forward and backward a unit has the gathered ones
         self._named = dict(module.named_parameters())
         self._parameters = [p for p in self._named.values() if p.requires_grad]
+        if config.unused_parameters == "any":
+            self._shared_use = SharedUse(module, self.runtime, lambda: bool(self.gradients()))
         self.optimizer = build_optimizer(module)
 
     @property
@@ -79,8 +84,33 @@ class FullySharded(Sharded):
     def watch_own_gradients(self) -> None:
         """Look at what each unit is about to exchange: a parameter's own hooks see the sum over the ranks."""
         self._own_gradients = OwnGradients((), self.runtime.device)
-        for unit in self._units:
-            unit.set_custom_reduce_scatter(SeenReduceScatter(self._own_gradients))  # type: ignore[arg-type]
+        self._watch_exchanges(self._own_gradients.see)
+
+    def _exchange_order(self) -> ExchangeOrder:
+        names = {part: name for name, part in self.module.named_modules()}
+        may_differ = self.config.unused_parameters != "refuse"
+        return ExchangeOrder([names[unit] for unit in self._units], self.name, self.runtime, may_differ=may_differ)
+
+    def _watch_exchanges(self, look: Callable[[Tensor], None]) -> None:
+        for index, unit in enumerate(self._units):
+            unit.set_custom_all_gather(SeenAllGather(self._order, index))  # type: ignore[arg-type]
+            unit.set_custom_reduce_scatter(SeenReduceScatter(self._order, index, look))  # type: ignore[arg-type]
+
+    def zero_gradients(self) -> None:
+        """Drop all gradients: a step begins."""
+        super().zero_gradients()
+        self._order.begin(step=True)
+        if self._shared_use is not None:
+            self._shared_use.begin()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
+        scaled = self.scaler.scale(loss)
+        if self._shared_use is not None:
+            scaled = self._shared_use.watched(scaled, last=self._exchanges)
+        scaled.backward()  # type: ignore[no-untyped-call]
+        if self._exchanges:
+            self._order.end(step=True)
 
     def gates(self) -> Sequence[tuple[nn.Module, nn.Module]] | None:
         """Before its forward each unit gathers its parameters; a hook inside of what is compiled would be, too."""
@@ -90,8 +120,10 @@ class FullySharded(Sharded):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Afterwards nothing is gathered: a forward without a backward leaves a unit with the weights it had."""
+        self._order.begin(step=False)
         try:
             yield
+            self._order.end(step=False)
         finally:
             for unit in self._units:
                 unit.reshard()
@@ -114,6 +146,9 @@ class FullySharded(Sharded):
                               expected="--strategy ddp, or another optimizer", got="--strategy fsdp",
                               fix="--strategy auto")  # fmt: skip
         self._refuse_whole_compilation("blocks: parameters are gathered between them")
+        if config.unused_parameters == "any" and (config.fsdp.wrap is not None or config.fsdp.min_params is not None):
+            raise ConfigError("--unused-parameters any gathers the whole model at once", expected="no smaller units",
+                              got="--fsdp.wrap or --fsdp.min-params", fix="--unused-parameters same")  # fmt: skip
         replicas = config.fsdp.replicas or 1
         if world_size % replicas or world_size == replicas:
             near = [n for n in range(2, world_size) if world_size % n == 0]
@@ -140,29 +175,6 @@ class FullySharded(Sharded):
                               expected="sparse=False", fix="--strategy ddp")  # fmt: skip
 
 
-class SeenReduceScatter:
-    """What FSDP does by itself, after a look at this rank's gradients (torch's interface ReduceScatter)."""
-
-    def __init__(self, own_gradients: OwnGradients) -> None:
-        self._own_gradients = own_gradients
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for a unit's gradients."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: dist.ReduceOp.RedOpType,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        """`output_tensor` becomes this rank's share of what all ranks have in `input_tensor`."""
-        self._own_gradients.see(input_tensor)
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
-
-
 def build_mesh(runtime: Runtime, replicas: int | None) -> DeviceMesh:
     """All ranks as one axis, or as [replicas, shards]: ranks of one copy are neighbours, on one node where they fit."""
     kind, world_size = runtime.device.type, runtime.world_size
@@ -171,8 +183,8 @@ def build_mesh(runtime: Runtime, replicas: int | None) -> DeviceMesh:
     return init_device_mesh(kind, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def shard_(module: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
-    """fully_shard on each unit, from the inside out, and on what is left as the root."""
+def shard_(module: nn.Module, mesh: DeviceMesh, config: FSDPConfig, parts: Sequence[nn.Module]) -> None:
+    """fully_shard on each of the `parts`, from the inside out, and on what is left as the root."""
     low, reduce = config.gather_precision == "bf16", config.reduce_precision
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if low else None,
@@ -183,7 +195,7 @@ def shard_(module: nn.Module, mesh: DeviceMesh, config: FSDPConfig) -> None:
     )
     pinned = mesh.device_type != "cpu"
     offload = CPUOffloadPolicy(pin_memory=pinned) if config.cpu_offload else OffloadPolicy()
-    for unit in [*units(module, config)[::-1], module]:
+    for unit in [*parts[::-1], module]:
         # the root is needed again as soon as its forward has ended
         reshard = config.reshard_after_forward if unit is not module else None
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)

@@ -1,14 +1,12 @@
-"""What a strategy asks of a model's parameters: their names, and a gradient for each."""
+"""What a strategy asks of a model's parameters: their names, and what a rank's own backwards gave them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from distkit.errors import ConfigError
 from distkit.tensors.finite import magnitudes
 
 
@@ -22,44 +20,6 @@ def state_tensors(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Te
     """Its state dict without extra states (torch.nn.Module.get_extra_state) that are not tensors."""
     state = module.state_dict(keep_vars=keep_vars)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-class GradientWatch:
-    """Sees in the first step which parameters get a gradient; for strategies that need one for each.
-
-    Without it ddp would wait for the missing ones forever, or say so in the next step in words that name none, and
-    ZeRO, which updates flat runs of elements, would move them by weight decay and momentum.
-
-    Args:
-        parameters: by name, those to be trained.
-        strategy: for the message.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], strategy: str) -> None:
-        self._strategy = strategy
-        self._missing = dict(parameters)
-        self._handles = [
-            p.register_hook(partial(self._see, name))  # type: ignore[no-untyped-call]
-            for name, p in parameters.items()
-        ]
-
-    def _see(self, name: str, _: Tensor) -> None:
-        self._missing.pop(name, None)
-
-    def check(self) -> None:
-        """To be called once, after the backwards of the first step.
-
-        Raises:
-            ConfigError: naming the parameters that the loss does not depend on.
-        """
-        for handle in self._handles:
-            handle.remove()
-        if self._missing:
-            names = list(self._missing)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ConfigError(f"the loss does not depend on {', '.join(names[:3])}{more}",
-                              expected=f"a gradient for every parameter, with --strategy {self._strategy}",
-                              fix="--strategy fsdp, or requires_grad_(False) for them in build_model")  # fmt: skip
 
 
 class OwnGradients:

@@ -21,7 +21,6 @@ from distkit.losses import LossOutput
 from distkit.models import GPT
 from distkit.runtime import read_topology
 from distkit.runtime.process import start
-from distkit.strategies.parameters import GradientWatch
 
 SEVERAL = ("ddp", "fsdp", *(() if MISSING else ZERO))
 
@@ -81,12 +80,3 @@ def test_a_parameter_without_dimensions_is_named_where_it_cannot_be_cut(tmp_path
         assert found.pop("ddp") == ""
         for name, message in found.items():
             assert f"--strategy {name} cannot cut parameter temperature" in message
-
-
-def test_the_watch_leaves_nothing_behind() -> None:
-    layers = nn.ModuleDict({name: nn.Linear(2, 2) for name in "abcd"})
-    watch = GradientWatch(dict(layers.named_parameters()), "ddp")
-    layers["a"](torch.ones(1, 2)).sum().backward()
-    with pytest.raises(ConfigError, match=r"b\.weight, b\.bias, c\.weight and 3 more"):
-        watch.check()
-    assert not any(p._backward_hooks for p in layers.parameters())

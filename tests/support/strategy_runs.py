@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tiny, tiny_gpt
+from support import layer_drop, tiny, tiny_gpt
 from support.harness import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +30,7 @@ from distkit.tensors.shards import whole
 BASES: dict[str, TrainConfig] = {
     name: replace(recipe.BASE, timeout_seconds=240) for name, recipe in (("mlp", tiny), ("gpt", tiny_gpt))
 }
+RECIPES = {recipe.config: recipe for recipe in (tiny.RECIPE, tiny_gpt.RECIPE, layer_drop.RECIPE)}
 ZERO = ("zero1", "zero2", "zero3")
 #: Accelerate's DeepSpeed path imports transformers.
 MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
@@ -53,7 +54,7 @@ class Ended:
 
 def build(folder: Path | str, config: TrainConfig, runtime: Runtime | None = None) -> Run:
     """A run of this process in `folder`, of the recipe whose configuration it is."""
-    recipe = tiny_gpt.RECIPE if isinstance(config, tiny_gpt.GPTTrainConfig) else tiny.RECIPE
+    recipe = RECIPES[type(config)]
     runtime = runtime or start(config, read_topology(os.environ))
     return assemble(recipe, replace(config, run_dir=Path(folder)), runtime)  # type: ignore[arg-type, type-var]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -27,8 +28,9 @@ from distkit.strategies.compiled import compile_
 from distkit.strategies.deepspeed.config import deepspeed_config
 from distkit.strategies.deepspeed.engine import gather_whole_, require_installed, start_engine
 from distkit.strategies.deepspeed.partitions import FlatOptimizerState, Zero3Optimizer, ZeroOptimizer, whole_numel
-from distkit.strategies.parameters import GradientWatch, state_dict_names
+from distkit.strategies.parameters import state_dict_names
 from distkit.strategies.sharded import Sharded, refuse_scalars
+from distkit.strategies.unused import ExchangeOrder, GradientWatch, after_backward, no_gradient
 
 
 class DeepSpeed(Sharded):
@@ -64,13 +66,26 @@ class DeepSpeed(Sharded):
         assert self.engine.optimizer.optimizer is self.optimizer, type(self.engine.optimizer.optimizer)
         self.model, self.eval_model = cast(nn.Module, self.engine), module
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
-        self._first_gradients = GradientWatch(trained, self.name)
+        self._gradient_watch = GradientWatch(trained, self.name)
         self.zero = (Zero3Optimizer if self.stage == 3 else ZeroOptimizer)(self.engine.optimizer, names)
         self.zero.fill_momentum_(self.optimizer)
+        self._watch_gathering()
+
+    def _watch_gathering(self) -> None:
+        """zero3 gathers a module's own parameters before its forward: on every rank in the same order."""
+        names = {part: name for name, part in self.module.named_modules()}
+        gates = [part for part, _ in self.gates() or ()]
+        self._order = ExchangeOrder([names[part] for part in gates], self.name, self.runtime)
+        for index, part in enumerate(gates):
+            part.register_forward_pre_hook(partial(self._see_forward, index), prepend=True)
+
+    def _see_forward(self, index: int, _module: nn.Module, _args: object) -> None:
+        self._order.see(index)
 
     def exchange_gradients(self, on: bool) -> None:
         """zero1 exchanges once a step; zero2 and zero3 hold only parts of gradients, so each backward exchanges."""
         self.engine.set_gradient_accumulation_boundary(on)
+        self._last = on
 
     def gates(self) -> Sequence[tuple[nn.Module, nn.Module]] | None:
         """zero3 gathers a module's own parameters before its forward; a hook in what is compiled would be, too."""
@@ -82,18 +97,28 @@ class DeepSpeed(Sharded):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Afterwards nothing is gathered."""
+        self._order.begin(step=False)
         try:
             yield
+            self._order.end(step=False)
         finally:
             self.zero.reshard()
 
     def zero_gradients(self) -> None:
-        """Forget the gradients of the last step."""
+        """Forget the gradients of the last step: the next one begins."""
+        self._order.begin(step=True)
         self.zero.zero_gradients()
+
+    def refuse_unused(self, names: Sequence[str]) -> None:
+        """ZeRO updates all elements."""
+        raise no_gradient(names, self.name)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; the mean over ranks is DeepSpeed's, that over microbatches is in the loss."""
-        self.engine.backward(self.scaler.scale(loss), scale_wrt_gas=False)
+        loss = after_backward(self.scaler.scale(loss), self._gradient_watch.check)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if self._last:
+            self._order.end(step=True)
 
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the gradients, summed over ranks; parameters without one count as zeros."""
@@ -112,7 +137,6 @@ class DeepSpeed(Sharded):
 
     def update(self, leave_out: Tensor | None = None) -> None:
         """One update by DeepSpeed; fp16 skips it on the device when a gradient is not finite, and counts that."""
-        self._check_first_gradients()
         if self.scaler.is_enabled():
             self._scaled_update()
         elif leave_out is None:
@@ -167,6 +191,10 @@ class DeepSpeed(Sharded):
         super().check()
         config = self.config
         require_installed(config.strategy)
+        if config.unused_parameters != "refuse":
+            raise ConfigError(f"--strategy {config.strategy} needs a gradient for every parameter in every step",
+                              expected="--strategy ddp or fsdp", got=f"--unused-parameters {config.unused_parameters}",
+                              fix="--strategy fsdp")  # fmt: skip
         usable = [name for name, row in OPTIMIZERS.items() if row.takes_flat_shards]
         if config.optim.name not in usable:
             raise ConfigError(f"--optim.name {config.optim.name} cannot update runs of elements, as --strategy "
