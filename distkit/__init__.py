@@ -12,8 +12,18 @@ if TYPE_CHECKING:
     from distkit.load import load_run
     from distkit.losses import LossOutput
     from distkit.recipe import Recipe
+    from distkit.tensors.buffers import register_rank_buffer
 
-__all__ = ["LossOutput", "Recipe", "TrainConfig", "__version__", "load_run", "main", "train"]
+__all__ = [
+    "LossOutput",
+    "Recipe",
+    "TrainConfig",
+    "__version__",
+    "load_run",
+    "main",
+    "register_rank_buffer",
+    "train",
+]
 
 #: Name -> the module it comes from. They are imported on first use: `import distkit` does not import torch.
 _HOMES = {
@@ -22,6 +32,7 @@ _HOMES = {
     "TrainConfig": "distkit.config",
     "load_run": "distkit.load",
     "main": "distkit.entry",
+    "register_rank_buffer": "distkit.tensors.buffers",
     "train": "distkit.entry",
 }
 

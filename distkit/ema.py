@@ -35,7 +35,7 @@ class Ema:
         averaged = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
         slots = {slot.name: slot for slot in buffer_slots(model)}
         for name, slot in slots.items():
-            if not slot.persistent:
+            if not slot.persistent or slot.rank_own:
                 averaged.pop(name, None)
         self._live = {name: tensor.detach() for name, tensor in averaged.items()}
         self.shadow = {name: tensor.clone() for name, tensor in self._live.items()}

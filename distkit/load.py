@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -22,11 +23,11 @@ from distkit.checkpoint.restore import VerifiedCheckpoint, differences, newest_v
 from distkit.checkpoint.retention import list_checkpoints
 from distkit.cli import parse
 from distkit.config import TrainConfig
-from distkit.engine.resume import recomputed_buffers, saved_extra_states
+from distkit.engine.resume import read_tensors, recomputed_buffers, saved_extra_states
 from distkit.engine.run_dir import SOURCE, RunDirectory
 from distkit.errors import CheckpointError, ConfigError, DataError, shorten
 from distkit.recipe import Recipe
-from distkit.tensors.buffers import set_extra_states
+from distkit.tensors.buffers import buffer_slots, set_extra_states, set_rank_buffers_, shared_buffers
 
 AnyRecipe = Recipe[Any]
 #: "last": the newest weights; "best": those of the best evaluation; a number: those of a step.
@@ -200,7 +201,7 @@ def choose_checkpoint(directory: RunDirectory, which: Which, steps: list[int]) -
 
 
 def _load_checkpoint_(model: nn.Module, checkpoint: VerifiedCheckpoint, *, ema: bool) -> None:
-    live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    live = {**dict(model.named_parameters()), **shared_buffers(model)}
     tensors = {f"model/{name}": tensor.detach() for name, tensor in live.items()}
     recomputed = recomputed_buffers(model, tensors, checkpoint)
     lines = differences(checkpoint.manifest, tensors, ("model/",), recomputed)
@@ -214,12 +215,16 @@ def _load_checkpoint_(model: nn.Module, checkpoint: VerifiedCheckpoint, *, ema: 
         averages = {f"ema/{name}": tensor.detach() for name, tensor in live.items() if f"ema/{name}" in saved}
         load_tensors(checkpoint.directory, checkpoint.manifest, averages)
     set_extra_states(model, saved_extra_states(checkpoint))
+    set_rank_buffers_(model, read_tensors(checkpoint, "buffer/00000/"), torch.device("cpu"))
 
 
 def _load_final_(model: nn.Module, file: Path) -> None:
     try:
-        result = model.load_state_dict(load_file(file), strict=False)
-        missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+        weights = load_file(file)
+        own = {slot.name for slot in buffer_slots(model) if slot.rank_own}
+        set_rank_buffers_(model, {name: weights.pop(name) for name in own & weights.keys()}, torch.device("cpu"))
+        result = model.load_state_dict(weights, strict=False)
+        missing = [name for name in result.missing_keys if not name.endswith("_extra_state") and name not in own]
         if missing or result.unexpected_keys:
             raise RuntimeError(f"missing {shorten(missing)}; unexpected {shorten(result.unexpected_keys)}")
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -35,6 +35,9 @@ class LossOutput:
     weight: Tensor | None = None
     """0-dim, without gradient: what `loss` is the mean over where that is not samples, such as the number of tokens.
     The engine divides by the sum of the weights of the whole global batch (C2). None: the number of samples."""
+    means: dict[str, Tensor] = field(default_factory=dict)
+    """Name -> 0-dim tensor, the mean over the samples of this microbatch, without gradient; reported as the mean over
+    all samples, of all ranks and microbatches."""
 
 
 #: A recipe's `compute_loss` with its config given: (model, batch) -> the loss of this microbatch.

@@ -8,7 +8,7 @@ A schedule is a pure function `step -> multiplier` of the peak learning rate. `s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 Schedule = Callable[[int], float]
@@ -45,8 +45,10 @@ class PlateauTracker:
         self, *, gamma: float, patience: int, threshold: float, min_lr_ratio: float, metric: str, mode: str
     ) -> None:
         self.gamma, self.patience, self.min_lr_ratio = gamma, patience, min_lr_ratio
-        self.metric = metric
+        self.metric, self.mode = metric, mode
         self.factor = 1.0
+        #: The metric that the restored state was about, where it was another one.
+        self.metric_before: str | None = None
         # as if smaller were better: a metric that should rise is negated
         self._sign = 1 if mode == "min" else -1
         self._threshold = threshold
@@ -67,11 +69,20 @@ class PlateauTracker:
         bar = math.inf * self._sign if self._best is None else self._best * (1 - self._sign * self._threshold)
         return value * self._sign < bar * self._sign
 
-    def state_dict(self) -> dict[str, float | int]:
-        """The factor, the bad evaluations in a row and, once there is one, the best value."""
-        state: dict[str, float | int] = {"factor": self.factor, "num_bad": self._num_bad}
+    @property
+    def _rule(self) -> str:
+        return f"{self.metric} ({self.mode})"
+
+    def state_dict(self) -> dict[str, float | str]:
+        """The factor, the bad evaluations in a row, the metric and, once there is one, its best value."""
+        state: dict[str, float | str] = {"factor": self.factor, "num_bad": self._num_bad, "rule": self._rule}
         return state if self._best is None else state | {"best": self._best}
 
-    def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Take all three back."""
-        self.factor, self._num_bad, self._best = state["factor"], int(state["num_bad"]), state.get("best")
+    def load_state_dict(self, state: Mapping[str, float | str]) -> None:
+        """Take them back; of another metric only the factor."""
+        rule = str(state.get("rule", self._rule))
+        self.metric_before = None if rule == self._rule else rule
+        known = {} if self.metric_before else state
+        best = known.get("best")
+        self.factor, self._num_bad = float(state["factor"]), int(known.get("num_bad", 0))
+        self._best = None if best is None else float(best)

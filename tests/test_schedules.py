@@ -290,7 +290,7 @@ def test_plateau_continues_from_its_state() -> None:
     for value in values[23:]:
         second.update(value)
     assert second.state_dict() == whole.state_dict()
-    assert set(Plateau().tracker().state_dict()) == {"factor", "num_bad"}
+    assert set(Plateau().tracker().state_dict()) == {"factor", "num_bad", "rule"}
 
 
 def test_the_plateau_tracker_takes_the_options() -> None:

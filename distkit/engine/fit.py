@@ -73,6 +73,8 @@ def train(run: Run) -> None:
         if due(config.report_every, progress.step, run.num_steps):
             report(run)
         if due(config.eval_every, progress.step, run.num_steps):
+            if progress.step == run.num_steps and run.test_loader is not None:
+                save(run)  # an evaluation that fails must not take the last steps with it
             evaluate_now(run)
         if save_due(run):
             save(run)

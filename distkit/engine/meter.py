@@ -62,23 +62,29 @@ def check_output(output: LossOutput) -> None:
         ConfigError: naming what compute_loss returned, or the field of LossOutput, and what it should be.
     """
     if not isinstance(output, LossOutput):
-        raise ConfigError("compute_loss returned no LossOutput", expected="LossOutput(loss), or with sums and weight",
+        raise ConfigError("compute_loss returned no LossOutput", expected="LossOutput(loss), and what else it holds",
                           got=type(output).__name__, fix="return LossOutput(loss)")  # fmt: skip
-    if not isinstance(output.sums, Mapping) or not all(isinstance(name, str) for name in output.sums):
-        raise ConfigError("compute_loss: sums must be a dict", expected='{"correct": tensor}',
-                          got=repr(output.sums)[:80])  # fmt: skip
-    fields = {"loss": output.loss, **{f"sums[{name!r}]": value for name, value in output.sums.items()}}
+    fields: dict[str, object] = {"loss": output.loss}
+    for what, values in (("sums", output.sums), ("means", output.means)):
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise ConfigError(f"compute_loss: {what} must be a dict", expected='{"correct": tensor}',
+                              got=repr(values)[:80])  # fmt: skip
+        fields |= {f"{what}[{name!r}]": value for name, value in values.items()}
     if output.weight is not None:
         fields["weight"] = output.weight
     for name, value in fields.items():
         if not isinstance(value, Tensor) or value.ndim != 0:
             got = list(value.shape) if isinstance(value, Tensor) else repr(value)[:60]
             raise ConfigError(f"compute_loss: {name} must be a tensor without dims",
-                              expected="one number a microbatch, as a tensor: mean() for loss, sum() for sums",
+                              expected="one number a microbatch, as a tensor: mean() for loss and means, sum() for "
+                                       "sums",
                               got=f"{type(value).__name__} {got}")  # fmt: skip
-    if taken := RESERVED & output.sums.keys():
-        raise ConfigError(f"compute_loss: sums must not be named {', '.join(sorted(taken))}",
+    if taken := RESERVED & (output.sums.keys() | output.means.keys()):
+        raise ConfigError(f"compute_loss: sums and means must not be named {', '.join(sorted(taken))}",
                           expected="names that events do not have already")  # fmt: skip
+    if both := output.sums.keys() & output.means.keys():
+        raise ConfigError(f"compute_loss: {', '.join(sorted(both))} is among the sums and among the means",
+                          expected="each name once")  # fmt: skip
 
 
 #: Before the name of a recipe's sum, in the names of a meter's state.
@@ -139,10 +145,12 @@ class Meter:
             self._checked = True
         # detached, or the whole graph of the microbatch would be kept alive
         sums = {name: value.detach() if value.requires_grad else value for name, value in output.sums.items()}
-        kept = LossOutput(output.loss.detach(), sums, output.weight)
+        means = {name: value.detach() for name, value in output.means.items()}
+        kept = LossOutput(output.loss.detach(), sums, output.weight, means)
         if self._copies:
-            sums = {name: value.clone() for name, value in sums.items()}
-            kept = LossOutput(kept.loss.clone(), sums, None if kept.weight is None else kept.weight.detach().clone())
+            sums, means = ({name: value.clone() for name, value in values.items()} for values in (sums, means))
+            weight = None if kept.weight is None else kept.weight.detach().clone()
+            kept = LossOutput(kept.loss.clone(), sums, weight, means)
         self._pending.append((kept, samples))
         if len(self._pending) == FOLD_EVERY:
             self._fold()
@@ -161,12 +169,20 @@ class Meter:
             losses = [output.loss for output, count in self._pending if count == size and output.weight is None]
             self._add_losses(self._stack(losses), size)
         for name in sorted({name for output in outputs for name in output.sums}):
-            values = self._stack([output.sums[name] for output in outputs if name in output.sums])
-            values = (torch.where(values.isfinite(), values, 0.0) if self._drops_bad else values).sum()
-            self._sums[name] = values + self._sums[name] if name in self._sums else values
+            self._add_values(name, [output.sums[name] for output in outputs if name in output.sums])
+        for size in {count for output, count in self._pending if output.means}:
+            alike = [output.means for output, count in self._pending if count == size]
+            for name in sorted({name for means in alike for name in means}):
+                self._add_values(name, [means[name] for means in alike if name in means], size)
         self._samples += sum(count for _, count in self._pending)
         self._folded.append((self._samples, self._loss))
         self._pending.clear()
+
+    def _add_values(self, name: str, parts: list[Tensor], times: int = 1) -> None:
+        """Add `parts`, each so many `times`, to the sum `name`."""
+        values = self._stack(parts)
+        value = (torch.where(values.isfinite(), values, 0.0) if self._drops_bad else values).sum() * times
+        self._sums[name] = value + self._sums[name] if name in self._sums else value
 
     def _add_losses(self, losses: Tensor, weights: Tensor | int) -> None:
         """Add `losses` times `weights`: of each, or one number for all."""
@@ -245,7 +261,7 @@ class Meter:
         seen = [names for names, samples, _ in answers if samples]
         names = seen[0] if seen else []
         if any(other != names for other in seen):
-            raise TrainingError(f"compute_loss must return the same sums on every rank, here {seen}")
+            raise TrainingError(f"compute_loss must return the same sums and means on every rank, here {seen}")
         sums_here = [self._sums[name] if name in self._sums else self._zero() for name in names]
         values = [self._loss, self._weight, self._zero() + self._samples, *sums_here]
         loss, weight, samples, *sums = self._runtime.all_reduce_(torch.stack(values)).tolist()

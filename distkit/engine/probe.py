@@ -6,7 +6,7 @@ Nothing is left of it: no gradient, no statistics, no random number drawn, nothi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,7 @@ from distkit.engine.run import Run
 from distkit.errors import ConfigError
 from distkit.losses import LossOutput
 from distkit.runtime.seeding import capture_rng, restore_rng
+from distkit.strategies.buffers import check_alike
 from distkit.tensors.buffers import buffer_slots, extra_states, set_extra_states
 
 
@@ -56,11 +57,13 @@ def loss_of(run: Run, batch: Batch) -> LossOutput:
 
 
 def check_training(run: Run, batch: Batch) -> None:
-    """Refuse a loss that does not depend on the model's parameters, or depends on others."""
+    """Refuse a loss that does not depend on the model's parameters, or depends on others, and buffers that differ."""
     # hooks would be compiled into the forward
     root = run.strategy.module
     with noting_calls([] if run.config.compile else list(root.modules())) as (called, own):
         output = loss_of(run, batch)
+    check_alike(root, run.runtime)
+    run.resume.warnings.extend(run.runtime.broadcast(odd_sums(output, batch_size(batch))))
     if run.strategy.needs_forward and called and root not in called:
         raise ConfigError("compute_loss calls parts of the model and never the model itself, which alone exchanges "
                           "gradients", expected="model(...) in compute_loss",
@@ -69,9 +72,13 @@ def check_training(run: Run, batch: Batch) -> None:
         raise ConfigError("compute_loss returned a loss without a gradient",
                           expected="a loss computed from model(...), without detach, item or no_grad",
                           got=f"a {output.loss.dtype} tensor that does not require one")  # fmt: skip
-    if run.config.compile:
-        return
-    used = list(leaves(output.loss))
+    if not run.config.compile:
+        check_parameters(run, output.loss, own)
+
+
+def check_parameters(run: Run, loss: Tensor, own: Mapping[int, nn.Parameter]) -> None:
+    """Refuse a `loss` that trains others than the model's `own` parameters, or not all of them where it must."""
+    used = list(leaves(loss))
     foreign = [leaf for leaf in used if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
     if foreign:
         raise ConfigError(
@@ -81,9 +88,9 @@ def check_training(run: Run, batch: Batch) -> None:
             fix="self.criterion = … in the model, and model.criterion(…) in compute_loss",
         )
     ids = {id(leaf) for leaf in used}
-    trained = {name: parameter for name, parameter in root.named_parameters() if parameter.requires_grad}
+    trained = {name: p for name, p in run.strategy.module.named_parameters() if p.requires_grad}
     unused = [name for name, parameter in trained.items() if id(parameter) not in ids]
-    if unused and not hides_leaves(output.loss):
+    if unused and not hides_leaves(loss):
         run.strategy.refuse_unused(unused)
 
 
@@ -130,9 +137,17 @@ def hides_leaves(loss: Tensor) -> bool:
     return any("CheckpointFunction" in node.name() for node in graph(loss))
 
 
+def odd_sums(output: LossOutput, samples: int) -> list[str]:
+    """Words about what looks like a mean among the sums of a batch of `samples`: it would be divided once more."""
+    real = {name: value for name, value in output.sums.items() if value.is_floating_point() and samples > 1}
+    odd = [name for name, value in real.items() if 0 < value.item() < 1]
+    return [f"compute_loss: the sum {name} of {samples} samples is {real[name].item():.3g}, and is reported divided by "
+            f"{samples}; a mean belongs into LossOutput(loss, means={{{name!r}: ...}})" for name in odd]  # fmt: skip
+
+
 def check_metrics(run: Run, output: LossOutput) -> None:
     """Refuse choices of the recipe and the configuration that name a metric which is not reported."""
-    names = ["loss", *output.sums]
+    names = ["loss", *output.sums, *output.means]
     wanted = {"the recipe's best": run.trackers.rule.metric}
     if run.plateau is not None:
         wanted["--schedule.metric"] = run.plateau.metric

@@ -33,7 +33,7 @@ from distkit.engine.state import live_tensors, parts, prefixed
 from distkit.errors import CheckpointError, ConfigError, shorten
 from distkit.runtime.process import Runtime
 from distkit.runtime.seeding import capture_rng, restore_rng
-from distkit.tensors.buffers import buffer_slots, extra_states, set_extra_states
+from distkit.tensors.buffers import buffer_slots, extra_states, rank_buffers, set_extra_states, set_rank_buffers_
 from distkit.tensors.spec import spec_of
 
 #: Fields that decide which samples a step reads: with another value it would be another run.
@@ -225,6 +225,10 @@ def _restore_all(run: Run, checkpoint: VerifiedCheckpoint) -> None:
     strategy.refresh_copies_()
     set_extra_states(strategy.module, saved_extra_states(checkpoint))
     run.meter.load_state_tensors(_meter_tensors(run, checkpoint))
+    if checkpoint.manifest.world_size == run.runtime.world_size:
+        own: dict[str, Tensor | None] = dict.fromkeys(rank_buffers(strategy.module))
+        own |= read_tensors(checkpoint, f"buffer/{run.runtime.rank:05d}/")
+        set_rank_buffers_(strategy.module, own, run.runtime.device)
     for name, part in parts(run).items():
         if name in checkpoint.parts() or name not in ADDED:
             part.load_state_dict(cast(dict[str, object], checkpoint.parts()[name]))
@@ -254,7 +258,7 @@ def _recomputed(run: Run, checkpoint: VerifiedCheckpoint) -> set[str]:
 def saved_extra_states(checkpoint: VerifiedCheckpoint) -> dict[str, object]:
     """The extra states of modules: those that are tensors, and the others."""
     values = cast(dict[str, object], checkpoint.parts().get("extra", {}))
-    return {**values, **_read_tensors(checkpoint, "extra/")}
+    return {**values, **read_tensors(checkpoint, "extra/")}
 
 
 def _extra_differences(run: Run, checkpoint: VerifiedCheckpoint) -> list[str]:
@@ -276,7 +280,7 @@ def restore_generators(run: Run, checkpoint: VerifiedCheckpoint) -> None:
     A rank or a kind of device that was not there keeps the seed of its number; `resume_notes` says so.
     """
     device = run.runtime.device
-    saved = _read_tensors(checkpoint, f"rng/{run.runtime.rank:05d}/")
+    saved = read_tensors(checkpoint, f"rng/{run.runtime.rank:05d}/")
     if not saved or saved.keys() != capture_rng(device).keys():
         return
     try:
@@ -305,9 +309,17 @@ def resume_notes(run: Run) -> list[str]:
             f"saved on {before} ranks, resumed on {after}: the samples are the same, but sums run in a different "
             "order, so losses agree to rounding; per-rank randomness (dropout) and BatchNorm statistics differ"
         )
+        if own := sorted(rank_buffers(run.strategy.module)):
+            notes.append(f"begin again, because each rank has its own: buffers {shorten(own)}")
     kinds = {name.removeprefix("rng/00000/") for name in checkpoint.manifest.tensors if name.startswith("rng/00000/")}
     if kinds != capture_rng(run.runtime.device).keys():
         notes.append("saved on another kind of device: arithmetic and random draws (dropout) differ from before")
+    if run.trackers.rule_before is not None:
+        notes.append(f"the best evaluation is chosen by {run.trackers.rule}, and was by {run.trackers.rule_before}: "
+                     "there is none so far")  # fmt: skip
+    if run.plateau is not None and run.plateau.metric_before is not None:
+        notes.append(f"the schedule follows {run.plateau.metric}, and followed {run.plateau.metric_before}: it counts "
+                     "from 0 again, at the learning rate it had reached")  # fmt: skip
     changed = _changed(run, checkpoint)
     if changed:
         notes.append(f"changed since: {shorten(changed)}")
@@ -347,13 +359,14 @@ def _meter_tensors(run: Run, checkpoint: VerifiedCheckpoint) -> dict[str, Tensor
     """This rank's open sums; over another number of ranks, the first one takes them all."""
     rank, before = run.runtime.rank, checkpoint.manifest.world_size
     if before == run.runtime.world_size:
-        return _read_tensors(checkpoint, f"meter/{rank:05d}/")
-    merged = Meter.merge([_read_tensors(checkpoint, f"meter/{other:05d}/") for other in range(before)])
+        return read_tensors(checkpoint, f"meter/{rank:05d}/")
+    merged = Meter.merge([read_tensors(checkpoint, f"meter/{other:05d}/") for other in range(before)])
     # the others keep the names, which must be the same on every rank
     return merged if rank == 0 else {name: torch.zeros_like(tensor) for name, tensor in merged.items()}
 
 
-def _read_tensors(checkpoint: VerifiedCheckpoint, prefix: str) -> dict[str, Tensor]:
+def read_tensors(checkpoint: VerifiedCheckpoint, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it, on the CPU."""
     entries = {name: entry for name, entry in checkpoint.manifest.tensors.items() if name.startswith(prefix)}
     tensors = {name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in entries.items()}
     load_tensors(checkpoint.directory, checkpoint.manifest, tensors)

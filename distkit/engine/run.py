@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from distkit.observers import Event, Observer
 from distkit.runtime.process import Runtime
 from distkit.schedules import PlateauTracker, Schedule
 from distkit.strategies import Strategy
+from distkit.tensors.buffers import rank_buffers
 from distkit.tensors.spec import TensorSpec
 
 
@@ -93,6 +94,9 @@ class Best:
     metric: str = "loss"
     mode: Literal["min", "max"] = "min"
 
+    def __str__(self) -> str:
+        return f"{self.metric} ({self.mode})"
+
     def better(self, new: float, old: float) -> bool:
         """True when `new` beats `old`; what is not finite never does, and is beaten by anything that is."""
         if not (math.isfinite(new) and math.isfinite(old)):
@@ -117,11 +121,16 @@ class Progress:
 
 @dataclass
 class Trackers:
-    """The last and the best evaluation of a run; `rule` says which one is best."""
+    """The last and the best evaluation of a run; `rule` says which one is best.
+
+    Attributes:
+        rule_before: by which the restored best one was chosen, where it was another rule: there is none then.
+    """
 
     rule: Best = field(default_factory=Best)
     last: dict[str, float] | None = None
     best: dict[str, float] | None = None
+    rule_before: str | None = None
 
     def update(self, values: dict[str, float]) -> bool:
         """Remember an evaluation (with its "step"); True when it is the best so far.
@@ -141,16 +150,21 @@ class Trackers:
             return True
         return False
 
-    def state_dict(self) -> dict[str, dict[str, float | str] | None]:
+    def state_dict(self) -> dict[str, object]:
         """Both evaluations; values that are not finite as text, because JSON has no number for them."""
-        return {"last": _for_json(self.last), "best": _for_json(self.best)}
+        return {"last": _for_json(self.last), "best": _for_json(self.best), "rule": str(self.rule)}
 
-    def load_state_dict(self, state: dict[str, dict[str, float | str] | None]) -> None:
-        """Restore both."""
-        self.last, self.best = (
-            None if values is None else {name: float(value) for name, value in values.items()}
-            for values in (state["last"], state["best"])
-        )
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore both; the best one only where it was chosen by the same rule."""
+        self.last, self.best = (_from_json(state[name]) for name in ("last", "best"))
+        rule = str(state.get("rule", self.rule if self.best is None or self.rule.metric in self.best else "another"))
+        self.rule_before = None if rule == str(self.rule) else rule
+        if self.rule_before is not None:
+            self.best = None
+
+
+def _from_json(values: object) -> dict[str, float] | None:
+    return None if values is None else {n: float(v) for n, v in cast(dict[str, float | str], values).items()}
 
 
 def _for_json(values: dict[str, float] | None) -> dict[str, float | str] | None:
@@ -249,8 +263,13 @@ class Run:
         return self.strategy.model_tensors()
 
     def learned_tensors(self) -> Mapping[str, Tensor]:
-        """Model and optimizer tensors, as `model/NAME` and `optimizer/NAME/KEY`: what `state_digest` covers."""
-        return self.strategy.learned_tensors()
+        """Model and optimizer tensors, as `model/NAME` and `optimizer/NAME/KEY`, and of each rank `buffer/RANK/NAME`.
+
+        They are what `state_digest` covers; all ranks together.
+        """
+        own = self.runtime.gather({name: tensor.cpu() for name, tensor in rank_buffers(self.strategy.module).items()})
+        buffers = {f"buffer/{rank:05d}/{name}": t for rank, tensors in enumerate(own) for name, t in tensors.items()}
+        return {**self.strategy.learned_tensors(), **buffers}
 
     def synchronize_buffers_(self) -> None:
         """Give every rank the buffers that a checkpoint would hold, and their averages."""

@@ -1,9 +1,9 @@
 """What a run saves (C3): one dictionary of named parts.
 
-Tensors: model/NAME, extra/MODULE, optimizer/PARAMETER/KEY, ema/NAME, scaler/NAME, and for each rank rng/RANK/NAME and
-meter/RANK/NAME. Values: progress, trackers, clock, skips (the ledger), plateau, observers, extra states that are not
-tensors, and the structure of the optimizer's state. Data and learning rate have no state: both are functions of the
-step. Only an iterable data set has a position, one for each rank.
+Tensors: model/NAME, extra/MODULE, optimizer/PARAMETER/KEY, ema/NAME, scaler/NAME, and for each rank rng/RANK/NAME,
+meter/RANK/NAME and buffer/RANK/NAME (those that are each rank's own). Values: progress, trackers, clock, skips (the
+ledger), plateau, observers, extra states that are not tensors, and the structure of the optimizer's state. Data and
+learning rate have no state: both are functions of the step. Only an iterable data set has a position, one a rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distkit.config import to_json
 from distkit.engine.run import Run
 from distkit.optim import named_parameters
 from distkit.runtime.seeding import capture_rng
-from distkit.tensors.buffers import buffer_slots, extra_states, split_extra
+from distkit.tensors.buffers import buffer_slots, extra_states, rank_buffers, split_extra
 
 
 class Part(Protocol):
@@ -67,7 +67,8 @@ def judged_tensors(run: Run, tensors: Collection[str]) -> dict[str, bool]:
     """
     module = run.strategy.module
     trained = [name for name, parameter in named_parameters(module).items() if parameter.requires_grad]
-    buffers = [slot.name for slot in buffer_slots(module) if slot.persistent and slot.name not in run.nan_buffers]
+    saved = [slot.name for slot in buffer_slots(module) if slot.persistent and not slot.rank_own]
+    buffers = [name for name in saved if name not in run.nan_buffers]
     names = dict.fromkeys(trained, False) | dict.fromkeys(buffers, True)
     judged = {f"{part}/{name}": infinity for part in ("model", "ema") for name, infinity in names.items()}
     judged |= dict.fromkeys((name for name in tensors if name.startswith("optimizer/")), False)
@@ -77,7 +78,7 @@ def judged_tensors(run: Run, tensors: Collection[str]) -> dict[str, bool]:
 def snapshot(run: Run) -> Snapshot:
     """The state at this step boundary; its tensors are the live ones, to be copied before the next step.
 
-    Buffers that differ between data parallel ranks become rank 0's first.
+    BatchNorm's statistics, which differ between data parallel ranks, become rank 0's first.
     """
     strategy, rank = run.strategy, run.runtime.rank
     run.synchronize_buffers_()
@@ -91,7 +92,8 @@ def snapshot(run: Run) -> Snapshot:
         shared=shared,
         judged=judged_tensors(run, shared),
         own=prefixed(f"rng/{rank:05d}", capture_rng(run.runtime.device))
-        | prefixed(f"meter/{rank:05d}", run.meter.state_tensors()),
+        | prefixed(f"meter/{rank:05d}", run.meter.state_tensors())
+        | prefixed(f"buffer/{rank:05d}", rank_buffers(strategy.module)),
         values={
             "version": 1,
             "recipe": run.recipe,

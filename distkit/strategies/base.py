@@ -15,16 +15,18 @@ from distkit.config import TrainConfig, split_batch
 from distkit.errors import ConfigError
 from distkit.optim import OptimizerState, named_parameters, skips_on_device
 from distkit.runtime.process import Runtime
+from distkit.strategies.buffers import check_alike, share_statistics_
 from distkit.strategies.compiled import CompilerWatch, captures_graphs, refuse_accumulation
 from distkit.strategies.parameters import OwnGradients, state_tensors
 from distkit.strategies.precision import autocast
+from distkit.tensors.buffers import shared_buffers
 from distkit.tensors.finite import largest_magnitude
 
 
 class Strategy(ABC):
     """How one model is laid over ranks. The only thing that wraps a model.
 
-    A strategy must define `prepare`, `exchange_gradients` and `synchronize_buffers_`; everything else has a default
+    A strategy must define `prepare` and `exchange_gradients`; everything else has a default
     for a model whose parameters, gradients and optimizer are whole on every rank.
 
     Attributes:
@@ -68,10 +70,6 @@ class Strategy(ABC):
     @abstractmethod
     def exchange_gradients(self, on: bool) -> None:
         """Say before a microbatch's forward whether its backward exchanges gradients between ranks."""
-
-    @abstractmethod
-    def synchronize_buffers_(self, averages: Sequence[Tensor]) -> None:
-        """Give every rank the buffers (BatchNorm statistics) that a checkpoint would hold, and their `averages`."""
 
     # --- a step
 
@@ -217,6 +215,15 @@ class Strategy(ABC):
         """True for optimizers that evaluate the loss several times a step."""
         return self.config.optim.needs_closure
 
+    def synchronize_buffers_(self, averages: Sequence[Tensor]) -> None:
+        """Give every rank the statistics of BatchNorm that a checkpoint would hold, rank 0's, and their `averages`.
+
+        Raises:
+            ConfigError: another buffer, which is not declared a rank's own, differs between ranks.
+        """
+        check_alike(self.module, self.runtime)
+        share_statistics_(self.module, averages, self.runtime)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Around an evaluation and everything that changes the weights for it."""
@@ -225,11 +232,11 @@ class Strategy(ABC):
     # --- the state
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """Every parameter and buffer of the model by its canonical name, tied ones once; all ranks together.
+        """Every parameter and shared buffer of the model by its canonical name, tied ones once; all ranks together.
 
         Plain tensors hold the same values on every rank, DTensors and FlatShards this rank's part.
         """
-        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return {**dict(self.module.named_parameters()), **shared_buffers(self.module)}
 
     @property
     def optimizer_state(self) -> OptimizerState:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Sequence, Set
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -16,6 +15,7 @@ from distkit.strategies.base import Strategy
 from distkit.strategies.blocks import recompute_activations_
 from distkit.strategies.compiled import compile_
 from distkit.strategies.unused import no_gradient
+from distkit.tensors.buffers import buffer_slots
 
 
 class DataParallel(Strategy):
@@ -54,6 +54,9 @@ class DataParallel(Strategy):
             comm_hook=DDPCommunicationHookType.BF16 if config.bf16_gradients else DDPCommunicationHookType.NO,
         )
         # precision and compilation are the engine's: accelerate would cast every output back to fp32
+        # statistics alone are sent: other buffers are the same on all ranks, or each rank's own
+        left = [slot.name for slot in buffer_slots(module) if not slot.statistic]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, left)  # type: ignore[no-untyped-call]
         accelerator = Accelerator(
             cpu=self.runtime.device.type == "cpu",
             mixed_precision="no",
@@ -101,10 +104,10 @@ class DataParallel(Strategy):
             raise no_gradient(names, self.name) from error
 
     def gates(self) -> Sequence[tuple[nn.Module, nn.Module]] | None:
-        """Rank 0's buffers are sent between DDP's forward and the module's; a hook there would be compiled again."""
+        """Rank 0's statistics are sent between DDP's forward and the module's; a hook there would be compiled again."""
         if self.config.ddp.sync_batchnorm:
             return None
-        if self._ddp is None or next(self.module.buffers(), None) is None:
+        if self._ddp is None or not any(slot.statistic for slot in buffer_slots(self.module)):
             return ()
         whole = self.config.compile and self.config.compile_scope != "blocks"
         return None if whole else [(self.model, self.module)]
@@ -119,12 +122,6 @@ class DataParallel(Strategy):
         if self.config.ddp.sync_batchnorm and self.runtime.device.type != "cuda":
             raise ConfigError("--ddp.sync-batchnorm needs GPUs: torch.nn.SyncBatchNorm has no other kernel",
                               got=f"device {self.runtime.device.type}", fix="--ddp.no-sync-batchnorm")  # fmt: skip
-
-    def synchronize_buffers_(self, averages: Sequence[Tensor]) -> None:
-        """Broadcast rank 0's: DDP does so with the buffers at each forward, so that its values alone ever matter."""
-        if self._ddp is not None:
-            for buffer in [*self.module.buffers(), *averages]:
-                dist.broadcast(buffer, src=0)
 
 
 class _WithAttributes(DistributedDataParallel):

@@ -26,6 +26,7 @@ from distkit.strategies.compiled import compile_
 from distkit.strategies.parameters import OwnGradients
 from distkit.strategies.sharded import Sharded, refuse_scalars
 from distkit.strategies.unused import ExchangeOrder, SeenAllGather, SeenReduceScatter, SharedUse
+from distkit.tensors.buffers import shared_buffers
 from distkit.tensors.shards import local_part
 
 
@@ -127,6 +128,8 @@ class FullySharded(Sharded):
         finally:
             for unit in self._units:
                 unit.reshard()
+            # a forward with gradients and without a backward is remembered: the next backward would gather for it
+            fully_shard.state(self.module)._comm_ctx.post_forward_order.clear()  # type: ignore[attr-defined]
 
     def gradients(self) -> list[Tensor]:
         """This rank's shards of the gradients, plain tensors."""
@@ -134,8 +137,8 @@ class FullySharded(Sharded):
             return [local_part(p.grad) for p in self._parameters if p.grad is not None]
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """Every parameter (a DTensor) and buffer by its name."""
-        return {**self._named, **dict(self.module.named_buffers())}
+        """Every parameter (a DTensor) and shared buffer by its name."""
+        return {**self._named, **shared_buffers(self.module)}
 
     def check(self) -> None:
         """Refuse what cannot be sharded."""

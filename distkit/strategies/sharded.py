@@ -1,8 +1,8 @@
-"""Common to strategies that hold parameters or gradients in parts: norms over ranks, whole tensors, buffers."""
+"""Common to strategies that hold parameters or gradients in parts: norms over ranks, whole tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,6 @@ class Sharded(Strategy):
     """
 
     norm_group: dist.ProcessGroup | None = None
-
-    def synchronize_buffers_(self, averages: Sequence[Tensor]) -> None:
-        """Broadcast rank 0's, as ddp does."""
-        for buffer in [*self.module.buffers(), *averages]:
-            dist.broadcast(buffer, src=0)
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
         """sqrt of the squares of all parts, summed over the ranks that hold a copy together."""

@@ -139,9 +139,9 @@ class ExchangeOrder:
 
     def _differs(self, now: Exchange, due: Exchange) -> ConfigError:
         how = f"{self._name(now, due)} where that used {self._name(due, now)}"
-        return ConfigError("a step does not use the same parts of the model as the first one",
-                           expected=f"the same ones in every step, with --strategy {self._strategy}", got=how,
-                           fix=f"{self._prefix}--unused-parameters any; same, where all ranks leave out the same")  # fmt: skip
+        fix = f"{self._prefix}--unused-parameters any; same, where all ranks leave out the same parts"
+        return ConfigError("a step does not use the same parts of the model as the first one", got=how, fix=fix,
+                           expected=f"the same ones in every step, with --strategy {self._strategy}")  # fmt: skip
 
     def _name(self, exchange: Exchange, other: Exchange) -> str:
         unit, elements = exchange

@@ -8,10 +8,14 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from distkit.errors import CheckpointError
 from distkit.tensors.finite import is_finite
 from distkit.tensors.spec import TensorSpec, spec_of, spec_text
+
+#: The attribute in which a module keeps the names of its buffers that are each rank's own.
+_RANK_BUFFERS = "_distkit_rank_buffers"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,16 @@ class BufferSlot:
         return self.owner._buffers[self.key]
 
     @property
+    def rank_own(self) -> bool:
+        """Each rank has its own values, which no other rank sees (`register_rank_buffer`)."""
+        return self.key in getattr(self.owner, _RANK_BUFFERS, ())
+
+    @property
+    def statistic(self) -> bool:
+        """Of the batches that a BatchNorm has seen: ranks differ, and rank 0's count."""
+        return isinstance(self.owner, _NormBase) and self.key in ("running_mean", "running_var", "num_batches_tracked")
+
+    @property
     def persistent(self) -> bool:
         """False for a cache: the layer computes it itself, its shape may change, and no state dict has it."""
         return self.key not in self.owner._non_persistent_buffers_set
@@ -43,6 +57,47 @@ def buffer_slots(model: nn.Module) -> Iterator[BufferSlot]:
     for prefix, owner in model.named_modules():
         for key in owner._buffers:
             yield BufferSlot(f"{prefix}.{key}" if prefix else key, owner, key)
+
+
+def register_rank_buffer(module: nn.Module, name: str, tensor: Tensor | None, *, persistent: bool = True) -> None:
+    """torch.nn.Module.register_buffer for what each rank has on its own: a hidden state, a queue, a memory bank.
+
+    No strategy sends it to other ranks, its shape may change, and every rank saves and restores its own. A run that
+    continues on another number of ranks begins with what build_model gives.
+
+    Args:
+        module: the owner.
+        name: of the buffer.
+        tensor: its first value, any shape and dtype; None: the layer makes it later.
+        persistent: whether `module.state_dict()` has it.
+    """
+    module.register_buffer(name, tensor, persistent=persistent)
+    names: set[str] = module.__dict__.setdefault(_RANK_BUFFERS, set())
+    names.add(name)
+
+
+def shared_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of which all ranks together have one, by name."""
+    slots = {slot.name: slot for slot in buffer_slots(module)}
+    return {name: tensor for name, tensor in module.named_buffers() if not slots[name].rank_own}
+
+
+def rank_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are this rank's own, by name."""
+    tensors = {slot.name: slot.tensor for slot in buffer_slots(module) if slot.rank_own}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+@torch.no_grad()
+def set_rank_buffers_(module: nn.Module, tensors: Mapping[str, Tensor | None], device: torch.device) -> None:
+    """Make `tensors` this rank's own buffers of these names; None: as before its layer made one."""
+    for slot in buffer_slots(module):
+        if slot.rank_own and slot.name in tensors:
+            tensor, saved = slot.tensor, tensors[slot.name]
+            if tensor is not None and saved is not None and spec_of(tensor) == spec_of(saved):
+                tensor.copy_(saved)
+            else:
+                slot.owner._buffers[slot.key] = None if saved is None else saved.to(device)
 
 
 class BufferCopies:
@@ -71,8 +126,8 @@ class BufferCopies:
 
 
 def buffer_specs(module: nn.Module) -> dict[str, TensorSpec]:
-    """Dtype and shape of each buffer that a state dict has, too."""
-    tensors = {slot.name: slot.tensor for slot in buffer_slots(module) if slot.persistent}
+    """Dtype and shape of each shared buffer that a state dict has, too."""
+    tensors = {slot.name: slot.tensor for slot in buffer_slots(module) if slot.persistent and not slot.rank_own}
     return {name: spec_of(tensor) for name, tensor in tensors.items() if tensor is not None}
 
 

@@ -490,6 +490,21 @@ def test_trackers_remember_the_best() -> None:
     assert copy == trackers
 
 
+def test_a_best_one_by_another_rule_is_none() -> None:
+    trackers = Trackers(Best("top1", "max"))
+    trackers.update({"step": 1.0, "top1": 0.5, "loss": 2.0})
+    for rule, state in ((Best("loss", "min"), trackers.state_dict()), (Best("top1", "min"), trackers.state_dict())):
+        other = Trackers(rule)
+        other.load_state_dict(state)
+        assert (other.best, other.last, other.rule_before) == (None, trackers.last, "top1 (max)")
+        assert other.update({"step": 2.0, "top1": 0.6, "loss": 3.0})
+    older = {name: value for name, value in trackers.state_dict().items() if name != "rule"}
+    for rule, best in ((Best("top1", "max"), trackers.best), (Best("top5", "max"), None)):
+        other = Trackers(rule)
+        other.load_state_dict(older)
+        assert other.best == best
+
+
 @pytest.mark.slow
 def test_compiled_training_gives_the_same_weights(tmp_path: Path) -> None:
     plain = build_run(tmp_path / "plain")

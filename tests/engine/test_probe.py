@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from distkit.assemble import assemble
 from distkit.config.strategy import StrategyName
 from distkit.data.reading.iterable import IterableData
+from distkit.engine.fit import fit
 from distkit.engine.probe import leaves, probe, untouched
 from distkit.engine.run import Run
 from distkit.engine.train_step import train_step
@@ -60,6 +61,22 @@ def test_what_compute_loss_returned_is_named(mistake: str, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=f"(?s)compute_loss.*{words}|compute_loss returned a loss {words}"):
         build(tmp_path, replace(tiny.RECIPE, compute_loss=compute_loss))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mean_among_the_sums_is_noticed_and_means_have_a_place(tmp_path: Path) -> None:
+    def accuracy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (model(batch["inputs"]).argmax(1) == batch["labels"]).float().mean()
+
+    def loss(kind: str) -> Loss:
+        return lambda _, m, b: LossOutput(cross_entropy(m, b), **{kind: {"correct": accuracy(m, b)}})
+
+    wrong, right = (replace(tiny.RECIPE, compute_loss=loss(kind)) for kind in ("sums", "means"))
+    warned = build(tmp_path / "wrong", wrong).resume.warnings
+    assert any("the sum correct of 8 samples is 0." in line and "means={'correct': ...}" in line for line in warned)
+    run = build(tmp_path / "right", right)
+    assert run.resume.warnings == []
+    counted = fit(build(tmp_path / "sums", tiny.RECIPE))
+    assert fit(run)["last"]["correct"] == pytest.approx(counted["last"]["correct"])  # type: ignore[index]
 
 
 class Odd(tiny.Vectors):

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from support import tiny
 from support.harness import run_ranks
 from support.tiny import BASE, TinyConfig, build_run
+from torch import Tensor, nn
 
+from distkit.assemble import assemble
 from distkit.checkpoint.format import step_name
 from distkit.checkpoint.restore import VerifiedCheckpoint
 from distkit.checkpoint.retention import list_checkpoints
@@ -23,6 +26,9 @@ from distkit.engine.fit import fit
 from distkit.engine.run import Run
 from distkit.engine.state import snapshot
 from distkit.errors import CheckpointError, ConfigError
+from distkit.losses import LossOutput
+from distkit.runtime import Topology
+from distkit.runtime.process import start
 
 SAVING = CheckpointConfig(save_every=7, keep_last=None, keep_best=None)
 FULL = replace(
@@ -431,3 +437,51 @@ def test_an_old_checkpoint_that_cannot_be_read_keeps_no_other(tmp_path: Path) ->
     (folder / step_name(4) / "state.json").write_text("garbage")
     train(tmp_path, config)
     assert step_name(4) not in {path.name for path in folder.iterdir()}
+
+
+class Broken(RuntimeError):
+    """What the recipe's author has got wrong in evaluations."""
+
+
+def test_an_evaluation_that_fails_at_the_end_loses_nothing(tmp_path: Path) -> None:
+    config = replace(FULL, eval_every=None, checkpoint=CheckpointConfig(), run_dir=tmp_path / "run")
+    broken = [False]
+
+    def compute_loss(config: TinyConfig, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
+        if broken[0] and not torch.is_grad_enabled():
+            raise Broken
+        return tiny.compute_loss(config, model, batch)
+
+    recipe = replace(tiny.RECIPE, compute_loss=compute_loss)
+    run = assemble(recipe, config, start(config, Topology()))
+    broken[0] = True
+    with pytest.raises(Broken):
+        fit(run)
+    run.directory.release()
+    broken[0] = False
+    again = assemble(recipe, config, start(config, Topology()))
+    assert again.resume.own_step == config.num_steps
+    last = fit(again)["last"]
+    assert isinstance(last, dict)
+    assert last["step"] == config.num_steps
+    straight = build_run(tmp_path / "straight", replace(config, run_dir=None))
+    fit(straight)
+    assert_same(straight, again)
+
+
+def test_a_resume_with_another_best_metric_says_so(tmp_path: Path) -> None:
+    schedule = Plateau(metric="correct", metric_mode="max")
+    config = replace(FULL, num_steps=8, eval_every=4, checkpoint=CheckpointConfig(save_every=4), schedule=schedule,
+                     run_dir=tmp_path / "run")  # fmt: skip
+    run = assemble(tiny.RECIPE, config, start(config, Topology()))
+    fit(run)
+    run.directory.release()
+    more = replace(config, num_steps=12, schedule=Plateau(metric="loss"))
+    again = assemble(replace(tiny.RECIPE, best=("loss", "min")), more, start(more, Topology()))
+    best = fit(again)["best"]
+    assert isinstance(best, dict)
+    assert best["step"] == 12
+    events = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    notes = [line["message"] for line in events if line["event"] == "note"]
+    assert any("chosen by loss (min), and was by correct (max)" in note for note in notes)
+    assert any("follows loss, and followed correct (max)" in note for note in notes)

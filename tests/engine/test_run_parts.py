@@ -79,6 +79,33 @@ def test_meter_means_over_weights_and_a_metric_that_is_not_always_there() -> Non
     assert (means.loss, means.samples, means.metrics) == (3.0, 4, {"seen": 0.25})
 
 
+def test_meter_means_of_means_are_those_over_samples() -> None:
+    meter, generator = Meter(RUNTIME), torch.Generator().manual_seed(0)
+    hits = torch.rand(2 * FOLD_EVERY + 9, 7, generator=generator) < 0.3
+    sizes = [7 if i % 3 else 4 for i in range(len(hits))]
+    for row, size in zip(hits, sizes, strict=True):
+        here = row[:size].float()
+        meter.add(LossOutput(torch.tensor(0.0), {"hits": here.sum()}, means={"accuracy": here.mean()}), size)
+    metrics = meter.reduce().metrics
+    assert metrics["accuracy"] == pytest.approx(metrics["hits"], rel=1e-7)
+    meter.add(LossOutput(torch.tensor(0.0), means={"accuracy": torch.tensor(0.25)}), 3)
+    state = meter.state_tensors()
+    again = Meter(RUNTIME)
+    again.load_state_tensors(state)
+    assert again.reduce().metrics == {"accuracy": 0.25}
+
+
+@pytest.mark.parametrize(("output", "words"), [
+    (LossOutput(torch.tensor(0.0), {"a": torch.tensor(1)}, means={"a": torch.tensor(1.0)}), "a is among the sums and"),
+    (LossOutput(torch.tensor(0.0), means={"lr": torch.tensor(1.0)}), "must not be named lr"),
+    (LossOutput(torch.tensor(0.0), means={"a": torch.ones(2)}), r"means\['a'\] must be a tensor without dims"),
+    (LossOutput(torch.tensor(0.0), means=[]), "means must be a dict"),  # type: ignore[arg-type]
+])  # fmt: skip
+def test_means_that_cannot_be_reported(output: LossOutput, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Meter(RUNTIME).add(output, 4)
+
+
 def test_meter_counts_exactly_past_float32() -> None:
     meter = Meter(RUNTIME)
     for _ in range(3):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import layer_drop, tiny, tiny_gpt
+from support import carry, layer_drop, tiny, tiny_gpt
 from support.harness import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +30,7 @@ from distkit.tensors.shards import whole
 BASES: dict[str, TrainConfig] = {
     name: replace(recipe.BASE, timeout_seconds=240) for name, recipe in (("mlp", tiny), ("gpt", tiny_gpt))
 }
-RECIPES = {recipe.config: recipe for recipe in (tiny.RECIPE, tiny_gpt.RECIPE, layer_drop.RECIPE)}
+RECIPES = {recipe.config: recipe for recipe in (tiny.RECIPE, tiny_gpt.RECIPE, layer_drop.RECIPE, carry.RECIPE)}
 ZERO = ("zero1", "zero2", "zero3")
 #: Accelerate's DeepSpeed path imports transformers.
 MISSING = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]

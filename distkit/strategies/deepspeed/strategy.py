@@ -31,6 +31,7 @@ from distkit.strategies.deepspeed.partitions import FlatOptimizerState, Zero3Opt
 from distkit.strategies.parameters import state_dict_names
 from distkit.strategies.sharded import Sharded, refuse_scalars
 from distkit.strategies.unused import ExchangeOrder, GradientWatch, after_backward, no_gradient
+from distkit.tensors.buffers import rank_buffers, shared_buffers
 
 
 class DeepSpeed(Sharded):
@@ -161,9 +162,9 @@ class DeepSpeed(Sharded):
         self.skipped.add_(found_inf)
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """Every parameter and buffer by its canonical name; zero3's parameters as this rank's elements of them."""
+        """Every parameter and shared buffer by its name; zero3's parameters as this rank's elements of them."""
         parameters = {name: self.zero.shard(p) for name, p in named_parameters(self.module).items()}
-        return {**parameters, **dict(self.module.named_buffers())}
+        return {**parameters, **shared_buffers(self.module)}
 
     @property
     def optimizer_state(self) -> OptimizerState:
@@ -178,7 +179,8 @@ class DeepSpeed(Sharded):
         """The model's state dict in whole tensors on rank 0, {} elsewhere; all ranks together."""
         if self.stage < 3:
             return super().whole_weights()
-        saved = self.gather({name: t for name, t in self.model_tensors().items() if name in self._aliases.values()})
+        tensors = {**self.model_tensors(), **rank_buffers(self.module)}
+        saved = self.gather({name: t for name, t in tensors.items() if name in self._aliases.values()})
         return {name: saved[canonical] for name, canonical in self._aliases.items()} if saved else {}
 
     @property
