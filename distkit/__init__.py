@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING
 from distkit.version import __version__
 
 if TYPE_CHECKING:
-    from distkit.config import TrainConfig
+    from distkit.config import Secret, TrainConfig
     from distkit.entry import main, train
     from distkit.load import load_run
     from distkit.losses import LossOutput
     from distkit.recipe import Recipe
 
-__all__ = ["LossOutput", "Recipe", "TrainConfig", "__version__", "load_run", "main", "train"]
+__all__ = ["LossOutput", "Recipe", "Secret", "TrainConfig", "__version__", "load_run", "main", "train"]
 
 #: Name -> the module it comes from. They are imported on first use: `import distkit` does not import torch.
 _HOMES = {
     "LossOutput": "distkit.losses",
     "Recipe": "distkit.entry",
+    "Secret": "distkit.config",
     "TrainConfig": "distkit.config",
     "load_run": "distkit.load",
     "main": "distkit.entry",

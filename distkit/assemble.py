@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distkit.config import BatchSplit, CheckpointConfig, Constant, TrainConfig, split_batch, to_json
+from distkit.config.secret import check_secrets
 from distkit.data import Dataset, as_dataset
 from distkit.data.reading.iterable import IterableData, IterableSource
 from distkit.data.reading.loader import EvaluationLoader
@@ -73,6 +74,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
     """`assemble` in a directory that is already chosen; the caller releases it."""
     fault("start-up", runtime.rank, 0)
     config = resolve_config(recipe, config, runtime)
+    check_secrets(config)
     check_one_schedule(recipe, config)
     resume = choose_checkpoint(config, runtime, directory)
     strategy = build_strategy(config, runtime)
