@@ -309,7 +309,8 @@ def own_cause(error: BaseException, runtime: Runtime) -> Cause:
     where = phase_words(phase, step)
     first, *rest = masked(str(error)).splitlines() or [""]
     todo = "; ".join(line.strip() for line in rest) if isinstance(error, DistkitError) else ""
-    what, code = f"{who} failed {where}: {type(error).__name__}: {first}", 1
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    what, code = f"{who} failed {where}: {type(error).__name__}: {first}".rstrip(": ") + masked(notes), 1
     if isinstance(error, DistkitError):
         what, code = f"{who} failed {where}: {first}", error.exit_code
         if error.on_all_ranks:
