@@ -31,7 +31,7 @@ from distkit.engine.guard import Guard, describe_guard
 from distkit.engine.meter import Meter
 from distkit.engine.modes import choose_modes_, describe_modes
 from distkit.engine.probe import probe
-from distkit.engine.resume import check_resume, choose_checkpoint, put_damaged_aside
+from distkit.engine.resume import check_resume, choose_checkpoint, load_weights_, put_damaged_aside
 from distkit.engine.run import Best, Data, ResumePoint, Run, Trackers
 from distkit.engine.run_dir import RunDirectory, check_usable, new_path
 from distkit.engine.save import build_saver
@@ -90,6 +90,7 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
     strategy = build_strategy(config, runtime)
     data = open_data(recipe, config, runtime)
     model = build_model(recipe, config, data.train_set)
+    load_weights_(model, resume, runtime)
     run = open_loop(recipe, config, runtime, directory, resume, strategy, data, model)
     with runtime.raise_on_all_ranks("comparing the checkpoint with the run"):
         check_resume(run)
