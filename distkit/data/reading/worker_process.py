@@ -6,9 +6,11 @@ import gc
 import shutil
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import ProcessError
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -24,6 +26,10 @@ from distkit.runtime.signals import ignore_stop_signals
 T = TypeVar("T")
 #: What a crash in native code is ended by.
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+#: From the last that a worker that dies can send to when its parent knows that it is dead.
+DYING_SECONDS = 2.0
+#: Workers look at what this lock guards for microseconds.
+LOCK_SECONDS = 1.0
 #: A mode ends when nothing refers to it any more.
 _held_by_worker: list[torch.inference_mode] = []
 #: The main thread waits for a worker.
@@ -83,8 +89,10 @@ def end_workers(iterator: object) -> None:
     shutdown = getattr(iterator, "_shutdown_workers", None)
     if shutdown is None:
         return
-    workers = iterator._workers  # type: ignore[attr-defined]
-    if not all(worker.is_alive() for worker in workers):
+    workers, lock = iterator._workers, iterator._workers_done_event._cond  # type: ignore[attr-defined]
+    if is_free := lock.acquire(True, LOCK_SECONDS):
+        lock.release()
+    if not is_free or not all(worker.is_alive() for worker in workers):
         for worker in workers:
             worker.kill()
         iterator._workers_done_event = threading.Event()  # type: ignore[attr-defined]  # nobody is left to be told
@@ -129,6 +137,15 @@ def waiting_for(iterator: object, reading: Callable[[int], str] = nothing) -> It
         if told is None:
             raise
         raise told from error
+    except (OSError, EOFError, ProcessError) as error:
+        # one that dies leaves messages whose tensors it can no longer hand over, a moment before it is known to be dead
+        end, death = time.monotonic() + DYING_SECONDS, None
+        while death is None and time.monotonic() < end:
+            time.sleep(0.02)
+            death = death_in(iterator, reading)
+        if death is None:
+            raise
+        raise died(*death) from error
     finally:
         _waits.clear()
 
@@ -160,11 +177,16 @@ def in_words(error: RuntimeError, death: tuple[str, int] | None) -> TrainingErro
             f"no data worker returned a batch: {text}\n"
             "  check: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
         )
-    died = "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text)
+    is_death = "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text)
     shared_memory = "shared memory" in text or "No space left" in text or "Bus error" in text
-    if not died and not shared_memory:
+    if not is_death and not shared_memory:
         return None
     who, code = (text.splitlines()[-1], -signal.SIGKILL) if death is None else death
+    return died(who, code, shared_memory=shared_memory)
+
+
+def died(who: str, code: int, *, shared_memory: bool = False) -> TrainingError:
+    """The error for a worker that ended with `code`, and what to look for."""
     hint = "something that the data set calls ended the process (os._exit, sys.exit)"
     if shared_memory:
         free = shutil.disk_usage("/dev/shm").free / 2**20 if Path("/dev/shm").exists() else 0.0
