@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from distkit.version import __version__
 
 if TYPE_CHECKING:
-    from distkit.config import TrainConfig
+    from distkit.config import Secret, TrainConfig
     from distkit.entry import main, train
     from distkit.load import load_run
     from distkit.losses import LossOutput
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LossOutput",
     "Recipe",
+    "Secret",
     "TrainConfig",
     "__version__",
     "load_run",
@@ -29,6 +30,7 @@ __all__ = [
 _HOMES = {
     "LossOutput": "distkit.losses",
     "Recipe": "distkit.entry",
+    "Secret": "distkit.config",
     "TrainConfig": "distkit.config",
     "load_run": "distkit.load",
     "main": "distkit.entry",

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distkit.config import BatchSplit, CheckpointConfig, Constant, TrainConfig, split_batch, to_json
+from distkit.config.secret import check_secrets
 from distkit.data import Dataset, as_dataset
 from distkit.data.reading.iterable import IterableData, IterableSource
 from distkit.data.reading.loader import EvaluationLoader
@@ -30,7 +31,7 @@ from distkit.engine.guard import Guard, describe_guard
 from distkit.engine.meter import Meter
 from distkit.engine.modes import choose_modes_, describe_modes
 from distkit.engine.probe import probe
-from distkit.engine.resume import check_resume, choose_checkpoint, put_damaged_aside
+from distkit.engine.resume import check_resume, choose_checkpoint, load_weights_, put_damaged_aside
 from distkit.engine.run import Best, Data, ResumePoint, Run, Trackers
 from distkit.engine.run_dir import RunDirectory, check_usable, new_path
 from distkit.engine.save import build_saver
@@ -39,12 +40,22 @@ from distkit.errors import ConfigError, DataError
 from distkit.observers import build_observers
 from distkit.optim import build_optimizer, default_param_groups, skips_on_device
 from distkit.recipe import Recipe
-from distkit.returned import check_dataset, check_groups, check_model, check_schedule, left_out
+from distkit.returned import (
+    calling,
+    check_config,
+    check_dataset,
+    check_groups,
+    check_model,
+    check_nothing,
+    check_schedule,
+    left_out,
+)
 from distkit.runtime import Topology, node_name
 from distkit.runtime.environment import describe_environment
 from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
 from distkit.runtime.seeding import derive_seed, seeded
+from distkit.schedules import Schedule
 from distkit.strategies import Strategy, build_strategy, set_fp32_precision
 from distkit.strategies.parameters import state_dict_names
 from distkit.tensors.buffers import buffer_specs, nan_buffers
@@ -73,11 +84,13 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
     """`assemble` in a directory that is already chosen; the caller releases it."""
     fault("start-up", runtime.rank, 0)
     config = resolve_config(recipe, config, runtime)
+    check_secrets(config)
     check_one_schedule(recipe, config)
     resume = choose_checkpoint(config, runtime, directory)
     strategy = build_strategy(config, runtime)
     data = open_data(recipe, config, runtime)
     model = build_model(recipe, config, data.train_set)
+    load_weights_(model, resume, runtime)
     run = open_loop(recipe, config, runtime, directory, resume, strategy, data, model)
     with runtime.raise_on_all_ranks("comparing the checkpoint with the run"):
         check_resume(run)
@@ -116,8 +129,9 @@ def resolve_config(recipe: Recipe[C], config: C, runtime: Runtime = ALONE) -> C:
         ConfigError: what the recipe raises.
     """
     if recipe.resolve_config is not None:
-        with runtime.raise_on_all_ranks("asking the data what the configuration leaves to them"):
-            config = recipe.resolve_config(config)
+        asking = runtime.raise_on_all_ranks("asking the data what the configuration leaves to them")
+        with asking, calling("resolve_config"):
+            config = check_config(recipe.resolve_config(config), recipe.config)
     return config
 
 
@@ -155,16 +169,19 @@ def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Data
     with runtime.raise_on_all_ranks("building the data"), runtime.main_process_first():
         # the same generators for both splits and every rank: a recipe may split one set at random
         with seeded(derive_seed(config.seed, "data")):
-            train = recipe.build_dataset(config, "train")
+            with calling("build_dataset"):
+                train = recipe.build_dataset(config, "train")
             check_dataset(train, "train")
         with seeded(derive_seed(config.seed, "data")):
-            test = recipe.build_dataset(config, "test")
+            with calling("build_dataset"):
+                test = recipe.build_dataset(config, "test")
             check_dataset(test, "test")
         if train is None:
             raise DataError(f"build_dataset of recipe {recipe.name} returned None for the split train",
                             expected="a data set with __len__ and fetch or __getitem__")  # fmt: skip
-        train_set = train if isinstance(train, IterableData) else as_dataset(train)
-        test_set = None if test is None else as_dataset(test)
+        with calling("the data set of build_dataset"):
+            train_set = train if isinstance(train, IterableData) else as_dataset(train)
+            test_set = None if test is None else as_dataset(test)
     assert train_set is not None  # raise_on_all_ranks raises on every rank when one failed
     return train_set, test_set
 
@@ -176,7 +193,7 @@ def check_sizes(train_set: Dataset, split: BatchSplit) -> None:
     """
     if len(train_set) < split.global_batch_size:
         raise DataError(
-            f"the training set has {len(train_set)} samples, less than one global batch",
+            f"the training set of build_dataset has {len(train_set)} samples, less than one global batch",
             expected=f"--global-batch-size of at most {len(train_set)}",
             got=f"--global-batch-size {split.global_batch_size} on {split.world_size} ranks",
             fix=f"--global-batch-size {max(1, len(train_set) // split.world_size) * split.world_size}"
@@ -216,9 +233,11 @@ def build_model(recipe: Recipe[C], config: C, train_set: Dataset | IterableData 
         ConfigError: the model has no parameter to train.
     """
     with seeded(derive_seed(config.seed, "init")):
-        model = check_model(recipe.build_model(config))
+        with calling("build_model"):
+            model = check_model(recipe.build_model(config))
         if recipe.init_model_ is not None and train_set is not None:
-            recipe.init_model_(config, model, train_set)
+            with calling("init_model_"):
+                check_nothing(recipe.init_model_(config, model, train_set))
     choose_modes_(model)
     return model
 
@@ -254,12 +273,7 @@ def open_loop(
     test = None if data.test_set is None else place(data.test_set, reading)
     best = Best(*recipe.best)
     saves = config.checkpoint.enabled and not config.debug.enabled and resume.completed_steps < num_steps
-    own_schedule = recipe.build_schedule
-    schedule = (
-        check_schedule(own_schedule(config, num_steps))
-        if own_schedule is not None
-        else config.schedule.build(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-    )
+    schedule = build_schedule(recipe, config, num_steps, steps_per_epoch)
     guard = None if config.on_nan == "raise" else Guard(strategy, runtime)
     return Run(
         recipe=recipe.name,
@@ -283,7 +297,7 @@ def open_loop(
         nan_buffers=nan_buffers(strategy.module),
         utilization=utilization,
         facts=describe(config, runtime, strategy, split, num_steps, train, test)
-        | ({"schedule": "build_schedule of the recipe"} if own_schedule is not None else {})
+        | ({"schedule": "build_schedule of the recipe"} if recipe.build_schedule is not None else {})
         | describe_guard(config, strategy)
         | describe_peak(config, runtime),
         meter=Meter(runtime, copies=strategy.reuses_outputs, drops_bad=guard is not None),
@@ -295,6 +309,14 @@ def open_loop(
         stragglers=Stragglers(hosts_of(runtime)),
         observers=build_observers(config.observe, directory.path, runtime.is_main_process),
     )  # fmt: skip
+
+
+def build_schedule(recipe: Recipe[C], config: C, num_steps: int, steps_per_epoch: float) -> Schedule:
+    """The recipe's own schedule where it has one, else that of the configuration."""
+    if recipe.build_schedule is None:
+        return config.schedule.build(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    with calling("build_schedule"):
+        return check_schedule(recipe.build_schedule(config, num_steps), num_steps)
 
 
 def build_forward_timer(config: TrainConfig, runtime: Runtime, strategy: Strategy) -> ForwardTimer:
@@ -339,10 +361,15 @@ def optimizer_builder(recipe: Recipe[C], config: C, notes: list[str]) -> Callabl
     def build(model: nn.Module) -> Optimizer:
         if recipe.build_param_groups is None:
             return build_optimizer(config.optim, default_param_groups(model, config.optim))
-        groups = check_groups(recipe.build_param_groups(config, model), model)
+        with calling("build_param_groups"):
+            groups = check_groups(recipe.build_param_groups(config, model), model)
         if note := left_out(groups, model):
             notes.append(note)
-        return build_optimizer(config.optim, groups)
+        try:
+            return build_optimizer(config.optim, groups)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"build_param_groups returned groups that --optim.name {config.optim.name} does not take",
+                              expected='[{"params": [...], "lr": ...}, ...]', got=error) from error  # fmt: skip
 
     return build
 

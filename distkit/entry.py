@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 
 from distkit.cli import parse
 from distkit.config import TrainConfig, ranks_that_fit, reset_for_debugging, split_batch
+from distkit.config.secret import check_secrets, masked
 from distkit.engine.endings import RunFailedError, complain, ending_together, leave
 from distkit.engine.run_dir import holds_run
 from distkit.errors import ConfigError
@@ -34,8 +35,8 @@ def refuse_file(kind: type[BaseException], error: BaseException, trace: Tracebac
     if rank_for_messages(os.environ) == 0:
         others = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<")
         calls = [call for call in extract_tb(trace) if not call.filename.startswith(others)]
-        print(f"distkit: error: {error}", *[f"  in:       {call.filename}:{call.lineno}" for call in calls[-1:]],
-              sep="\n", file=sys.stderr)  # fmt: skip
+        places = [f"  in:       {call.filename}:{call.lineno}" for call in calls[-1:]]
+        print(masked(f"distkit: error: {error}"), *places, sep="\n", file=sys.stderr)
     leave(ConfigError.exit_code)
 
 
@@ -68,6 +69,8 @@ def launch(recipe: Recipe[C], argv: Sequence[str], signals: StopSignals | None =
         launched = read_accelerate_env(os.environ, topology.world_size)
         prog, summary = f"{recipe.name}.py", recipe_summary(recipe)
         config = parse(recipe.config, recipe.presets, argv, prog, summary, launched, topology.world_size)
+        check_secrets(config)
+        sys.argv = [masked(word) for word in sys.argv]  # which other libraries write down
         debugger = config.debug.pdb
         if config.debug.enabled:
             config = debug_config(config, topology)

@@ -87,6 +87,11 @@ class Stopped(DistkitError):
     retryable: bool = True
 
 
+def raised_inside(error: BaseException) -> bool:
+    """Whether a call in the function that catches `error` ran Python code: else the call itself was refused."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is not None
+
+
 def shorten(names: Iterable[str], limit: int = 3) -> str:
     """`a, b, c and 5 more`: the first `limit` of `names`, and how many there are beyond them."""
     names = list(names)

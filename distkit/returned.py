@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar, cast
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from distkit.errors import ConfigError, DataError, shorten
+from distkit.config import TrainConfig
+from distkit.errors import ConfigError, DataError, DistkitError, raised_inside, shorten
 from distkit.optim import ParamGroup, named_parameters
 from distkit.schedules import Schedule
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+@contextmanager
+def calling(function: str) -> Iterator[None]:
+    """What the recipe's `function` raises by itself is its own, and says in which function it was."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, DistkitError):
+            error.add_note(f"in {function} of the recipe")
+        raise
+
+
+def check_config(config: object, kind: type[C]) -> C:
+    """What resolve_config returned.
+
+    Raises:
+        ConfigError: it is no configuration of the recipe.
+    """
+    if not isinstance(config, kind):
+        raise ConfigError("resolve_config returned no configuration of the recipe", expected=f"a {kind.__name__}",
+                          got=_kind(config), fix="return dataclasses.replace(config, …)")  # fmt: skip
+    return config
+
+
+def check_nothing(value: object) -> None:
+    """What init_model_ returned.
+
+    Raises:
+        ConfigError: it is something, which would be ignored.
+    """
+    if value is not None:
+        raise ConfigError("init_model_ returned something, which would be ignored", got=_kind(value),
+                          expected="nothing: it changes the model that it is given")  # fmt: skip
 
 
 def check_model(model: object) -> nn.Module:
@@ -24,7 +63,8 @@ def check_model(model: object) -> nn.Module:
         raise ConfigError("build_model returned no module", expected="one torch.nn.Module", got=_kind(model),
                           fix="return model")  # fmt: skip
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("the model has no parameter to train", expected="at least one with requires_grad")
+        raise ConfigError("the model of build_model has no parameter to train",
+                          expected="at least one with requires_grad", got=_kind(model))  # fmt: skip
     return model
 
 
@@ -41,24 +81,36 @@ def check_dataset(dataset: object, split: str) -> None:
     if isinstance(dataset, tuple):
         raise DataError(what, expected=expected, got=f"a tuple of {len(dataset)}",
                         fix="return torch.utils.data.TensorDataset(inputs, labels)")  # fmt: skip
-    if isinstance(dataset, str | bytes):
+    if isinstance(dataset, Tensor | np.ndarray):
+        raise DataError(what, expected=expected, got=f"shape {list(dataset.shape)}",
+                        fix="return torch.utils.data.TensorDataset(values)")  # fmt: skip
+    if isinstance(dataset, str | bytes | set | frozenset):
         raise DataError(what, expected=expected, got=repr(dataset)[:60])
 
 
-def check_schedule(schedule: object) -> Schedule:
-    """What build_schedule returned.
+def check_schedule(schedule: object, num_steps: int = 1) -> Schedule:
+    """What build_schedule returned, asked for the first, a middle and the last of `num_steps`.
 
     Raises:
         ConfigError: it is no function of the step, or gives no number.
     """
-    expected = "a function step -> multiplier of the peak learning rate"
-    if not callable(schedule):
-        raise ConfigError("build_schedule returned no schedule", expected=expected, got=_kind(schedule),
-                          fix="return lambda step: 1 - step / num_steps")  # fmt: skip
-    first = cast(Callable[[int], object], schedule)(0)
-    if isinstance(first, bool) or not isinstance(first, int | float) or not math.isfinite(first):
-        raise ConfigError("the schedule of build_schedule gives no number for step 0", expected=expected,
-                          got=repr(first)[:60])  # fmt: skip
+    expected, fix = (
+        "a function step -> multiplier of the peak learning rate",
+        "return lambda step: 1 - step / num_steps",
+    )
+    if not callable(schedule) or isinstance(schedule, type | nn.Module):
+        raise ConfigError("build_schedule returned no schedule", expected=expected, got=_kind(schedule), fix=fix)
+    for step in sorted({0, num_steps // 2, num_steps - 1}):
+        try:
+            value = cast(Callable[[int], object], schedule)(step)
+        except TypeError as error:
+            if raised_inside(error):
+                raise
+            raise ConfigError("build_schedule returned a function that takes no step", expected=expected, got=error,
+                              fix=fix) from error  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ConfigError(f"the schedule of build_schedule gives no number >= 0 for step {step}", expected=expected,
+                              got=repr(value)[:60])  # fmt: skip
     return cast(Schedule, schedule)
 
 
@@ -88,6 +140,14 @@ def check_groups(groups: object, model: nn.Module) -> list[ParamGroup]:
                     f"build_param_groups has {names[id(parameter)]} twice", expected="each parameter once"
                 )
             seen.add(id(parameter))
+        for key in ("lr", "weight_decay"):
+            value = group.get(key, 0.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(f"group {number} of build_param_groups has a {key} that is no number >= 0",
+                                  expected=expected, got=repr(value)[:60])  # fmt: skip
+    if not seen:
+        raise ConfigError("build_param_groups returned groups without a parameter", expected=expected,
+                          got=f"{len(checked)} groups")  # fmt: skip
     return checked
 
 
@@ -103,8 +163,17 @@ def left_out(groups: list[ParamGroup], model: nn.Module) -> str:
 def _listed(parameters: object) -> list[object]:
     if isinstance(parameters, Tensor):
         return [parameters]
-    return list(parameters) if isinstance(parameters, Iterable) else [parameters]
+    if not isinstance(parameters, Iterable):
+        return [parameters]
+    listed: list[object] = []
+    for each in parameters:
+        listed.append(each)
+        if not isinstance(each, Tensor):
+            break  # it is refused, and there may be no end
+    return listed
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     return "None" if value is None else f"a {type(value).__name__}"

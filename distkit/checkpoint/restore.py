@@ -98,6 +98,13 @@ def resolve_source(source: str) -> tuple[Path, bool]:
         ConfigError: it is neither a checkpoint nor a run.
     """
     path = Path(source)
+    try:
+        path.stat()
+    except PermissionError as error:
+        raise ConfigError(f"--resume {source} cannot be looked at", expected="a directory that you may read",
+                          got=error.strerror, fix=f"chmod u+rx {path.parent}") from error  # fmt: skip
+    except OSError:
+        pass  # nothing there, as is said below
     if step_of(path.name) is not None or (path / MANIFEST).exists():
         if not path.is_dir():
             raise ConfigError(f"--resume {source} is not a checkpoint", expected="a directory with MANIFEST.json",
@@ -106,9 +113,9 @@ def resolve_source(source: str) -> tuple[Path, bool]:
     for folder in (path / "checkpoints", path):
         if list_checkpoints(folder):
             return folder, False
+    got = "a directory without" if path.is_dir() else "no directory" if path.exists() else "nothing there"
     raise ConfigError(f"--resume {source} holds no checkpoint", expected="a checkpoint, or the directory of a run",
-                      got="a directory without" if path.is_dir() else "nothing there",
-                      fix="--resume runs/RECIPE/RUN")  # fmt: skip
+                      got=got, fix="--resume runs/RECIPE/RUN")  # fmt: skip
 
 
 def _suggestion(folder: Path) -> str:

@@ -13,6 +13,7 @@ from typing import NoReturn
 from distkit.cli.options import Option, as_typed, describe, options_of
 from distkit.config import CHOICES, TrainConfig
 from distkit.config.check import flag
+from distkit.config.secret import MASK, is_secret
 from distkit.errors import ConfigError, nearest
 
 ALL = "all"
@@ -143,6 +144,8 @@ def full_group(group: str, options: list[Option], values: Mapping[str, object], 
 def line_of(option: Option, values: Mapping[str, object]) -> str:
     """`  --optim.lr 0.2   Peak learning rate.`: the option with the value it has now, and what it does."""
     value = values.get(option.name, option.default)
+    if is_secret(option.kind) and value not in (None, MISSING, ()):
+        value = MASK
     if option.is_switch:
         typed = f"{flag(option.name)} ({'on' if value else 'off'})"
     else:

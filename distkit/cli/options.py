@@ -15,6 +15,7 @@ from typing import Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from distkit.config import CHOICES
 from distkit.config.check import flag
+from distkit.config.secret import MASK, Secret, is_secret
 from distkit.errors import ConfigError, nearest
 
 
@@ -121,7 +122,8 @@ def read(option: Option, words: Sequence[str]) -> object:
     # in a section of several classes, None is the default of the chosen class
     if words == ["None"] and option.name.partition(".")[0] in CHOICES:
         return None
-    typed, text, expected = flag(option.name), " ".join(words), describe(option.kind)
+    typed, expected = flag(option.name), describe(option.kind)
+    text = MASK if is_secret(option.kind) else " ".join(words)
     try:
         return convert(words, option.kind)
     except TypeError as error:
@@ -165,7 +167,7 @@ def convert(words: Sequence[str], kind: object) -> object:
         if word not in choices:
             raise ValueError(word)
         return choices[word]
-    if kind in (int, float, str, Path):
+    if kind in (int, float, str, Path, Secret):
         return cast(type, kind)(word)
     raise TypeError(kind)
 
@@ -180,5 +182,6 @@ def describe(kind: object) -> str:
     if get_origin(kind) is tuple:
         count = num_words(kind)
         return f"{'any number' if count is None else count} of: {describe(args[0])}"
-    names = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "True or False"}
+    names = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "True or False",
+             Secret: "a secret text"}  # fmt: skip
     return names.get(cast(type, kind), "None" if kind is NoneType else str(kind))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import takewhile
@@ -25,6 +26,7 @@ from distkit.config import CHOICES, TrainConfig
 from distkit.config.check import flag
 from distkit.config.choice import carry_over, from_values
 from distkit.config.schedule import PAIRS
+from distkit.config.secret import MASK, Secret, is_secret, lacks, leaves, variable
 from distkit.config.strategy import TAKEN_BY
 from distkit.errors import ConfigError, nearest
 
@@ -57,6 +59,9 @@ def parse(
 ) -> C:
     """The configuration that a preset, the launcher, `--config FILE` and flags make together; later ones win.
 
+    Secrets also come from the environment, before flags. One that a file leaves out may be lacking afterwards: see
+    `check_secrets`.
+
     Args:
         config_type: the recipe's configuration class.
         presets: by name; the first one is the default.
@@ -85,9 +90,10 @@ def parse(
     values = flatten(presets[preset])
     check_preset(preset, values, options)
     typed_in_file = read_file(Path(file), options) if file is not None else {}
+    typed_in_file = {name: value for name, value in typed_in_file.items() if not lacks(value) or not values.get(name)}
     typed_flags = read_flags(args, options)
     for layer in ({name: value for name, (value, _) in launched.items() if name != "accum_steps"}, typed_in_file,
-                  typed_flags):  # fmt: skip
+                  read_secrets(options, os.environ), typed_flags):  # fmt: skip
         merge(values, layer, keep_strategy="strategy" in launched and layer.get("strategy") == "auto")
     if topic is not None:
         show_help(config_type, values, topic, presets=presets, preset=preset, prog=prog, summary=summary)
@@ -149,9 +155,13 @@ def read_flags(args: Sequence[str], options: Mapping[str, Option]) -> Values:
     flags |= {negated(name): option for name, option in options.items() if option.is_switch}
     values: Values = {}
     words = list(args)
+    option: Option | None = None
     while words:
         typed, equals, text = words.pop(0).partition("=")
         if not typed.startswith("--"):
+            if option is not None and is_secret(option.kind):
+                raise ConfigError(f"{flag(option.name)} is followed by more than its value", expected="one word",
+                                  fix=f"{flag(option.name)} 'VALUE', in quotes")  # fmt: skip
             raise ConfigError(f"{typed} does not belong to any option", got=typed, fix="--help shows every option")
         if typed not in flags:
             close = nearest(typed, flags)
@@ -182,6 +192,15 @@ def check_switch(typed: str, name: str, value: str, *, given: bool) -> None:
             got=value,
             fix=negated(name) if off else flag(name),
         )
+
+
+def read_secrets(options: Mapping[str, Option], env: Mapping[str, str]) -> Values:
+    """The secrets that the environment holds, by option; an empty variable holds none."""
+    secrets = {name: option for name, option in options.items() if is_secret(option.kind) and env.get(variable(name))}
+    return {
+        name: read(option, [env[variable(name)]] if num_words(option.kind) == 1 else env[variable(name)].split())
+        for name, option in secrets.items()
+    }
 
 
 def read_file(file: Path, options: Mapping[str, Option]) -> Values:
@@ -234,7 +253,11 @@ def check_preset(preset: str, values: Values, options: Mapping[str, Option]) -> 
     """Refuse a preset's value that does not have the type of its field."""
     for name, value in values.items():
         try:
-            ok = name not in options or convert(words_for(value), options[name].kind) == value
+            kind = options[name].kind if name in options else None
+            if is_secret(kind):
+                ok = all(leaf is None or isinstance(leaf, Secret) for leaf in leaves(value))
+            else:
+                ok = kind is None or convert(words_for(value), kind) == value
         except ValueError:
             ok = False
         except TypeError:
@@ -243,7 +266,7 @@ def check_preset(preset: str, values: Values, options: Mapping[str, Option]) -> 
             raise ConfigError(
                 f"the recipe's preset {preset} has an invalid value for {name}",
                 expected=describe(options[name].kind),
-                got=repr(value),
+                got=MASK if is_secret(options[name].kind) else repr(value),
                 fix=f"a different value in the recipe's presets, or a preset other than {preset}",
             )
 

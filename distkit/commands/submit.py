@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from distkit.commands.slurm.plan import moved_to
 from distkit.commands.slurm.queue import ask_queue, is_queued
 from distkit.commands.slurm.site import SITE_FILE, Site, read_site
 from distkit.config import TrainConfig, split_batch, to_json
+from distkit.config.check import flag
+from distkit.config.secret import check_secrets, secrets_of, variable
 from distkit.engine.attempts import clock_time
 from distkit.engine.submission import FILE, FOLDER, jobs_of, newest_submission, submissions
 from distkit.errors import ConfigError
@@ -163,8 +166,23 @@ def read_config(file: Path, flags: Sequence[str], world_size: int) -> tuple[Reci
     if config.debug.enabled:
         raise ConfigError("debug mode is not for a training job", got="--debug",
                           fix=f"sbatch slurm/debug.sbatch {file}")  # fmt: skip
+    check_secrets(config)
+    check_secrets_of_job(config, next(iter(recipe.presets.values())), flags)
     split_batch(config, world_size)
     return recipe, config
+
+
+def check_secrets_of_job(config: TrainConfig, preset: TrainConfig, flags: Sequence[str]) -> None:
+    """Refuse a secret that was typed, or that the job would not find: it starts from a file and the first preset."""
+    from distkit.cli.parse import spell
+
+    found, typed = dict(secrets_of(preset)), {spell(word).partition("=")[0] for word in flags}
+    for name, value in secrets_of(config):
+        missing = value and value != found.get(name) and not os.environ.get(variable(name))
+        if missing or flag(name) in typed:
+            raise ConfigError(f"{flag(name)} is a secret, which no file of a job may hold",
+                              expected="its value in the environment, which jobs inherit",
+                              fix=f"export {variable(name)}=VALUE, and leave {flag(name)} out")  # fmt: skip
 
 
 def without_sources(flags: Sequence[str]) -> list[str]:

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from distkit.config.check import flag
+from distkit.config.secret import MASK
 from distkit.errors import ConfigError, DistkitError, TrainingError
 from distkit.runtime.faults import VARIABLE
 from distkit.runtime.local_ranks import die_with_parent, free_port, rank_environment, without_launcher
@@ -166,6 +168,27 @@ def events(run_dir: Path) -> Iterator[dict[str, object]]:
     for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
         if line.endswith(b"\n"):
             yield json.loads(line)
+
+
+def without_secrets(flags: Sequence[str], run_dir: Path) -> list[str]:
+    """`flags` to be shown: `<secret>` in place of the values that config.json of a run does not hold either."""
+
+    def secret(section: Mapping[str, object], prefix: str) -> Iterator[str]:
+        for name, value in section.items():
+            if isinstance(value, dict):
+                yield from secret(value, f"{prefix}{name}.")
+            elif value == MASK or (isinstance(value, list) and MASK in value):
+                yield flag(prefix + name)
+
+    hidden, shown, hides = set(secret(json.loads((run_dir / "config.json").read_text()), "")), list[str](), False
+    for word in flags:
+        name, equals, _ = word.partition("=")
+        if name.startswith("--"):
+            hides = name.replace("_", "-") in hidden
+            shown.append(f"{name}={MASK}" if hides and equals else word)
+        else:
+            shown.append(MASK if hides else word)
+    return shown
 
 
 class Interrupts:

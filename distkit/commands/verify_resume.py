@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import tempfile
@@ -151,14 +150,19 @@ def command(args: Sequence[str]) -> str:
     parser.add_argument("--kill-at", type=positive, metavar="N", help="the step of the kill (two thirds of the run)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="keep both runs there (a temporary folder)")
     typed = parser.parse_args(own_args)
-    trial = Trial(
-        recipe=typed.recipe,
-        flags=flags,
-        nproc=typed.nproc,
-        num_steps=typed.steps,
-        kill_at=max(2, typed.steps * 2 // 3) if typed.kill_at is None else typed.kill_at,
-        folder=Path(tempfile.gettempdir()) / f"distkit-verify-resume-{os.getpid()}"
-        if typed.folder is None
-        else typed.folder,
-    )
-    return report(trial, keep=typed.folder is not None)
+    keep = typed.folder is not None
+    folder = typed.folder if keep else Path(tempfile.mkdtemp(prefix="distkit-verify-resume-"))
+    try:
+        trial = Trial(
+            recipe=typed.recipe,
+            flags=flags,
+            nproc=typed.nproc,
+            num_steps=typed.steps,
+            kill_at=max(2, typed.steps * 2 // 3) if typed.kill_at is None else typed.kill_at,
+            folder=folder,
+        )
+    except ConfigError:
+        if not keep:
+            folder.rmdir()
+        raise
+    return report(trial, keep)

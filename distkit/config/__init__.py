@@ -37,6 +37,7 @@ from distkit.config.schedule import (
     ScheduleConfig,
     WarmupStableDecay,
 )
+from distkit.config.secret import Secret
 from distkit.config.strategy import (
     ActivationCheckpointingConfig,
     DDPConfig,
@@ -109,6 +110,7 @@ __all__ = [
     "ResumeConfig",
     "Rprop",
     "ScheduleConfig",
+    "Secret",
     "SparseAdam",
     "Split",
     "StrategyName",

@@ -47,12 +47,15 @@ class ResumeConfig:
 
     source: str = "auto"
     """auto: continue the run in --run-dir, if there is one. never: refuse a directory that holds a run. Or a
-    checkpoint or run directory to start from (`--resume DIR` for short)."""
+    checkpoint or run directory to start from (`--resume DIR` for short), or a file of weights with weights_only."""
     weights_only: bool = False
-    """Load only the model's weights, where names and shapes match, and start at step 0 (fine-tuning)."""
+    """Load only the model's weights and start at step 0 (fine-tuning): from a run where names and shapes match, from a
+    file (.safetensors, or a state dict by torch.save) all of them."""
 
     def __post_init__(self) -> None:
         require(bool(self.source), "resume.source", "auto, never or a directory", repr(self.source), "auto")
         if self.weights_only:
             ok = self.source not in ("auto", "never")
-            require(ok, "resume.source", "a directory, with --resume.weights-only", self.source, "runs/RECIPE/RUN")
+            require(
+                ok, "resume.source", "a directory or a file, with --resume.weights-only", self.source, "runs/RECIPE/RUN"
+            )

@@ -102,6 +102,23 @@ def batch_size(batch: object) -> int:
     return sizes.pop()[0]
 
 
+def check_batch(batch: object, num_samples: int, who: str) -> None:
+    """Refuse a batch that `who` made unless it has `num_samples` samples.
+
+    Raises:
+        DataError: naming `who`, and what it returned.
+    """
+    try:
+        size = batch_size(batch)
+    except DataError as error:
+        raise DataError(
+            f"{who} returned {'None' if batch is None else f'a {type(batch).__name__}'}: {error}"
+        ) from error
+    if size != num_samples:
+        raise DataError(f"{who} returned a batch of another size", expected=f"{num_samples} samples, as requested",
+                        got=f"{size} samples")  # fmt: skip
+
+
 class Microbatches(Protocol):
     """Where microbatches come from."""
 

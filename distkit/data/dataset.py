@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol, cast, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from distkit.data.batch import Batch, batch_size, to_device
 from distkit.data.collate import collate_of
 from distkit.data.stream.draws import Draws
-from distkit.errors import DataError
+from distkit.errors import DataError, raised_inside
 
 __all__ = ["Augments", "Batch", "Dataset", "Indexable", "MapDataset", "as_dataset", "batch_size", "to_device"]
 
@@ -83,7 +83,7 @@ def as_dataset(candidate: object) -> Dataset:
     Raises:
         DataError: it is neither, or it has no samples.
     """
-    sized = hasattr(candidate, "__len__")
+    sized = hasattr(candidate, "__len__") and not isinstance(candidate, type | nn.Module)
     dataset: Dataset | None = None
     if sized and hasattr(candidate, "fetch"):
         dataset = cast(Dataset, candidate)
@@ -93,8 +93,24 @@ def as_dataset(candidate: object) -> Dataset:
         raise DataError(
             "build_dataset returned something that is not a data set",
             expected="__len__ and fetch(indices), or a torch data set with __len__ and __getitem__",
-            got=type(candidate).__name__,
+            got=f"the class {candidate.__name__}" if isinstance(candidate, type) else type(candidate).__name__,
         )
-    if len(dataset) == 0:
+    if count_samples(dataset) == 0:
         raise DataError("build_dataset returned an empty data set", expected="at least one sample", got=0)
     return dataset
+
+
+def count_samples(dataset: Dataset) -> int:
+    """The number of samples.
+
+    Raises:
+        DataError: Python takes what `__len__` gives for no length.
+    """
+    samples = dataset.samples if isinstance(dataset, MapDataset) else dataset
+    try:
+        return len(samples)
+    except (TypeError, ValueError) as error:
+        if raised_inside(error):
+            raise
+        raise DataError(f"__len__ of {type(samples).__name__}, which build_dataset returned, gives no length",
+                        expected="the number of samples", got=error) from error  # fmt: skip

@@ -22,6 +22,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from distkit.config.secret import masked
 from distkit.errors import ConfigError, DistkitError, RankFailedError, RankSilentError, Stopped, TrainingError
 from distkit.runtime.position import PHASE, SAVING, STATE, STEP, WAITS, Peer, Phase, State
 
@@ -306,9 +307,10 @@ def own_cause(error: BaseException, runtime: Runtime) -> Cause:
     alone, host = runtime.world_size == 1, os.uname().nodename
     who = "the run" if alone else f"rank {runtime.rank} on {host}"
     where = phase_words(phase, step)
-    first, *rest = str(error).splitlines() or [""]
+    first, *rest = masked(str(error)).splitlines() or [""]
     todo = "; ".join(" ".join(line.split()) for line in rest) if isinstance(error, DistkitError) else ""
-    what, code = f"{who} failed {where}: {type(error).__name__}: {first}", 1
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    what, code = f"{who} failed {where}: {type(error).__name__}: {first}".rstrip(": ") + masked(notes), 1
     if isinstance(error, DistkitError):
         what, code = f"{who} failed {where}: {first}", error.exit_code
         if error.on_all_ranks:
@@ -378,7 +380,7 @@ def record(cause: Cause, runtime: Runtime, directory: RunDirectory | None, step:
     no other run can have begun there.
     """
     # the launcher prints it; of a wrong option there is nothing to learn from where it was refused
-    where = str(cause) if cause.is_configuration else traceback.format_exc()
+    where = str(cause) if cause.is_configuration else masked(traceback.format_exc())
     write_error_file(str(cause), {"py_callstack": where, "cause": cause.to_json()})
     if cause.is_configuration or directory is None:
         return
@@ -402,7 +404,7 @@ def write_error_file(message: str, extra: Mapping[str, object]) -> None:
     if path and not Path(path).exists():
         info = {"timestamp": str(int(time.time())), "py_callstack": "", **extra}
         with suppress(OSError):
-            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": info}}))
+            Path(path).write_text(json.dumps({"message": {"message": masked(message), "extraInfo": info}}))
 
 
 def complain(error: BaseException, rank: int, world_size: int) -> int:
@@ -422,21 +424,21 @@ def complain(error: BaseException, rank: int, world_size: int) -> int:
             time.sleep(3)
     elif failed is None or not failed.is_first:
         if not isinstance(error, DistkitError) and not waits_for_others(error)[1]:
-            traceback.print_exception(error)
+            say("".join(traceback.format_exception(error)).rstrip("\n"))
         say(f"distkit: error{who}: {failed or error}")
     elif isinstance(error, DistkitError) and (world_size == 1 or error.on_all_ranks):
         if rank == 0:  # what all ranks found is on one line, as in status.json
             say(f"distkit: error{who}: {failed if error.on_all_ranks and failed.cause.rank is None else error}")
     else:
         if not isinstance(error, DistkitError | KeyboardInterrupt):
-            traceback.print_exception(error)
+            say("".join(traceback.format_exception(error)).rstrip("\n"))
         say(f"distkit: error{who}: {failed}")
     return code
 
 
 def say(line: str) -> None:
-    """On stderr, at once."""
-    print(line, file=sys.stderr, flush=True)
+    """On stderr, at once, without secrets."""
+    print(masked(line), file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:

@@ -6,6 +6,7 @@ Nothing is left of it: no gradient, no statistics, no random number drawn, nothi
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from distkit.engine.meter import check_output
 from distkit.engine.run import Run
 from distkit.errors import ConfigError
 from distkit.losses import LossOutput
+from distkit.returned import calling
 from distkit.runtime.seeding import capture_rng, restore_rng
 from distkit.strategies.buffers import check_alike
 from distkit.tensors.buffers import buffer_slots, extra_states, set_extra_states
@@ -32,7 +34,8 @@ def probe(run: Run) -> None:
     """
     loader, test = run.loader, run.test_loader
     with run.runtime.raise_on_all_ranks("reading the first batch of the training set"):
-        batch = loader.first()
+        with calling("the data set of build_dataset"):
+            batch = loader.first()
         batch_size(batch)
     with untouched(run), run.strategy.evaluating():
         check_training(run, batch)
@@ -40,7 +43,8 @@ def probe(run: Run) -> None:
     if test is None:
         return
     with run.runtime.raise_on_all_ranks("reading the first batch of the test set"):
-        batch = test.first(run.config.eval_batch_size or run.split.microbatch_size)
+        with calling("the data set of build_dataset"):
+            batch = test.first(run.config.eval_batch_size or run.split.microbatch_size)
         batch_size(batch)
     with untouched(run), run.strategy.evaluating(), torch.no_grad():
         run.strategy.module.eval()
@@ -50,10 +54,22 @@ def probe(run: Run) -> None:
 
 def loss_of(run: Run, batch: Batch) -> LossOutput:
     """The checked loss of `batch`."""
-    with run.strategy.precision():
+    with run.strategy.precision(), calling("compute_loss"):
         output = run.compute_loss(run.strategy.module, batch)
     check_output(output)
+    check_values(output)
     return output
+
+
+def check_values(output: LossOutput) -> None:
+    """Refuse numbers that no mean can be made of; this waits for the device."""
+    for name, value in output.sums.items():
+        if value.is_complex():
+            raise ConfigError(f"compute_loss: sums[{name!r}] is complex", expected="a real number", got=value.dtype)
+    weight = output.weight
+    if weight is not None and (weight.is_complex() or not 0 <= weight.item() < math.inf):
+        raise ConfigError("compute_loss: weight must be a number >= 0", expected="what loss is the mean over: tokens",
+                          got=weight.item())  # fmt: skip
 
 
 def check_training(run: Run, batch: Batch) -> None:

@@ -6,6 +6,7 @@ the checkpoint is known to fit.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,9 @@ from distkit.checkpoint.restore import (
     resolve_source,
     set_aside,
 )
+from distkit.checkpoint.weights_file import load_weights_file_
 from distkit.config import TrainConfig, fill_defaults, to_json
+from distkit.data.sets.fingerprint import file_digest
 from distkit.engine.meter import Meter
 from distkit.engine.run import ResumePoint, Run
 from distkit.engine.run_dir import RunDirectory
@@ -63,7 +66,7 @@ def choose_checkpoint(config: TrainConfig, runtime: Runtime, directory: RunDirec
         if runtime.is_main_process:
             print(f"distkit: warning: {message}", file=sys.stderr, flush=True)
 
-    checkpoint, from_another_run = None, False
+    checkpoint, from_another_run, weights = None, False, None
     try:
         checkpoint = newest_verified(directory.checkpoints, runtime, warn)
     except CheckpointError as error:
@@ -76,14 +79,51 @@ def choose_checkpoint(config: TrainConfig, runtime: Runtime, directory: RunDirec
         if source != "auto":
             warn(f"--resume {source} is not used: {directory.path} has checkpoints of its own and continues from them")
     elif source != "auto":
-        with runtime.raise_on_all_ranks("looking for the checkpoint"):
-            path, single = resolve_source(source)
         from_another_run = True
-        checkpoint = open_verified(path, runtime) if single else newest_verified(path, runtime, warn)
+        with runtime.raise_on_all_ranks("looking for the checkpoint"):
+            weights = weights_file(source, weights_only=config.resume.weights_only)
+            path, single = (Path(), False) if weights is not None else resolve_source(source)
+        if weights is None:
+            checkpoint = open_verified(path, runtime) if single else newest_verified(path, runtime, warn)
     elif completed < 0 and directory.holds_run():
         warn(f"{directory.path} holds a run that has saved nothing: starting again at step 0")
-    return ResumePoint(checkpoint=checkpoint, from_another_run=from_another_run, completed_steps=completed,
-                       warnings=warnings)  # fmt: skip
+    return ResumePoint(checkpoint=checkpoint, from_another_run=from_another_run, weights=weights,
+                       completed_steps=completed, warnings=warnings)  # fmt: skip
+
+
+def weights_file(source: str, *, weights_only: bool) -> Path | None:
+    """`--resume FILE`; None for a directory, or where there is nothing.
+
+    Raises:
+        ConfigError: it is a file, and more than weights is wanted of it.
+    """
+    file = Path(source)
+    if not os.path.isfile(file):
+        return None
+    if not weights_only:
+        raise ConfigError(f"--resume {source} is a file, which holds weights at most",
+                          expected="a checkpoint, a run directory, or the weights alone",
+                          fix=f"--resume {source} --resume.weights-only")  # fmt: skip
+    return file
+
+
+def load_weights_(model: nn.Module, resume: ResumePoint, runtime: Runtime) -> None:
+    """Fill `model` from the file of weights where the run starts from one; all ranks together.
+
+    Raises:
+        ConfigError: it does not fit, or differs between ranks.
+    """
+    if resume.weights is None:
+        return
+    with runtime.raise_on_all_ranks("reading the weights"):
+        resume.warnings.extend(load_weights_file_(model, resume.weights))
+        digest = file_digest(resume.weights)
+    first, *others = runtime.gather(digest)
+    with runtime.raise_on_all_ranks("comparing the weights of the ranks"):
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise ConfigError(f"--resume {resume.weights} is another file on rank {rank} than on rank 0",
+                                  expected="one file", fix="the same file on every machine")  # fmt: skip
 
 
 def check_own_goes_first(source: str, directory: RunDirectory, newest: int) -> None:

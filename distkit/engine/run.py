@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol, cast
 
 from torch import Tensor
@@ -72,12 +73,14 @@ class ResumePoint:
     Attributes:
         checkpoint: what it is restored from; None for a new run.
         from_another_run: the checkpoint is not in this run's own directory.
+        weights: a file of weights that the model is filled with; instead of a checkpoint.
         completed_steps: of the run that was completed in this directory; -1 when none was.
         warnings: what was reported before there were observers.
     """
 
     checkpoint: VerifiedCheckpoint | None = None
     from_another_run: bool = False
+    weights: Path | None = None
     completed_steps: int = -1
     warnings: list[str] = field(default_factory=list)
 

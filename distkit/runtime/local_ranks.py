@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from distkit.errors import ConfigError
@@ -75,6 +75,18 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port),
     }  # fmt: skip
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` stands for this machine alone, wherever it is looked up."""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def stay_on_loopback(env: MutableMapping[str, str]) -> None:
+    """Let gloo and NCCL listen for the ranks of this machine only, unless `env` names an interface."""
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if names else ():
+        env.setdefault(variable, names[0])
 
 
 def free_port(address: str = LOOPBACK) -> int:

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from distkit.config import TrainConfig
 from distkit.errors import ConfigError, LaunchError, RankFailedError, RendezvousError
 from distkit.runtime.heartbeat import Heartbeat
+from distkit.runtime.local_ranks import is_loopback, stay_on_loopback
 from distkit.runtime.position import Position
 from distkit.runtime.rendezvous import meet
 from distkit.runtime.seeding import derive_seed, seed_everything
@@ -278,6 +279,8 @@ def _join(topology: Topology, device: torch.device, timeout: datetime.timedelta,
         MASTER_ADDR=str(topology.master_addr),
         MASTER_PORT=str(topology.master_port),
     )
+    if is_loopback(str(topology.master_addr)):
+        stay_on_loopback(os.environ)
     on_gpu = device.type == "cuda"
     store = meet(topology, start_seconds, timeout.total_seconds())
     store.set_timeout(timeout)

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distkit.errors import RankSilentError, RendezvousError, shorten
 from distkit.runtime.agent_store import agree_on_name, is_served_by_agent
-from distkit.runtime.local_ranks import free_port, listener
+from distkit.runtime.local_ranks import free_port, is_loopback, listener
 from distkit.runtime.topology import Topology
 
 T = TypeVar("T")
@@ -72,8 +72,9 @@ def open_store(topology: Topology, seconds: float) -> Store:
     who, where = f"rank {topology.rank} on {socket.gethostname()}", f"{host}:{port}"
 
     def connect() -> Store:
+        own = socket_on_loopback(host, port) if opens and is_loopback(host) else None
         return TCPStore(host, port, topology.world_size, opens, timeout=timedelta(seconds=seconds),
-                        wait_for_workers=False, multi_tenant=True)  # fmt: skip
+                        wait_for_workers=False, multi_tenant=True, master_listen_fd=own)  # fmt: skip
 
     try:
         return in_time(connect, seconds + CONNECT_SECONDS)
@@ -81,6 +82,15 @@ def open_store(topology: Topology, seconds: float) -> Store:
         if opens:
             raise RendezvousError(f"{who} cannot listen at {where}: {why_not(host, port)}") from error
         raise RendezvousError(f"{who}: {nobody(host, port, seconds)}") from error
+
+
+def socket_on_loopback(host: str, port: int) -> int | None:
+    """A socket for the store, which would listen on every network by itself; None where the port is in use."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family).detach()
+    except OSError:
+        return None  # a store of this process has it, or torch says why not
 
 
 def why_not(host: str, port: int) -> str:

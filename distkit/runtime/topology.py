@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distkit.errors import LaunchError
+from distkit.runtime.local_ranks import LOOPBACK
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 #: (world size, rank, local rank, local world size) as Open MPI and MVAPICH2 name them.
@@ -170,7 +171,7 @@ def _from_srun(env: Mapping[str, str]) -> Topology:
         local_rank=_number(env, "SLURM_LOCALID", "srun"),
         local_world_size=local_sizes[node],
         launcher="srun",
-        master_addr=env.get("MASTER_ADDR") or _first_host(hosts),
+        master_addr=env.get("MASTER_ADDR") or (LOOPBACK if len(local_sizes) == 1 else _first_host(hosts)),
         # Any port that all tasks of a job derive alike and two jobs on a node rarely share.
         master_port=_optional(env, "MASTER_PORT", "srun", 20_000 + job % 20_000),
     )
@@ -213,6 +214,6 @@ def _from_mpirun(env: Mapping[str, str], names: tuple[str, str, str, str]) -> To
         local_rank=local_rank,
         local_world_size=local_world_size,
         launcher="mpirun",
-        master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
+        master_addr=env.get("MASTER_ADDR", LOOPBACK),
         master_port=_optional(env, "MASTER_PORT", "mpirun", 29_500),
     )

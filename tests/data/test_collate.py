@@ -19,7 +19,7 @@ from distkit.data import TensorSamples, as_dataset
 from distkit.data.collate import collate_of, why_no_batch
 from distkit.data.reading.iterable import IterableData
 from distkit.data.reading.placement import Reading, open_training, place
-from distkit.errors import DistkitError, TrainingError
+from distkit.errors import DataError, DistkitError, TrainingError
 
 CPU = torch.device("cpu")
 Point = namedtuple("Point", "x y")
@@ -58,7 +58,7 @@ def batches(dataset, num_workers: int, count: int = 2):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_samples_of_different_shapes_are_named_with_the_two_shapes(num_workers):
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(DataError) as caught:
         batches(as_dataset(Ragged()), num_workers)
     text = str(caught.value)
     assert "samples do not make a batch: [0] is of shape [" in text
@@ -123,7 +123,7 @@ def test_files_of_different_sizes_are_named_by_path(tmp_path):
 
 def test_pil_images_and_other_objects_are_told_apart(tmp_path):
     save_image(tmp_path / "a" / "0.png")
-    with pytest.raises(TrainingError, match=r"\[0\] is a PIL\.Image\.Image(.|\n)*TensorSamples"):
+    with pytest.raises(DataError, match=r"\[0\] is a PIL\.Image\.Image(.|\n)*TensorSamples"):
         batches(as_dataset(Subset(ImageFolder(tmp_path), [0] * 8)), 1)
 
 

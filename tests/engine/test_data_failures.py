@@ -1,6 +1,8 @@
 """Real failures of the data path in real runs: a named cause in seconds, and no process left."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,12 +19,14 @@ from support.harness import ROOT, run_recipe_cli
 RECIPE = '''
 """An ImageFolder read by worker processes."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import nn
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 import torch
 
@@ -44,7 +48,13 @@ def build_dataset(config, split):
     if split == "test":
         return None
     change = [v2.PILToTensor(), v2.RandomResizedCrop(config.size), v2.ToDtype(torch.float32, scale=True)]
-    return ImageFolder(str(config.data.root), v2.Compose(change))
+    return ImageFolder(str(config.data.root), v2.Compose(change), loader=read)
+
+
+def read(path):
+    if path.endswith(os.environ.get("VICTIM", "nothing")) and torch.utils.data.get_worker_info():
+        os._exit(7)
+    return default_loader(path)
 
 
 def build_model(config):
@@ -108,6 +118,22 @@ def test_a_truncated_file_is_skipped_on_wish(folder: Path) -> None:
     assert len(digests) == 1
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_worker_that_exits_is_named_with_its_sample(ranks: int, folder: Path) -> None:
+    flags = ["--data.root", "images", "--run-dir", "run", "--data.num-workers", "1"]
+    env = {"VICTIM": "17.jpg"}
+    ended = run_recipe_cli(flags, folder, recipe=folder / "recipe.py", world_size=ranks, env=env)
+    said = "".join(each.stderr for each in ended)
+    assert [each.returncode for each in ended] == [1] * ranks
+    assert "Traceback" not in said, said
+    words = r"a data worker died: worker 0 of 1 \(process \d+\) ended with exit code 7 while it read sample \d+ "
+    assert re.search(words + r"\(images/class1/17\.jpg\)", said), said
+    cause = json.loads((folder / "run" / "status.json").read_text())["cause"]
+    assert "images/class1/17.jpg" in cause["what_happened"]
+    assert "os._exit" in cause["what_to_do"]
+
+
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_run(folder: Path) -> None:
     run = subprocess.Popen(command(folder), cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -121,7 +147,7 @@ def test_a_killed_worker_ends_the_run(folder: Path) -> None:
         os.kill(family[0].pid, signal.SIGKILL)
         _, error = run.communicate(timeout=30)
         assert run.returncode == 1
-        assert "a data worker died" in error
+        assert re.search(r"a data worker died: worker \d of 2 \(process \d+\) was killed by SIGKILL", error)
         assert "Traceback" not in error
         _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive

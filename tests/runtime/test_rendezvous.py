@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -168,3 +169,20 @@ def test_in_time() -> None:
 def test_who_is_missing() -> None:
     assert "3 of 4 ranks came within 9 s; rank 2 did not; " in missing({0: 4, 1: 4, 3: 4}, 4, 9.0)
     assert missing({0: 2, 1: 3}, 2, 9.0).startswith("rank 1 was started as one of 3 ranks, and this one as one of 2; ")
+
+
+def listening() -> list[str]:
+    """The addresses at which this rank listens, once it has met the others."""
+    runtime = start(CONFIG, read_topology(os.environ))
+    connections = psutil.Process().net_connections("inet")
+    addresses = [each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN]
+    runtime.gather(None)
+    runtime.close()
+    return addresses
+
+
+@pytest.mark.distributed
+def test_ranks_of_one_machine_listen_on_loopback_only() -> None:
+    first, second = run_ranks(listening, 2)
+    assert len(first) > len(second) > 0  # the store
+    assert {*first, *second} <= {"127.0.0.1", "::1"}

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from distkit.commands.drill.cases import Case, Landmarks
 from distkit.commands.drill.scheduler import UNDISTURBED, Drill, Outcome
-from distkit.commands.trial import Ended
+from distkit.commands.trial import Ended, without_secrets
 
 HEAD = ("case", "rank", "step", "ended", "lost", "resumed")
 
@@ -63,7 +63,10 @@ def what_to_do(drill: Drill, outcomes: Sequence[Outcome], deterministic: bool) -
                      "randomness without a seed, the clock, --no-deterministic")  # fmt: skip
     elif any(outcome.differs for outcome in outcomes):
         verify = ["distkit", "verify-resume", str(drill.recipe), "--nproc", str(drill.nproc)]
-        flags = [*drill.flags, *(["--device", "cpu"] if drill.on_cpu else [])]
+        flags = [
+            *without_secrets(drill.flags, drill.folder / UNDISTURBED),
+            *(["--device", "cpu"] if drill.on_cpu else []),
+        ]
         lines.append("the recipe keeps something that no checkpoint holds (a counter, a cache, its own generator): "
                      "make it a buffer, or the extra state of a module. What differs first, by tensor:")  # fmt: skip
         lines.append(f"  {shlex.join([*verify, *(['--', *flags] if flags else [])])}")
@@ -81,6 +84,7 @@ def as_json(
         fields = asdict(outcome)
         fields |= {"case": outcome.case.name, "rank": outcome.case.rank if outcome.case.phase else None}
         cases.append({**fields, "codes": list(outcome.codes), "holds": not outcome.failure})
-    return {"recipe": str(drill.recipe), "flags": list(drill.flags), "nproc": drill.nproc, "steps": num_steps(drill),
+    flags = without_secrets(drill.flags, drill.folder / UNDISTURBED)
+    return {"recipe": str(drill.recipe), "flags": flags, "nproc": drill.nproc, "steps": num_steps(drill),
             "undisturbed_seconds": undisturbed.seconds, "left_out": [case.name for case in skipped],
             "holds": not any(outcome.failure for outcome in outcomes), "cases": cases}  # fmt: skip

@@ -214,7 +214,8 @@ def moved_to(flags: Sequence[str], source: str, copy: Path) -> list[str]:
         moved.append(f"{option}{sign}{copy}{value.removeprefix(source.rstrip('/'))}" if inside else flag)
     if moved == list(flags):
         raise ConfigError(f"--stage {source}, but no flag of the recipe names it", expected="the same words in both",
-                          got=shorten(flags, 6), fix=f"--data.root {source}")  # fmt: skip
+                          got=shorten((flag.partition("=")[0] for flag in flags if flag.startswith("--")), 6),
+                          fix=f"--data.root {source}")  # fmt: skip
     return moved
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Protocol, TypeAlias, cast, runtime_checkable
 
-from torch.utils.data import IterableDataset, get_worker_info
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from distkit.errors import DataError
 
@@ -43,7 +45,7 @@ class EndlessSamples(IterableDataset[object]):
 
     def __iter__(self) -> EndlessSamples:
         if self._samples is None:
-            self._samples = self.build(self.rank, self.world_size)
+            self._samples = check_share(self.build(self.rank, self.world_size))
             self._start(0)
         return self
 
@@ -116,6 +118,19 @@ class EndlessSamples(IterableDataset[object]):
             got=type(self._samples).__name__,
             fix="--data.num-workers 1, or more shards" if worker else None,
         )
+
+
+def check_share(samples: object) -> Samples:
+    """What `build` of IterableData returned.
+
+    Raises:
+        DataError: nothing that gives samples one after the other.
+    """
+    others = (type, nn.Module, Tensor, np.ndarray, str, bytes, Mapping, Set, DataLoader)
+    if isinstance(samples, others) or not hasattr(samples, "__iter__"):
+        raise DataError("build of IterableData returned no iterable data set", got=f"a {type(samples).__name__}",
+                        expected="a torch.utils.data.IterableDataset of samples")  # fmt: skip
+    return cast(Samples, samples)
 
 
 def _state_of(value: object) -> object:

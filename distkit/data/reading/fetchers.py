@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+from torch.utils.data import default_collate
 
-from distkit.data.batch import Batch, map_tensors, to_device
-from distkit.data.dataset import Augments, Dataset
+from distkit.data.batch import Batch, check_batch, map_tensors, to_device
+from distkit.data.collate import collate_of
+from distkit.data.dataset import Augments, Dataset, MapDataset
 from distkit.data.stream.draws import Draws
 from distkit.data.stream.requests import Request
 from distkit.errors import TrainingError
@@ -47,6 +49,7 @@ class BatchMaker:
     def __init__(self, dataset: Dataset, seed: int, device: torch.device, channels_last: bool) -> None:
         self.dataset, self.seed, self.device, self.channels_last = dataset, seed, device, channels_last
         self._augment = dataset.augment if isinstance(dataset, Augments) else None
+        self._is_new = True
         # a copy from other memory may wait for the device
         self._read = self._read_pinned if device.type == "cuda" else self._read_plain
 
@@ -61,11 +64,28 @@ class BatchMaker:
         return self.dataset.fetch(torch.from_numpy(request.indices).pin_memory())
 
     def finish(self, batch: Batch, request: Request) -> Batch:
-        """A fetched batch, moved, augmented and laid out."""
-        if self._augment is None:
-            return to_device(batch, self.device, self.channels_last)
-        draws = Draws(self.seed, request.positions(self.device))
-        return to_device(self._augment(to_device(batch, self.device), draws), self.device, self.channels_last)
+        """A fetched batch, moved, augmented and laid out.
+
+        Raises:
+            DataError: the first one has not as many samples as were asked for.
+        """
+        if self._is_new:
+            check_batch(batch, len(request.indices), who_makes(self.dataset))
+        if self._augment is not None:
+            draws = Draws(self.seed, request.positions(self.device))
+            batch = self._augment(to_device(batch, self.device), draws)
+            if self._is_new:
+                check_batch(batch, len(request.indices), f"{type(self.dataset).__name__}.augment")
+        self._is_new = False
+        return to_device(batch, self.device, self.channels_last)
+
+
+def who_makes(dataset: object) -> str:
+    """The method that batches of a data set come from."""
+    if not isinstance(dataset, MapDataset):
+        return f"{type(dataset).__name__}.fetch"
+    own = collate_of(dataset.samples) is not default_collate
+    return f"{type(dataset.samples).__name__}.{'collate' if own else '__getitem__'}"
 
 
 class InlineFetcher:

@@ -16,13 +16,14 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch.utils.data import default_collate
 
 from distkit.config import BatchSplit
 from distkit.config.check import require
-from distkit.data.batch import Batch, to_device
-from distkit.data.collate import Collate
+from distkit.data.batch import Batch, check_batch, to_device
+from distkit.data.collate import ADVICE, Collate, why_no_batch
 from distkit.data.reading.endless import Build, EndlessSamples
-from distkit.data.reading.worker_process import end_workers, iterator_of, worker_errors
+from distkit.data.reading.worker_process import end_workers, iterator_of, take_over_signal, waiting_for
 from distkit.data.stream.draws import Draws
 from distkit.data.stream.stream import microbatch_start
 from distkit.errors import ConfigError, DataError
@@ -51,6 +52,12 @@ class IterableData:
     samples_per_epoch: int
     augment: Callable[[Batch, Draws], Batch] | None = None
     collate: Collate | None = None
+
+    def __post_init__(self) -> None:
+        size = self.samples_per_epoch
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise DataError("samples_per_epoch of IterableData is no number of samples", expected="an integer >= 1",
+                            got=repr(size)[:60])  # fmt: skip
 
     def __len__(self) -> int:
         return self.samples_per_epoch
@@ -99,6 +106,7 @@ class IterableSource:
     prefetch_depth: int = 2
     collate: Collate | None = None
     _next: int = field(default=0, init=False)
+    _is_new: bool = field(default=True, init=False)
     _restored: object = field(default=None, init=False)
     _batches: Iterator[Batch] | None = field(default=None, init=False)
     _loader: StatefulDataLoader | None = field(default=None, init=False)
@@ -122,14 +130,23 @@ class IterableSource:
                 expected=f"step {self._next // self.split.accum_steps}, or the state saved before that step",
                 got=f"step {step}, microbatch {accum_index}",
             )
-        with worker_errors():
-            batch = next(self._started())
+        batches = self._started()
+        with waiting_for(batches):
+            batch = next(batches)
         self._next += 1
+        if self._is_new:
+            check_batch(
+                batch, self.split.microbatch_size, "collate of IterableData" if self.collate else "IterableData"
+            )
         if self.augment is None:
+            self._is_new = False
             return to_device(batch, self.device, self.channels_last)
         start = microbatch_start(step, self.split, self.rank, accum_index)
         positions = torch.arange(start, start + self.split.microbatch_size, device=self.device)
         batch = self.augment(to_device(batch, self.device), Draws(self.seed, positions))
+        if self._is_new:
+            check_batch(batch, self.split.microbatch_size, "augment of IterableData")
+        self._is_new = False
         return to_device(batch, self.device, self.channels_last)
 
     def first(self) -> Batch:
@@ -204,6 +221,8 @@ class IterableSource:
 
     def _started(self) -> Iterator[Batch]:
         if self._batches is None:
+            if self.num_workers:
+                take_over_signal()
             with warnings.catch_warnings():
                 # torchdata 0.11 calls torch.set_vital, which torch 2.15 deprecates.
                 warnings.filterwarnings("ignore", message=".*set_vital")
@@ -212,7 +231,7 @@ class IterableSource:
                     batch_size=self.split.microbatch_size,
                     num_workers=self.num_workers,
                     prefetch_factor=self.prefetch_depth if self.num_workers else None,
-                    collate_fn=self.collate,
+                    collate_fn=self.collate or collated,
                     pin_memory=self.device.type == "cuda",
                     # Of its own, because torch's global one belongs to the model; another one on each rank and after
                     # each resume, or random transforms would repeat.
@@ -223,6 +242,23 @@ class IterableSource:
                 self._loader.load_state_dict(self._restored)
             self._batches = iterator_of(self._loader)
         return self._batches
+
+
+def collated(samples: list[object]) -> Batch:
+    """torch's batch of `samples`.
+
+    Raises:
+        DataError: it makes none of them.
+    """
+    try:
+        return cast(Batch, default_collate(samples))
+    except Exception as error:
+        if "shared memory" in str(error):
+            raise
+        reason = why_no_batch(samples, [f"sample {number} of it" for number in range(len(samples))])
+        raise DataError(f"samples of IterableData do not make a batch: {reason or str(error).splitlines()[0]}",
+                        expected=f"tensors of one shape, numbers, tuples and dicts of them; for others {ADVICE}") \
+            from error  # fmt: skip
 
 
 def _start_worker(owner: int, _worker_id: int) -> None:

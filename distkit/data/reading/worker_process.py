@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import gc
 import shutil
+import signal
+import threading
+import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import ProcessError
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import torch
+from torch._C import _error_if_any_worker_fails
+from torch.utils.data._utils import signal_handling
 
 from distkit.errors import TrainingError
 from distkit.runtime.local_ranks import die_with_owner
 from distkit.runtime.signals import ignore_stop_signals
 
 T = TypeVar("T")
+#: What a crash in native code is ended by.
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+#: From the last that a worker that dies can send to when its parent knows that it is dead.
+DYING_SECONDS = 2.0
+#: Workers look at what this lock guards for microseconds.
+LOCK_SECONDS = 1.0
 #: A mode ends when nothing refers to it any more.
 _held_by_worker: list[torch.inference_mode] = []
+#: The main thread waits for a worker.
+_waits = threading.Event()
 
 
 def start_worker(owner: int, _worker_id: int) -> None:
@@ -39,52 +54,147 @@ def start_worker(owner: int, _worker_id: int) -> None:
     _held_by_worker.append(mode)
 
 
-def iterator_of(loader: Iterable[T]) -> Iterator[T]:
-    """`iter(loader)`; where a worker dies while torch starts them, the others are ended before the error is raised."""
-    try:
-        return iter(loader)
-    except RuntimeError as error:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            # torch's handler of SIGCHLD raises anywhere in its constructor, and nothing but the frames has it then
-            end_workers(frame.f_locals.get("self"))
-        raise
+def take_over_signal() -> None:
+    """Handle SIGCHLD in torch's place, before it does.
+
+    torch raises the death of a worker wherever the main thread is: in a step, a save, a collective. Here it is raised
+    where the thread waits for a batch, which `waiting_for` says, or when it next does.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or before is _on_child:
+        return
+    if callable(before) and before.__module__ != signal_handling.__name__:
+        _handlers_before.append(before)
+    signal.signal(signal.SIGCHLD, _on_child)
+    signal_handling._SIGCHLD_handler_set = True
+
+
+_handlers_before: list[Callable[[int, FrameType | None], object]] = []
+
+
+def _on_child(number: int, frame: FrameType | None) -> None:
+    if _waits.is_set():
+        _error_if_any_worker_fails()
+    for handler in _handlers_before:
+        handler(number, frame)
 
 
 def end_workers(iterator: object) -> None:
     """End the worker processes of a DataLoader's iterator and wait for them; nothing where it has none.
 
     Dropping the iterator does the same, but a traceback may hold it for long, and torch would send SIGTERM to a worker
-    that hangs, which ignores it.
+    that hangs, which ignores it. One that was killed may hold a lock for ever, which torch and the other workers would
+    wait for.
     """
     shutdown = getattr(iterator, "_shutdown_workers", None)
-    if shutdown is not None:
-        shutdown()
-        for worker in iterator._workers:  # type: ignore[attr-defined]
-            if worker.is_alive():
-                worker.kill()
+    if shutdown is None:
+        return
+    workers, lock = iterator._workers, iterator._workers_done_event._cond  # type: ignore[attr-defined]
+    if is_free := lock.acquire(True, LOCK_SECONDS):
+        lock.release()
+    if not is_free or not all(worker.is_alive() for worker in workers):
+        for worker in workers:
+            worker.kill()
+        iterator._workers_done_event = threading.Event()  # type: ignore[attr-defined]  # nobody is left to be told
+    shutdown()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+def death_in(iterator: object, reading: Callable[[int], str]) -> tuple[str, int] | None:
+    """The first worker that is dead, how it ended, what it was `reading`, and its exit code; None where all live."""
+    workers = getattr(iterator, "_workers", [])
+    for number, worker in enumerate(workers):
+        code = worker.exitcode
+        if code is not None:
+            known = code < 0 and -code in {int(each) for each in signal.Signals}
+            name = signal.Signals(-code).name if known else f"signal {-code}"
+            how = f"was killed by {name}" if code < 0 else f"ended with exit code {code}"
+            return f"worker {number} of {len(workers)} (process {worker.pid}) {how}{reading(number)}", code
+    return None
+
+
+def nothing(_worker: int) -> str:
+    """What a worker was reading, where that is not known."""
+    return ""
 
 
 @contextmanager
-def worker_errors() -> Iterator[None]:
-    """torch's message about a dead worker becomes one that says what usually kills it."""
+def waiting_for(iterator: object, reading: Callable[[int], str] = nothing) -> Iterator[None]:
+    """Inside, the main thread waits for a worker of `iterator`: the death of one is an error that says how it ended.
+
+    Raises:
+        TrainingError: one died, or did not answer in time, or shared memory is full.
+    """
+    if threading.current_thread() is threading.main_thread():
+        _waits.set()
     try:
+        _error_if_any_worker_fails()  # one that died when nobody waited
         yield
     except RuntimeError as error:
-        text = str(error)
-        died = "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text)
-        shared_memory = "shared memory" in text or "No space left" in text or "Bus error" in text
-        if "DataLoader timed out" in text:
-            raise TrainingError(
-                f"no data worker returned a batch: {text.strip()}\n"
-                "  check: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
-            ) from error
-        if not died and not shared_memory:
+        told = in_words(error, death_in(iterator, reading))
+        if told is None:
             raise
-        reason = text.strip().splitlines()[-1]
-        hint = "its memory use (check the kernel log with dmesg), or a crash in the data set's own code"
-        if torch.multiprocessing.get_start_method() != "fork":
-            hint += '; or this script trains when a worker imports it: put that under if __name__ == "__main__":'
-        if shared_memory:
-            free = shutil.disk_usage("/dev/shm").free / 2**20 if Path("/dev/shm").exists() else 0.0
-            hint = f"/dev/shm is full ({free:.0f} MiB free): give it more room, or fewer --data.num-workers"
-        raise TrainingError(f"a data worker died: {reason}\n  check: {hint}") from error
+        raise told from error
+    except (OSError, EOFError, ProcessError) as error:
+        # one that dies leaves messages whose tensors it can no longer hand over, a moment before it is known to be dead
+        end, death = time.monotonic() + DYING_SECONDS, None
+        while death is None and time.monotonic() < end:
+            time.sleep(0.02)
+            death = death_in(iterator, reading)
+        if death is None:
+            raise
+        raise died(*death) from error
+    finally:
+        _waits.clear()
+
+
+def iterator_of(loader: Iterable[T]) -> Iterator[T]:
+    """`iter(loader)`; where a worker dies meanwhile, the others are ended before the error is raised.
+
+    Raises:
+        TrainingError: as `waiting_for`.
+    """
+    try:
+        return iter(loader)
+    except RuntimeError as error:
+        # nothing but the frames has what torch was making
+        made = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        iterator = next((each for each in made if hasattr(each, "_workers")), None)
+        told = in_words(error, death_in(iterator, nothing))
+        end_workers(iterator)
+        if told is None:
+            raise
+        raise told from error
+
+
+def in_words(error: RuntimeError, death: tuple[str, int] | None) -> TrainingError | None:
+    """torch's error about workers in other words; None for other errors."""
+    text = str(error).strip()
+    if "DataLoader timed out" in text:
+        return TrainingError(
+            f"no data worker returned a batch: {text}\n"
+            "  check: what the data set waits for (a network drive, a lock), or raise --timeout-seconds"
+        )
+    is_death = "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text)
+    shared_memory = "shared memory" in text or "No space left" in text or "Bus error" in text
+    if not is_death and not shared_memory:
+        return None
+    who, code = (text.splitlines()[-1], -signal.SIGKILL) if death is None else death
+    return died(who, code, shared_memory=shared_memory)
+
+
+def died(who: str, code: int, *, shared_memory: bool = False) -> TrainingError:
+    """The error for a worker that ended with `code`, and what to look for."""
+    hint = "something that the data set calls ended the process (os._exit, sys.exit)"
+    if shared_memory:
+        free = shutil.disk_usage("/dev/shm").free / 2**20 if Path("/dev/shm").exists() else 0.0
+        hint = f"/dev/shm is full ({free:.0f} MiB free): give it more room, or fewer --data.num-workers"
+    elif -code in CRASHES:
+        hint = "native code that the data set calls crashed: PYTHONFAULTHANDLER=1 shows where"
+    elif code < 0:
+        hint = "its memory use (check the kernel log with dmesg), or who sent the signal"
+    if torch.multiprocessing.get_start_method() != "fork" and not shared_memory:
+        hint += '; or this script trains when a worker imports it: put that under if __name__ == "__main__":'
+    return TrainingError(f"a data worker died: {who}\n  check: {hint}")

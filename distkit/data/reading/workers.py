@@ -7,6 +7,7 @@ restarts does not matter (C1).
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -18,8 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from distkit.data.batch import Batch, map_leaves, map_tensors
 from distkit.data.collate import ADVICE, collate_of, why_no_batch
 from distkit.data.dataset import Indexable
 from distkit.data.reading.fetchers import Batches, BatchMaker
-from distkit.data.reading.worker_process import end_workers, iterator_of, start_worker, worker_errors
+from distkit.data.reading.worker_process import end_workers, iterator_of, start_worker, take_over_signal, waiting_for
 from distkit.data.stream.requests import Request
 from distkit.errors import DataError, TrainingError
 
@@ -51,13 +53,15 @@ LOOK_SECONDS = 5.0
 class Read:
     """What a worker answers: a collated batch and the samples it replaced, or why there is none.
 
-    `failure` is a sample that cannot be read, `fault` says what else the data set or `collate` raised.
+    `failure` is a sample that cannot be read, `unfit` says why samples make no batch, `fault` what else the data set or
+    `collate` raised.
     """
 
     batch: Batch | None
     replaced: tuple[str, ...] = ()
     failure: str | None = None
     fault: str | None = None
+    unfit: str | None = None
 
     def pin_memory(self) -> Read:
         """The same with every tensor in pinned memory; torch's pinning thread calls it."""
@@ -66,12 +70,17 @@ class Read:
         return replace(self, batch=map_tensors(lambda tensor: tensor.pin_memory(), unpacked_small(self.batch)))
 
 
+#: In memory that is shared with the workers: the sample that each of them reads, counted from 1; 0: none.
+Places: TypeAlias = "ctypes.Array[ctypes.c_int64]"
+
+
 @dataclass(frozen=True)
 class KeyedSamples(Dataset[object]):
     """A map-style data set that is indexed by (index, key) pairs, a batch at a time."""
 
     samples: Indexable
     on_corrupt: Literal["error", "skip"]
+    places: Places | None = None
 
     def __getitems__(self, pairs: list[tuple[int, int]]) -> list[Read]:
         """Read a batch; torch's fetcher calls this and hands the result to `collate_fn`."""
@@ -96,27 +105,35 @@ class KeyedSamples(Dataset[object]):
 
     def collated(self, values: list[object], indices: list[int], replaced: tuple[str, ...]) -> Read:
         """The samples `values`, numbered `indices`, as a batch, or why there is none."""
+        self.note_place(-1)
         collate = collate_of(self.samples)
         try:
             return Read(packed_small(collate(values)), replaced)
         except Exception as error:
             if "shared memory" in str(error):
-                raise  # the batch is made right there; `worker_errors` says what to do
+                raise  # the batch is made right there; `waiting_for` says what to do
             if collate is not default_collate:
                 return Read(None, fault=f"collate of {type(self.samples).__name__} failed: {_in_words(error)}")
             names = [sample_name(self.samples, index) for index in indices]
             reason = why_no_batch(values, names) or str(error).splitlines()[0]
             advice = f"\n  expected: {_advice(values[0])}"
-            return Read(None, fault=f"samples do not make a batch: {reason}{advice}")
+            return Read(None, unfit=f"samples do not make a batch: {reason}{advice}")
 
     def read(self, index: int, key: int) -> object:
         """Sample `index` with all global generators seeded from `key`, 0 to 2^64 - 1."""
+        self.note_place(index)
         seed = key & (2**63 - 1)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         # torch.manual_seed would also queue a call for CUDA with every sample
         torch.default_generator.manual_seed(seed)
         return self.samples[index]
+
+    def note_place(self, index: int) -> None:
+        """Leave for the training process what this worker reads; -1: no sample."""
+        worker = torch.utils.data.get_worker_info()
+        if self.places is not None and worker is not None:
+            self.places[worker.id] = index + 1
 
     def replacement(self, key: int) -> object:
         """Another sample in place of a damaged one: which one depends on the key only."""
@@ -254,11 +271,14 @@ class _WorkerBatches:
         self._asked: list[Request] = []
         self._num_replaced = 0
         workers = fetcher.num_workers
-        with worker_errors(), warnings.catch_warnings():
+        self._places: Places | None = RawArray(ctypes.c_int64, workers) if workers else None
+        if workers:
+            take_over_signal()
+        with warnings.catch_warnings():
             # more processes than cores are a choice: waiting for a slow disk needs no core
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = DataLoader(
-                KeyedSamples(fetcher.samples, fetcher.on_corrupt),
+                KeyedSamples(fetcher.samples, fetcher.on_corrupt, self._places),
                 batch_sampler=self._pairs(requests),
                 num_workers=workers,
                 prefetch_factor=fetcher.depth if workers else None,
@@ -280,12 +300,16 @@ class _WorkerBatches:
     def __next__(self) -> Batch:
         if self._reads is None:
             raise StopIteration
-        guard = untouched_generators() if self._fetcher.num_workers == 0 else worker_errors()
+        in_process = self._fetcher.num_workers == 0
+        guard = untouched_generators() if in_process else waiting_for(self._reads, self._reading)
         with guard:
             read = self._next_read(self._reads)
         if read.fault is not None:
             raise TrainingError(read.fault)
-        if read.batch is None:
+        if read.unfit is not None:
+            name = type(self._fetcher.samples).__name__
+            raise DataError(f"{read.unfit}\n  from:     {name}.__getitem__, of what build_dataset returned")
+        if read.failure is not None:
             raise DataError(
                 "a sample cannot be read",
                 expected="a file that its data set can decode",
@@ -293,7 +317,7 @@ class _WorkerBatches:
                 fix="repair or delete the file, or --data.on-corrupt skip",
             )
         self._count(read.replaced)
-        return self._fetcher.make.finish(unpacked_small(read.batch), self._asked.pop(0))
+        return self._fetcher.make.finish(unpacked_small(cast(Batch, read.batch)), self._asked.pop(0))
 
     def _next_read(self, reads: Iterator[Read]) -> Read:
         """The next answer. A SIGCHLD that comes just before the wait, or to another thread, is seen only after it."""
@@ -309,6 +333,14 @@ class _WorkerBatches:
                     raise RuntimeError(
                         f"DataLoader timed out after {self._fetcher.timeout_seconds:g} seconds"
                     ) from error
+
+    def _reading(self, worker: int) -> str:
+        """What a worker that died was reading."""
+        index = self._places[worker] - 1 if self._places is not None else -1
+        if index < 0:
+            return ""
+        name, number = sample_name(self._fetcher.samples, index), f"sample {index}"
+        return f" while it read {number}" + (f" ({name})" if name != number else "")
 
     def _count(self, replaced: tuple[str, ...]) -> None:
         for cause in replaced:

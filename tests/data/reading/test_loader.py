@@ -339,7 +339,7 @@ class Shapes(Numbers):
 
 
 def test_samples_that_do_not_make_a_batch_are_told_in_two_lines() -> None:
-    with pytest.raises(TrainingError, match=r"samples do not make a batch: .*\n  expected: tensors of one shape"):
+    with pytest.raises(DataError, match=r"samples do not make a batch: .*\n  expected: tensors of one shape"):
         read(open_loader(Shapes(8), 4, 4, 1, 0, DataConfig(num_workers=1)), [0])
 
 
