@@ -16,7 +16,7 @@ from distkit.cli import parse
 from distkit.config import TrainConfig, ranks_that_fit, reset_for_debugging, split_batch
 from distkit.engine.endings import RunFailedError, complain, ending_together, leave
 from distkit.engine.run_dir import holds_run
-from distkit.errors import ConfigError
+from distkit.errors import ConfigError, say
 from distkit.recipe import Recipe
 from distkit.runtime import Topology, rank_for_messages, read_accelerate_env, read_topology
 from distkit.runtime.faults import check_faults
@@ -34,8 +34,7 @@ def refuse_file(kind: type[BaseException], error: BaseException, trace: Tracebac
     if rank_for_messages(os.environ) == 0:
         others = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<")
         calls = [call for call in extract_tb(trace) if not call.filename.startswith(others)]
-        print(f"distkit: error: {error}", *[f"  in:       {call.filename}:{call.lineno}" for call in calls[-1:]],
-              sep="\n", file=sys.stderr)  # fmt: skip
+        say("\n".join([f"distkit: error: {error}", *[f"  in:       {c.filename}:{c.lineno}" for c in calls[-1:]]]))
     leave(ConfigError.exit_code)
 
 

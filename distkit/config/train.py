@@ -263,7 +263,7 @@ def fill_defaults(saved: Mapping[str, object]) -> dict[str, object]:
     """
     filled = dict(saved)
     for section, table in CHOICES.items():
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(ConfigError, TypeError, ValueError, AttributeError):
             chosen = from_values(table, cast(Mapping[str, object], saved.get(section, {})))
             filled[section] = json.loads(json.dumps(describe(chosen)))
     return filled

@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from distkit.checkpoint.restore import VerifiedCheckpoint
 from distkit.checkpoint.saver import Saver
+from distkit.checkpoint.verify import VerifiedCheckpoint
 from distkit.config import BatchSplit, TrainConfig
 from distkit.data import Dataset
 from distkit.data.batch import Microbatches

@@ -122,7 +122,7 @@ def test_other_versions_say_so() -> None:
         f"{FIRST}\n",
         f"{FIRST}\0",
         "shard-0-of-2-0.safetensors",
-        "x" * 10**5,
+        "x" * 4000,
     ],
 )
 def test_file_names_that_are_not_ours(name: str) -> None:

@@ -9,15 +9,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 import torch
 from torch import Tensor
 
 from distkit.checkpoint.format import MANIFEST, Manifest, spec_bytes
-from distkit.checkpoint.read import load_tensors, read_state
+from distkit.checkpoint.read import load_tensors
 from distkit.checkpoint.shard_file import Header, write_tensors
-from distkit.checkpoint.verify import verify
+from distkit.checkpoint.verify import VerifiedCheckpoint, open_checkpoint
 from distkit.commands.tools.list import size_of
 from distkit.commands.tools.locate import find_checkpoint
 from distkit.errors import CheckpointError, ConfigError
@@ -98,8 +98,9 @@ def export(
     """
     directory = find_checkpoint(path)
     check_out(out, overwrite=overwrite)
-    manifest = verify(directory)
-    items = choose(manifest, read_aliases(directory), ema=ema, precision=precision)
+    checkpoint = open_checkpoint(directory)
+    manifest = checkpoint.manifest
+    items = choose(manifest, aliases_of(checkpoint), ema=ema, precision=precision)
     shards = split(items, max_shard_bytes)
     names = [out.name] if len(shards) == 1 else shard_names(out, len(shards))
     metadata = {"format": "pt", "recipe": manifest.recipe, "step": str(manifest.step)}
@@ -123,10 +124,9 @@ def canonical_name(name: str) -> str:
     return ".".join([*(part for part in path if part not in WRAPPERS), last])
 
 
-def read_aliases(directory: Path) -> dict[str, str]:
+def aliases_of(checkpoint: VerifiedCheckpoint) -> dict[str, str]:
     """Further names of tied tensors -> the ones that the checkpoint has; {} in older ones."""
-    aliases = read_state(directory).get("aliases", {})
-    assert isinstance(aliases, dict)  # the checkpoint was verified
+    aliases = cast(Mapping[str, str], checkpoint.state.get("aliases", {}))
     return {canonical_name(alias): canonical_name(name) for alias, name in aliases.items()}
 
 
