@@ -21,6 +21,7 @@ MAX_BYTES = 2**24
 MAX_DEPTH = 64
 #: Characters of a name in an object, and of a number: every such number is a float, too.
 MAX_NAME, MAX_DIGITS = 4096, 300
+CONTAINERS = (dict, list)
 
 Kind = Callable[[object], None]
 
@@ -61,9 +62,9 @@ def parse(data: bytes, *, finite: bool = True) -> object:
     except RecursionError as error:
         raise _too_deep() from error
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [part for item in level if type(item) in (dict, list) for part in _parts(item)]
-    if level:
+    for _ in range(MAX_DEPTH):
+        level = [part for item in level if isinstance(item, CONTAINERS) for part in _parts(item)]
+    if any(isinstance(item, CONTAINERS) for item in level):
         raise _too_deep()
     return value
 

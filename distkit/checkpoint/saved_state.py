@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import cast
 
 from distkit.checkpoint.format import Manifest
+from distkit.errors import shorten
 from distkit.json_files import (
     JsonError,
     a_count,
@@ -65,7 +66,7 @@ def _group(value: object) -> None:
     """A group of the optimizer; named are the settings that decide which state there is."""
     mapping_of(_setting)(value)
     record({"param_names": list_of(a_text)},
-           may_have={"momentum": a_number, "amsgrad": a_flag, "centered": a_flag, "kind": a_text,
+           may_have={"momentum": a_number, "amsgrad": a_flag, "centered": a_flag,
                      "history_size": a_count})(value)  # fmt: skip
 
 
@@ -151,10 +152,13 @@ def _check_evaluation(where: str, values: object, step: int) -> None:
 
 def _check_optimizer(structure: Mapping[str, object], manifest: Manifest) -> None:
     """The optimizer updates tensors of the model, and its state has the manifest's tensors."""
-    for group in cast(list[Mapping[str, list[str]]], structure["groups"]):
-        if odd := [name for name in group["param_names"] if f"model/{name}" not in manifest.tensors]:
-            raise JsonError(f"has an optimizer of {odd[0]!a:.80}, the manifest no such weight")
+    groups = cast(list[Mapping[str, list[str]]], structure["groups"])
+    updated = {name for group in groups for name in group["param_names"]}
     state = cast(Mapping[str, Mapping[str, object]], structure["state"])
+    odd = {name for name in updated if f"model/{name}" not in manifest.tensors} | (state.keys() - updated)
+    if odd or not updated:
+        raise JsonError(f"has an optimizer of {min(odd)!a:.80}, which is no weight or in no group" if odd
+                        else "has an optimizer of nothing")  # fmt: skip
     described = {
         f"optimizer/{name}"
         for parameter, values in state.items()
@@ -162,8 +166,8 @@ def _check_optimizer(structure: Mapping[str, object], manifest: Manifest) -> Non
         for name in _tensor_names(f"{parameter}/{key}", spec)
     }
     saved = {name for name in manifest.tensors if name.startswith("optimizer/")}
-    if odd := sorted(described ^ saved):
-        raise JsonError(f"and the manifest differ in the optimizer's tensors: {', '.join(odd[:3])}")
+    if described != saved:
+        raise JsonError(f"and the manifest differ in the optimizer's tensors: {shorten(sorted(described ^ saved))}")
 
 
 def _tensor_names(path: str, spec: object) -> Iterator[str]:
@@ -199,4 +203,4 @@ def _check_ranks(manifest: Manifest) -> None:
     for rank, names in meters.items() if any(meters.values()) else ():
         odd = METER - names or {name for name in names - METER if not name.startswith("sums/")}
         if odd:
-            raise JsonError(f"and the manifest differ in the sums of rank {rank}: {', '.join(sorted(odd)[:3])}")
+            raise JsonError(f"and the manifest differ in the sums of rank {rank}: {shorten(sorted(odd))}")

@@ -204,7 +204,9 @@ def modules_beside(recipe: Path) -> dict[str, Path]:
 def check_free(run_dir: Path) -> None:
     """Refuse a directory in which a run trains, or for which a job waits already."""
     from distkit.engine.lease import holder
+    from distkit.engine.run_dir import check_files
 
+    check_files(run_dir)
     who, jobs = holder(run_dir), jobs_of(newest_submission(run_dir))
     if who is not None:
         raise ConfigError(f"--run-dir {run_dir} is in use by another run", expected="one run per directory", got=who,

@@ -290,7 +290,8 @@ def rank_zero_writes(run: Run, write: Callable[[], None]) -> None:
     try:
         write()
     except OSError as error:
-        failure = f"cannot write {error.filename}: {error.strerror or error}"
+        # where the rename fails, the second name is the file's
+        failure = f"cannot write {error.filename2 or error.filename}: {error.strerror or error}"
     except TrainingError as error:
         failure = str(error)
     failure = run.runtime.broadcast(failure)

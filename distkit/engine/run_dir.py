@@ -29,7 +29,7 @@ SOURCE = "source.json"
 #: of a run, and a link would lead out of its directory.
 FILES = ("config.json", "environment.json", "status.json", ATTEMPTS, "summary.json", "metrics.jsonl",
          "weights.safetensors", "ema.safetensors")  # fmt: skip
-FOLDERS = ("checkpoints", "recipe", "tensorboard", "wandb")
+FOLDERS = ("checkpoints", "recipe", "submissions", "tensorboard", "wandb")
 EXIT_CODES = {"completed": 0, "preempted": Stopped.exit_code}
 
 
@@ -104,7 +104,7 @@ class RunDirectory:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=not self.fresh)
-            self._check_files()
+            check_files(self.path)
             if self.lease is None:
                 self.claim()
                 self._check_still_empty()
@@ -133,14 +133,6 @@ class RunDirectory:
         write_bytes(self.recipe / file.name, text)
         source = {"recipe": name, "file": str(original_of(self.path, file)), "sha256": hashlib.sha256(text).hexdigest()}
         write_json(self.recipe / SOURCE, source)
-
-    def _check_files(self) -> None:
-        for name in (*FILES, *FOLDERS):
-            path, is_kind, kind = self.path / name, *((S_ISREG, "file") if name in FILES else (S_ISDIR, "folder"))
-            if os.path.lexists(path) and not is_kind(path.lstat().st_mode):
-                got = f"a symbolic link to {os.readlink(path)}" if path.is_symlink() else None
-                raise ConfigError(f"{path} is not a regular {kind}", expected=f"a {kind} that a run wrote, or none",
-                                  got=got, fix=f"rm -r {shlex.quote(str(path))}")  # fmt: skip
 
     def _check_still_empty(self) -> None:
         """The directory did not exist when it was looked at: what another process has begun in it since is not ours."""
@@ -251,6 +243,20 @@ class RunDirectory:
                 write_json(self.path / name, value)
             except OSError as error:
                 raise TrainingError(f"cannot write {self.path / name}: {error.strerror or error}") from error
+
+
+def check_files(run_dir: Path) -> None:
+    """Refuse a run directory in which something else has the name of one of a run's files or folders.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    for name in (*FILES, *FOLDERS):
+        path, is_kind, kind = run_dir / name, *((S_ISREG, "file") if name in FILES else (S_ISDIR, "folder"))
+        if os.path.lexists(path) and not is_kind(path.lstat().st_mode):
+            got = f"a symbolic link to {os.readlink(path)}" if path.is_symlink() else None
+            raise ConfigError(f"{path} is not a regular {kind}", expected=f"a {kind} that a run wrote, or none",
+                              got=got, fix=f"rm -r {shlex.quote(str(path))}")  # fmt: skip
 
 
 def new_path(recipe: str) -> Path:

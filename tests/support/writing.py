@@ -112,6 +112,8 @@ def with_optimizer(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> M
     """`state` with a description of `optimizer/PARAMETER/KEY`, unless it describes the optimizer's state otherwise."""
     saved = copy.deepcopy(dict(state))
     if saved.get("parts", {}).get("optimizer", {}).get("state") == {}:
+        weights = [name.removeprefix("model/") for name in tensors if name.startswith("model/")]
+        saved["parts"]["optimizer"]["groups"] = [{"param_names": weights}]
         for name in tensors:
             if name.startswith("optimizer/"):
                 parameter, _, key = name.removeprefix("optimizer/").rpartition("/")

@@ -14,14 +14,15 @@ from typing import BinaryIO, Literal, cast
 import torch
 from torch import Tensor
 
-from distkit.checkpoint.format import MANIFEST, Manifest, spec_bytes
+from distkit.checkpoint.format import MANIFEST, STATE, Manifest, spec_bytes
 from distkit.checkpoint.read import load_tensors
 from distkit.checkpoint.shard_file import Header, write_tensors
-from distkit.checkpoint.verify import VerifiedCheckpoint, open_checkpoint
+from distkit.checkpoint.verify import read_state, verify
 from distkit.commands.tools.list import size_of
 from distkit.commands.tools.locate import find_checkpoint
 from distkit.errors import CheckpointError, ConfigError
 from distkit.files import atomic_files
+from distkit.json_files import JsonError, a_text, mapping_of, record
 from distkit.tensors.spec import TensorSpec, torch_dtype
 
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
@@ -98,9 +99,8 @@ def export(
     """
     directory = find_checkpoint(path)
     check_out(out, overwrite=overwrite)
-    checkpoint = open_checkpoint(directory)
-    manifest = checkpoint.manifest
-    items = choose(manifest, aliases_of(checkpoint), ema=ema, precision=precision)
+    manifest = verify(directory)
+    items = choose(manifest, read_aliases(directory), ema=ema, precision=precision)
     shards = split(items, max_shard_bytes)
     names = [out.name] if len(shards) == 1 else shard_names(out, len(shards))
     metadata = {"format": "pt", "recipe": manifest.recipe, "step": str(manifest.step)}
@@ -124,9 +124,14 @@ def canonical_name(name: str) -> str:
     return ".".join([*(part for part in path if part not in WRAPPERS), last])
 
 
-def aliases_of(checkpoint: VerifiedCheckpoint) -> dict[str, str]:
+def read_aliases(directory: Path) -> dict[str, str]:
     """Further names of tied tensors -> the ones that the checkpoint has; {} in older ones."""
-    aliases = cast(Mapping[str, str], checkpoint.state.get("aliases", {}))
+    state = read_state(directory)
+    try:
+        record({}, may_have={"aliases": mapping_of(a_text)})(state)
+    except JsonError as error:
+        raise CheckpointError(f"{directory}: {error.of(STATE)}") from error
+    aliases = cast(Mapping[str, str], state.get("aliases", {}))
     return {canonical_name(alias): canonical_name(name) for alias, name in aliases.items()}
 
 
