@@ -91,7 +91,7 @@ def atomic_path(path: Path, mode: int = 0o666) -> Iterator[Path]:
         permissions = os.fstat(descriptor).st_mode & 0o7777
         os.close(descriptor)
         yield temporary
-        with temporary.open("rb+") as file:  # the library may have made another file
+        with os.fdopen(open_regular(temporary, os.O_RDWR), "rb+") as file:  # the library may have made another file
             os.fchmod(file.fileno(), permissions)
             os.fsync(file.fileno())
         os.replace(temporary, path)

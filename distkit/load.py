@@ -26,7 +26,8 @@ from distkit.config import TrainConfig
 from distkit.engine.resume import recomputed_buffers, restore_extra_states_
 from distkit.engine.run_dir import SOURCE, RunDirectory
 from distkit.errors import CheckpointError, ConfigError, DataError, DistkitError, say, shorten
-from distkit.json_files import JsonError, a_text, known, read_object
+from distkit.files import read_regular
+from distkit.json_files import MAX_BYTES, JsonError, a_text, known, read_object
 from distkit.recipe import Recipe
 
 AnyRecipe = Recipe[Any]
@@ -113,7 +114,7 @@ def load_recipe(run_dir: Path, file: Path | str | None = None) -> AnyRecipe:
         if not file.is_file() or file.resolve().is_relative_to(run_dir.resolve()):
             raise ConfigError(f"the recipe of {run_dir} is no longer at {file}", expected="the file it was run with",
                               fix=f"recipe=FILE (--recipe FILE); or {trust}")  # fmt: skip
-        if hashlib.sha256(file.read_bytes()).hexdigest() != source.get("sha256"):
+        if hashlib.sha256(_python(file)).hexdigest() != source.get("sha256"):
             say(f"distkit: warning: {file} has changed since the run was started; {trust}")
     elif file == "copy":
         file = copy
@@ -136,12 +137,13 @@ def read_recipe(file: Path, name: str | None = None) -> AnyRecipe:
     """The recipe `name`, or the only one, that is defined in `file`; the file is run.
 
     Raises:
-        ConfigError: there is no such file, or not that recipe in it.
+        ConfigError: there is no such file, it is no Python, or has not that recipe in it.
     """
+    _python(file)
     file = file.resolve()
     module_name = f"distkit_recipe_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None or not file.is_file():
+    if spec is None or spec.loader is None:  # of a name without .py
         raise ConfigError(f"there is no recipe {file}", expected="a Python file", fix="recipes/cifar10.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up
@@ -157,6 +159,20 @@ def read_recipe(file: Path, name: str | None = None) -> AnyRecipe:
         raise ConfigError(f"{file} does not define the recipe {name or ''}".rstrip(), expected=name or "one recipe",
                           got=known, fix="recipe=FILE (--recipe FILE)")  # fmt: skip
     return matching[0]
+
+
+def _python(file: Path) -> bytes:
+    """The content of a Python file, which is not run."""
+    try:
+        text = read_regular(file, MAX_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        raise ConfigError(f"there is no recipe {file}", expected="a Python file", got=error, fix="recipes/cifar10.py") \
+            from error  # fmt: skip
+    try:
+        compile(text, file, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{file} is no Python", got=f"{type(error).__name__}: {error}") from error
+    return text
 
 
 def module_of(recipe: AnyRecipe) -> ModuleType:

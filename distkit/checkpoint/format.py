@@ -181,7 +181,7 @@ def parse_manifest(data: bytes) -> Manifest:
     if version != VERSION:
         newer = isinstance(version, int) and version > VERSION
         reason = "written by a newer distkit: update this one" if newer else "unknown"
-        raise CheckpointError(f"{MANIFEST} has format version {version!r}, this distkit reads {VERSION} ({reason})")
+        raise CheckpointError(f"{MANIFEST} has format version {version!a:.80}, this distkit reads {VERSION} ({reason})")
     if value.get("digest") != _digest(value):
         raise CheckpointError(f"{MANIFEST} does not match the digest in it: it was changed after it was written")
     try:

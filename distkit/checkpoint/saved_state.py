@@ -145,8 +145,8 @@ def check_state(state: Mapping[str, object], manifest: Manifest) -> None:
 
 def _check_evaluation(where: str, values: object, step: int) -> None:
     if values is not None:
-        of = cast(Mapping[str, object], values).get("step")
-        if not is_number(of) or of not in range(step + 1):  # a float may be
+        of = cast(Mapping[str, float], values).get("step")
+        if not is_number(of) or not float(of or 0).is_integer() or not 0 <= (of or 0) <= step:
             raise JsonError(f"has {where} of step {of!a:.80}")
 
 

@@ -116,8 +116,8 @@ def open_file(directory: Path, name: str) -> Iterator[OpenFile]:
     except FileNotFoundError:
         _damaged(directory, f"missing file {name}")
     except OSError as error:
-        reasons = {errno.ELOOP: "is a symlink", errno.EINVAL: "is not a regular file"}
-        _damaged(directory, f"{name} {reasons.get(error.errno or 0, f'cannot be read: {error.strerror or error}')}")
+        reason = "is a symlink" if error.errno == errno.ELOOP else error.strerror or str(error)
+        _damaged(directory, f"{name} {reason if reason.startswith('is ') else f'cannot be read: {reason}'}")
 
 
 def read_small(directory: Path, name: str, limit: int) -> bytes:

@@ -6,6 +6,7 @@ import ast
 import functools
 import inspect
 import itertools
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -165,6 +166,8 @@ def convert(words: Sequence[str], kind: object) -> object:
         if word not in choices:
             raise ValueError(word)
         return choices[word]
+    if kind is Path and (b"\0" in os.fsencode(word)):  # encoding it raises ValueError for half a surrogate pair
+        raise ValueError(word)
     if kind in (int, float, str, Path):
         return cast(type, kind)(word)
     raise TypeError(kind)

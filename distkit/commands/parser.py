@@ -43,10 +43,11 @@ class Parser(argparse.ArgumentParser):
 
 def write_out(text: str, *, as_it_is: bool = False) -> None:
     """Write `text` to stdout, made printable; a reader that stops early (`| head`) is not an error, now or at exit."""
-    text = text if as_it_is else printable(text, keep="\n\t")
-    encoding = sys.stdout.encoding or "utf-8"
+    if not as_it_is:
+        encoding = sys.stdout.encoding or "utf-8"
+        text = printable(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding)
     try:
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -91,6 +91,14 @@ def test_what_a_resume_could_not_use_is_named(directory: Path, change: Callable[
     assert says in refusal(directory, change)
 
 
+@pytest.mark.timeout(20)
+def test_a_late_step_is_compared_and_not_counted_to(tmp_path: Path) -> None:
+    step = 10**15
+    state = default_state(step, 2)
+    state["parts"]["trackers"] = {"last": {"step": float(step)}, "best": {"step": step - 1}}
+    assert open_checkpoint(write_checkpoint(tmp_path, step, TENSORS, state=state)).manifest.step == step
+
+
 def test_what_runs_save_passes(tmp_path: Path) -> None:
     state = default_state(7, 2)
     state["parts"]["trackers"] = {"last": {"step": 7.0, "loss": "nan", "top1": "-inf"}, "best": {"step": 4, "loss": 1}}

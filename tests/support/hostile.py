@@ -305,6 +305,13 @@ def resumed_from(run: Path) -> str:
     return next((str(note).rpartition("/")[2] for note in reversed(notes) if str(note).startswith("resumed from")), "")
 
 
+def read_recipe(run: Path, recipe: str | None) -> int:
+    """Load a run by the file that it names, or by its copy of it: whatever the recipe is, its errors are of its own."""
+    with contextlib.suppress(NameError):  # JSON in its place is Python, too
+        load_run(run, recipe=recipe)
+    return 0
+
+
 def check(case: Case, pristine: Path, scratch: Path) -> None:
     """Damage a copy of `pristine` as `case` says, and try every reader and a resume on it.
 
@@ -328,6 +335,8 @@ def check(case: Case, pristine: Path, scratch: Path) -> None:
     if case.name.startswith("config"):
         config = ["--config", str(run / "config.json")]
         attempt("--config", lambda: parse(TinyConfig, RECIPE.presets, config, "tiny.py", "") and 0)
+    for recipe in (None, "copy") if case.name.startswith(("source", "recipe")) else ():
+        attempt(f"load_run {recipe}", partial(read_recipe, run, recipe))
     attempt("load_run", lambda: load_run(run, "best" if case.of_checkpoint else "last", recipe=RECIPE) and 0)
     verified = attempt("verify", partial(run_command, ["checkpoint", "verify", str(run)]))
     newest = max((path.name for path in (run / "checkpoints").glob("step-*")), default="")
