@@ -142,9 +142,9 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
             open_regular(fifo, flags)
     with pytest.raises(OSError, match=r"is not a regular file|Is a directory"):
         open_regular(tmp_path, os.O_RDONLY)
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "nothing")
     with pytest.raises(OSError, match="is a symbolic link"):
-        dangling = tmp_path / "dangling"
-        dangling.symlink_to(tmp_path / "nothing")
         open_regular(dangling, appending)
     assert not (tmp_path / "nothing").exists()
     os.close(open_regular(tmp_path / "new", appending, 0o600))

@@ -45,7 +45,7 @@ def try_all(cases: list[Case], run: Path, scratch: Path) -> None:
 
 
 #: Every so many cases are tried each time, and all of them in the long tests, in as many parts.
-SHARE, PARTS = 20, 8
+SHARE, PARTS = 24, 8
 
 
 def test_some_of_each_kind(pristine: Path, tmp_path: Path) -> None:
