@@ -120,7 +120,8 @@ def read(option: Option, words: Sequence[str]) -> object:
         ConfigError: they are not a value of this type; the message says what is and, for a choice, names the nearest.
     """
     # in a section of several classes, None is the default of the chosen class
-    if words == ["None"] and option.name.partition(".")[0] in CHOICES:
+    section, _, field = option.name.partition(".")
+    if words == ["None"] and section in CHOICES and field != "name":
         return None
     typed, text, expected = flag(option.name), " ".join(words), describe(option.kind)
     try:
@@ -167,6 +168,8 @@ def convert(words: Sequence[str], kind: object) -> object:
             raise ValueError(word)
         return choices[word]
     if kind is Path and (b"\0" in os.fsencode(word)):  # encoding it raises ValueError for half a surrogate pair
+        raise ValueError(word)
+    if kind is int and abs(int(word)) >= 2**63:
         raise ValueError(word)
     if kind in (int, float, str, Path):
         return cast(type, kind)(word)
