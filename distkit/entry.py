@@ -14,10 +14,10 @@ from typing import TypeVar, cast
 
 from distkit.cli import parse
 from distkit.config import TrainConfig, ranks_that_fit, reset_for_debugging, split_batch
-from distkit.config.secret import check_secrets, masked
+from distkit.config.secret import check_secrets
 from distkit.engine.endings import RunFailedError, complain, ending_together, leave
 from distkit.engine.run_dir import holds_run
-from distkit.errors import ConfigError
+from distkit.errors import ConfigError, masked, say
 from distkit.recipe import Recipe
 from distkit.runtime import Topology, rank_for_messages, read_accelerate_env, read_topology
 from distkit.runtime.faults import check_faults
@@ -35,8 +35,7 @@ def refuse_file(kind: type[BaseException], error: BaseException, trace: Tracebac
     if rank_for_messages(os.environ) == 0:
         others = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<")
         calls = [call for call in extract_tb(trace) if not call.filename.startswith(others)]
-        places = [f"  in:       {call.filename}:{call.lineno}" for call in calls[-1:]]
-        print(masked(f"distkit: error: {error}"), *places, sep="\n", file=sys.stderr)
+        say("\n".join([f"distkit: error: {error}", *[f"  in:       {c.filename}:{c.lineno}" for c in calls[-1:]]]))
     leave(ConfigError.exit_code)
 
 

@@ -6,12 +6,21 @@ Exit codes (C7): 0 done, 1 failed, 2 configuration, 75 stopped and resumable.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import ClassVar
 
+#: Longer words are like no other.
+LONGEST_WORD = 200
+#: What is printed in the place of a secret.
+MASK = "<secret>"
+#: Shorter secrets stand in ordinary text too, so texts are not searched for them.
+LEAST_LENGTH = 4
+_secrets: set[str] = set()
+
 
 class DistkitError(Exception):
-    """Root of the hierarchy: a failure of the run itself.
+    """Root of the hierarchy: a failure of the run itself. Its text is printable, whatever names and values are in it.
 
     Attributes:
         on_all_ranks: every rank raises it alike, so that rank 0 alone prints it.
@@ -19,6 +28,9 @@ class DistkitError(Exception):
 
     exit_code: ClassVar[int] = 1
     on_all_ranks: bool = False
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n")
 
 
 class ConfigError(DistkitError):
@@ -99,12 +111,41 @@ def shorten(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def printable(text: str) -> str:
-    """`text` with an escape for each character that no screen shows: control characters, bytes that are not UTF-8."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+def printable(text: str, keep: str = "") -> str:
+    """`text` with an escape for each character that no screen shows: control characters, bytes that are not UTF-8.
+
+    So a name or a value from a file does nothing to a terminal: no colour, no title, no text that runs backwards.
+
+    Args:
+        text: anything.
+        keep: control characters that stay, such as line breaks.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in keep else each.encode("unicode_escape").decode()
+                   for each in text)  # fmt: skip
+
+
+def hide(secret: str) -> None:
+    """From now on `masked` takes `secret` out of texts."""
+    if len(secret) >= LEAST_LENGTH:
+        _secrets.add(secret)
+
+
+def masked(text: str) -> str:
+    """`text` without the secrets of this process: errors of other libraries may quote them."""
+    for value in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(value, MASK)
+    return text
+
+
+def say(text: str) -> None:
+    """Print `text`, made printable and without secrets, on stderr at once."""
+    print(printable(masked(text), keep="\n\t"), file=sys.stderr, flush=True)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice spelled most like `word`, or None when none is close."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    # the search takes the product of both lengths, and nobody types such a word
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5) if len(word) <= LONGEST_WORD else []
     return found[0] if found else None

@@ -1,23 +1,26 @@
 """Whole files: a reader sees the old file or the new one, never a half, also after a crash or a power cut.
 
 Everything is written under a temporary name in the same folder, synced to disk, renamed, and the folder is synced. A
-failure removes the temporary file. Only a killed process leaves one: its name begins with `TEMPORARY`.
+failure removes the temporary file. Only a killed process leaves one: its name begins with `TEMPORARY`. What lies under
+a name already may be anybody's: a link is not followed, and what is no regular file is not waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import glob
 import json
-import logging
 import math
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-logger = logging.getLogger(__name__)
+from distkit.errors import say
 
 TEMPORARY = ".tmp-"
 
@@ -88,7 +91,7 @@ def atomic_path(path: Path, mode: int = 0o666) -> Iterator[Path]:
         permissions = os.fstat(descriptor).st_mode & 0o7777
         os.close(descriptor)
         yield temporary
-        with temporary.open("rb+") as file:  # the library may have made another file
+        with os.fdopen(open_regular(temporary, os.O_RDWR), "rb+") as file:  # the library may have made another file
             os.fchmod(file.fileno(), permissions)
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -117,6 +120,45 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     write_bytes(path, json.dumps(_without_nan(value), indent=2, allow_nan=False).encode() + b"\n")
 
 
+def open_regular(path: Path, flags: int, mode: int = 0o666, *, follow: bool = False) -> int:
+    """Open the regular file `path` as os.open(2) would; a FIFO is not waited for.
+
+    Args:
+        path, flags, mode: with O_CREAT a file that is not there is made.
+        follow: also where a symbolic link points.
+
+    Raises:
+        OSError: `path` is a link, or is not a regular file; or as os.open.
+    """
+    flags |= os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)  # regular files do not care for NONBLOCK
+    try:
+        descriptor = os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow:
+            raise OSError(errno.ELOOP, "is a symbolic link", str(path)) from error
+        if error.errno == errno.ENXIO:  # a FIFO without a reader, a socket
+            raise OSError(errno.EINVAL, "is not a regular file", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """All of the regular file `path`, or of the one that it links to.
+
+    Raises:
+        OSError: it has more than `most` bytes; or as `open_regular`.
+    """
+    with os.fdopen(open_regular(path, os.O_RDONLY, follow=True), "rb") as file:
+        large = os.fstat(file.fileno()).st_size > most
+        data = b"" if large else file.read(most + 1)
+    if large or len(data) > most:
+        raise OSError(errno.EFBIG, f"has more than the {most:,} bytes that are read", str(path))
+    return data
+
+
 def sync_folder(folder: Path) -> None:
     """fsync a folder, so that the names in it survive a power cut.
 
@@ -130,13 +172,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers left in `folder`; only where nobody else is writing.
+def remove_temporaries(folder: Path, name: str = "") -> None:
+    """Remove what killed writers of the file `name`, or of any, left in `folder`; only where nobody else is writing.
 
     Raises:
         OSError: one cannot be removed.
     """
-    for path in folder.glob(f"{TEMPORARY}*"):
+    for path in folder.glob(f"{TEMPORARY}{glob.escape(name)}*"):
         if path.is_symlink() or path.is_file():
             path.unlink(missing_ok=True)
 
@@ -175,7 +217,7 @@ def _lock(descriptor: int, path: Path, on_wait: Callable[[], None]) -> bool:
             on_wait()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
-        logger.warning("%s cannot be locked (%s); processes that start together may do the same work", path, error)
+        say(f"distkit: warning: {path} cannot be locked ({error}); processes that start together may do the same work")
         return False
     return True
 

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from distkit.assemble import ALONE, build_model
 from distkit.checkpoint.format import step_name
 from distkit.checkpoint.read import load_tensors
-from distkit.checkpoint.restore import VerifiedCheckpoint, differences, newest_verified, open_verified
+from distkit.checkpoint.restore import differences, newest_verified, open_verified
 from distkit.checkpoint.retention import list_checkpoints
+from distkit.checkpoint.verify import VerifiedCheckpoint, step_of_weights
 from distkit.cli import parse
 from distkit.config import TrainConfig
-from distkit.engine.resume import read_tensors, recomputed_buffers, saved_extra_states
+from distkit.engine.resume import read_tensors, recomputed_buffers, restore_extra_states_
 from distkit.engine.run_dir import SOURCE, RunDirectory
-from distkit.errors import CheckpointError, ConfigError, DataError, shorten
+from distkit.errors import CheckpointError, ConfigError, DataError, DistkitError, say, shorten
+from distkit.files import read_regular
+from distkit.json_files import MAX_BYTES, JsonError, a_text, known, read_object
 from distkit.recipe import Recipe
-from distkit.tensors.buffers import buffer_slots, set_extra_states, set_rank_buffers_, shared_buffers
+from distkit.tensors.buffers import buffer_slots, set_rank_buffers_, shared_buffers
 
 AnyRecipe = Recipe[Any]
 #: "last": the newest weights; "best": those of the best evaluation; a number: those of a step.
@@ -73,7 +76,14 @@ def load_model(
     averaged = config.ema_decay is not None if ema is None else ema
     if averaged and config.ema_decay is None:
         raise ConfigError(f"{run_dir} has no averaged weights", expected="a run with --ema-decay", fix="ema=False")
-    model = build_model(recipe, config)
+    try:
+        model = build_model(recipe, config)
+    except DistkitError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"the recipe {recipe.name} cannot build the model that {run_dir / 'config.json'} describes",
+                          got=f"{type(error).__name__}: {error}", expected="the configuration of a run",
+                          fix='recipe="copy", if the recipe has changed') from error  # fmt: skip
     load_weights_(model, RunDirectory(run_dir, writes=False), which, ema=averaged)
     return model.eval()
 
@@ -106,8 +116,8 @@ def load_recipe(run_dir: Path, file: Path | str | None = None) -> AnyRecipe:
         if not file.is_file() or file.resolve().is_relative_to(run_dir.resolve()):
             raise ConfigError(f"the recipe of {run_dir} is no longer at {file}", expected="the file it was run with",
                               fix=f"recipe=FILE (--recipe FILE); or {trust}")  # fmt: skip
-        if hashlib.sha256(file.read_bytes()).hexdigest() != source.get("sha256"):
-            print(f"distkit: warning: {file} has changed since the run was started; {trust}", file=sys.stderr)
+        if hashlib.sha256(_python(file)).hexdigest() != source.get("sha256"):
+            say(f"distkit: warning: {file} has changed since the run was started; {trust}")
     elif file == "copy":
         file = copy
     return read_recipe(Path(file), None if "recipe" not in source else str(source["recipe"]))
@@ -117,23 +127,25 @@ def read_source(run_dir: Path) -> Mapping[str, object]:
     """What recipe/source.json says: recipe (its name), file, sha256; {} where there is none."""
     path = run_dir / "recipe" / SOURCE
     try:
-        source = json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
+        return known(read_object(path), {"recipe": a_text, "file": a_text, "sha256": a_text})
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, JsonError) as error:
         raise ConfigError(f"{path} cannot be read", expected="JSON that a run wrote", got=error,
                           fix="recipe=FILE (--recipe FILE)") from error  # fmt: skip
-    return source if isinstance(source, dict) else {}
 
 
 def read_recipe(file: Path, name: str | None = None) -> AnyRecipe:
     """The recipe `name`, or the only one, that is defined in `file`; the file is run.
 
     Raises:
-        ConfigError: there is no such file, or not that recipe in it.
+        ConfigError: there is no such file, it is no Python, or has not that recipe in it.
     """
+    _python(file)
     file = file.resolve()
     module_name = f"distkit_recipe_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None or not file.is_file():
+    if spec is None or spec.loader is None:  # of a name without .py
         raise ConfigError(f"there is no recipe {file}", expected="a Python file", fix="recipes/cifar10.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up
@@ -151,6 +163,20 @@ def read_recipe(file: Path, name: str | None = None) -> AnyRecipe:
     return matching[0]
 
 
+def _python(file: Path) -> bytes:
+    """The content of a Python file, which is not run."""
+    try:
+        text = read_regular(file, MAX_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        raise ConfigError(f"there is no recipe {file}", expected="a Python file", got=error, fix="recipes/cifar10.py") \
+            from error  # fmt: skip
+    try:
+        compile(text, file, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{file} is no Python", got=f"{type(error).__name__}: {error}") from error
+    return text
+
+
 def module_of(recipe: AnyRecipe) -> ModuleType:
     """The module that the recipe's functions come from: what else its file defines."""
     return sys.modules[recipe.compute_loss.__module__]
@@ -160,14 +186,15 @@ def load_weights_(model: nn.Module, directory: RunDirectory, which: Which, *, em
     """Fill `model` with weights, buffers and extra states of a run; see `load_run`."""
     steps = list_checkpoints(directory.checkpoints)
     final = directory.path / ("ema.safetensors" if ema else "weights.safetensors")
+    written = _step_in(final, has_others=bool(steps)) if which == "last" and os.path.lexists(final) else -1
     # a run that was continued has newer checkpoints than the weights of its first end
-    if which == "last" and final.is_file() and (not steps or _step_in(final) >= steps[-1]):
+    if written >= max(steps, default=0):
         _load_final_(model, final)
         return
     try:
         checkpoint = choose_checkpoint(directory, which, steps)
     except CheckpointError:
-        if which != "last" or not final.is_file():
+        if written < 0:
             raise
         _load_final_(model, final)
     else:
@@ -178,7 +205,7 @@ def choose_checkpoint(directory: RunDirectory, which: Which, steps: list[int]) -
     """The verified checkpoint that `which` means."""
     folder = directory.checkpoints
     known = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
-    newest = newest_verified(folder, ALONE, lambda message: print(f"distkit: warning: {message}", file=sys.stderr))
+    newest = newest_verified(folder, ALONE, lambda message: say(f"distkit: warning: {message}"))
     if newest is None:
         raise ConfigError(f"{directory.path} holds no weights", expected="a checkpoint, or weights.safetensors",
                           got="a run that has saved nothing yet")  # fmt: skip
@@ -186,9 +213,8 @@ def choose_checkpoint(directory: RunDirectory, which: Which, steps: list[int]) -
         return newest
     step = which
     if which == "best":
-        trackers = newest.parts().get("trackers")
-        best = trackers.get("best") if isinstance(trackers, dict) else None
-        if not isinstance(best, dict):
+        best = cast(Mapping[str, float] | None, newest.parts()["trackers"]["best"])
+        if best is None:
             raise ConfigError(f"{directory.path} was never evaluated, so no step is the best", expected="evaluations",
                               fix='which="last"')  # fmt: skip
         step = round(best["step"])
@@ -214,7 +240,7 @@ def _load_checkpoint_(model: nn.Module, checkpoint: VerifiedCheckpoint, *, ema: 
         saved = checkpoint.manifest.tensors.keys()
         averages = {f"ema/{name}": tensor.detach() for name, tensor in live.items() if f"ema/{name}" in saved}
         load_tensors(checkpoint.directory, checkpoint.manifest, averages)
-    set_extra_states(model, saved_extra_states(checkpoint))
+    restore_extra_states_(model, checkpoint)
     set_rank_buffers_(model, read_tensors(checkpoint, "buffer/00000/"), torch.device("cpu"))
 
 
@@ -227,15 +253,17 @@ def _load_final_(model: nn.Module, file: Path) -> None:
         missing = [name for name in result.missing_keys if not name.endswith("_extra_state") and name not in own]
         if missing or result.unexpected_keys:
             raise RuntimeError(f"missing {shorten(missing)}; unexpected {shorten(result.unexpected_keys)}")
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise DataError(f"{file} does not hold the weights of the recipe's model", got=error,
                         expected="weights of the same configuration") from error  # fmt: skip
 
 
-def _step_in(file: Path) -> int:
-    """The step whose weights `file` holds."""
+def _step_in(file: Path, *, has_others: bool) -> int:
+    """The step whose weights `file` holds; -1 where it cannot be read, and there are others."""
     try:
-        with safe_open(file, framework="numpy") as opened:
-            return int((opened.metadata() or {})["step"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        return step_of_weights(file)
+    except CheckpointError as error:
+        if has_others:
+            say(f"distkit: warning: {error}")
+            return -1
         raise DataError(f"{file} cannot be read", expected="weights that a run has written", got=error) from error

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from distkit import files
-from distkit.files import atomic_file, atomic_path, remove_temporaries, write_bytes, write_json
+from distkit.files import (
+    atomic_file,
+    atomic_path,
+    open_regular,
+    read_regular,
+    remove_temporaries,
+    write_bytes,
+    write_json,
+)
 
 
 def by_file(path: Path, data: bytes) -> None:
@@ -116,3 +124,31 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".tmp-link").symlink_to(tmp_path / "f")
     remove_temporaries(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".tmp-step-000000001", "f"]
+
+
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    real, link, fifo = tmp_path / "real", tmp_path / "link", tmp_path / "fifo"
+    real.write_bytes(b"data")
+    link.symlink_to(real)
+    os.mkfifo(fifo)
+    appending = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    for flags in (os.O_RDONLY, os.O_RDWR, appending):
+        os.close(open_regular(real, flags))
+        os.close(open_regular(link, flags, follow=True))
+        with pytest.raises(OSError, match="is a symbolic link"):
+            open_regular(link, flags)
+        with pytest.raises(OSError, match="is not a regular file"):
+            open_regular(fifo, flags)
+    with pytest.raises(OSError, match=r"is not a regular file|Is a directory"):
+        open_regular(tmp_path, os.O_RDONLY)
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "nothing")
+    with pytest.raises(OSError, match="is a symbolic link"):
+        open_regular(dangling, appending)
+    assert not (tmp_path / "nothing").exists()
+    os.close(open_regular(tmp_path / "new", appending, 0o600))
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o600
+    assert read_regular(link, 4) == b"data"
+    with pytest.raises(OSError, match="more than the 3 bytes"):
+        read_regular(real, 3)

@@ -33,8 +33,9 @@ class Floor(NamedTuple):
 FLOORS = (
     Floor(
         0,
-        ("errors", "version", "config", "cli", "schedules", "files"),
-        "exceptions and exit codes; dataclasses that validate; command line; `step -> multiplier`; atomic writes",
+        ("errors", "version", "config", "cli", "schedules", "files", "json_files"),
+        "exceptions and exit codes; dataclasses that validate; command line; `step -> multiplier`; atomic writes; "
+        "JSON that is read back",
         "no",
     ),
     Floor(1, ("runtime", "tensors"), "process topology, device, seeding, collectives; tensors in pieces", "yes"),

@@ -207,7 +207,7 @@ def _first_lost(names: list[str | None]) -> str | None:
 
 
 def _make(target: Path) -> None:
-    if target.is_symlink() or target.is_file():
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
         target.unlink()
     shutil.rmtree(target, ignore_errors=True)  # of a run that was killed here
     target.mkdir(mode=0o700)

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from distkit.checkpoint.format import DTYPES, Shard, TensorEntry, shard_name, spec_bytes
 from distkit.errors import CheckpointError, ConfigError
+from distkit.json_files import MAX_NAME, parse
 from distkit.tensors.buffers import extra_states, split_extra
 from distkit.tensors.flat_shard import FlatShard
 from distkit.tensors.shards import local_part
@@ -97,8 +98,8 @@ def check_storable(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if dtype_name(tensor) not in DTYPES:
             raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which a checkpoint cannot hold")
-        if not name.isprintable():
-            raise CheckpointError(f"tensor name {name!a} holds a character that cannot be printed")
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise CheckpointError(f"tensor name {name!a:.80} holds a character that cannot be printed, or is too long")
         if tensor.layout != torch.strided:
             raise CheckpointError(f"tensor {name} is {tensor.layout}, which a checkpoint cannot hold")
         local = local_part(tensor)
@@ -131,7 +132,7 @@ def check_model_storable(module: nn.Module, tensors: Mapping[str, Tensor]) -> No
 
 def _survives_json(value: object) -> bool:
     try:
-        return bool(json.loads(json.dumps(value)) == value)
+        return bool(parse(json.dumps(value).encode(), finite=False) == value)
     except (TypeError, ValueError, RecursionError):
         return False
 

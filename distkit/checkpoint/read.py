@@ -6,7 +6,6 @@ itself, without a collective. Nothing is unpickled: the only formats are JSON an
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,9 +22,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from distkit.checkpoint.format import MAX_STATE_BYTES, STATE, Manifest, Shard, TensorEntry
+from distkit.checkpoint.format import Manifest, Shard, TensorEntry
 from distkit.checkpoint.staging import allocate
-from distkit.checkpoint.verify import OpenFile, in_threads, list_contents, open_file, read_header, read_small
+from distkit.checkpoint.verify import OpenFile, in_threads, list_contents, open_file, read_header
 from distkit.errors import CheckpointError
 from distkit.tensors.spec import spec_of, spec_text, torch_dtype
 
@@ -222,19 +221,3 @@ def iterate(directory: Path, manifest: Manifest, prefix: str = "") -> Iterator[t
     for name in sorted(manifest.tensors):
         if name.startswith(prefix):
             yield name, reader.whole(name)
-
-
-def read_state(directory: Path) -> dict[str, object]:
-    """What state.json holds; that its bytes are those that were written is for `verify` to say.
-
-    Raises:
-        CheckpointError: missing, larger than MAX_STATE_BYTES, or not a JSON object.
-    """
-    data = read_small(directory, STATE, MAX_STATE_BYTES)
-    try:
-        state = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{directory}: {STATE} is not JSON: {error}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{directory}: {STATE} is not a JSON object")
-    return state

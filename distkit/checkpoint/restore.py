@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from distkit.checkpoint.commit import describe
 from distkit.checkpoint.format import MANIFEST, Manifest, step_name, step_of
-from distkit.checkpoint.read import read_state
 from distkit.checkpoint.retention import list_checkpoints, put_aside
-from distkit.checkpoint.verify import read_manifest, verify
+from distkit.checkpoint.verify import VerifiedCheckpoint, open_checkpoint
 from distkit.errors import CheckpointError, ConfigError, shorten
 from distkit.runtime.process import Runtime
 from distkit.tensors.spec import spec_of, spec_text
-
-
-@dataclass(frozen=True)
-class VerifiedCheckpoint:
-    """A checkpoint that was verified: every byte of it has the sha256 that its manifest names."""
-
-    directory: Path
-    manifest: Manifest
-    state: Mapping[str, object]
-
-    def parts(self) -> Mapping[str, object]:
-        """The named parts of state.json."""
-        parts = self.state.get("parts")
-        if not isinstance(parts, dict):
-            raise CheckpointError(f"{self.directory}: state.json holds no parts")
-        return parts
 
 
 def open_verified(directory: Path, runtime: Runtime) -> VerifiedCheckpoint:
@@ -42,10 +24,7 @@ def open_verified(directory: Path, runtime: Runtime) -> VerifiedCheckpoint:
     """
     error, found = None, None
     try:
-        manifest = read_manifest(directory)
-        verify(directory, sorted(manifest.files)[runtime.rank :: runtime.world_size])
-        found = VerifiedCheckpoint(directory, manifest, read_state(directory))
-        found.parts()
+        found = open_checkpoint(directory, runtime.rank, runtime.world_size)
     except (CheckpointError, OSError) as failure:
         error = str(failure) if isinstance(failure, CheckpointError) else f"{directory}: {describe(failure)}"
     first = next((answer for answer in runtime.gather(error) if answer is not None), None)

@@ -1,7 +1,8 @@
 """Whether a checkpoint on disk is, to the bit, what was written; nothing in it is trusted before that.
 
-Read here are the manifest, the sizes, the sha256 of each file, and the headers of the shards (safetensors: 8 bytes of
-little-endian length, JSON that names each tensor's dtype, shape and place, then the tensors without gaps).
+Read here are the manifest, the sizes, the sha256 of each file, the headers of the shards (safetensors: 8 bytes of
+little-endian length, JSON that names each tensor's dtype, shape and place, then the tensors without gaps), and, by
+`open_checkpoint`, state.json.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
 import math
 import os
 import stat
@@ -19,19 +19,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar, cast
 
 from distkit.checkpoint.format import (
     DTYPES,
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    MAX_STATE_BYTES,
     STATE,
     Manifest,
     Shard,
     parse_manifest,
     step_name,
 )
-from distkit.errors import CheckpointError
+from distkit.checkpoint.saved_state import check_state, parse_state
+from distkit.errors import CheckpointError, printable
+from distkit.files import open_regular
+from distkit.json_files import JsonError, is_count, parse_object
 
 #: What a thread reads and hashes at a time.
 CHUNK_BYTES = 2**20
@@ -62,8 +66,7 @@ Contents = Mapping[str, Mapping[str, Listed]]
 
 
 def _damaged(directory: Path, what: str) -> NoReturn:
-    # a hostile name is shown as its escapes: one line, and nothing that a terminal obeys
-    raise CheckpointError(f"{directory}: {what if what.isprintable() else ascii(what)}")
+    raise CheckpointError(f"{directory}: {printable(what)}")  # in one line
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,8 @@ def open_file(directory: Path, name: str) -> Iterator[OpenFile]:
         CheckpointError: it is missing or not a regular file; or reading fails while it is open.
     """
     try:
-        # O_NONBLOCK: opening a FIFO would wait for its writer; regular files do not care
-        descriptor = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = open_regular(directory / name, os.O_RDONLY)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                _damaged(directory, f"{name} is not a regular file")
             with io.FileIO(descriptor, closefd=False) as raw:
                 yield OpenFile(directory, name, raw)
         finally:
@@ -116,8 +116,8 @@ def open_file(directory: Path, name: str) -> Iterator[OpenFile]:
     except FileNotFoundError:
         _damaged(directory, f"missing file {name}")
     except OSError as error:
-        symlink = error.errno == errno.ELOOP
-        _damaged(directory, f"{name} " + ("is a symlink" if symlink else f"cannot be read: {error.strerror or error}"))
+        reason = "is a symlink" if error.errno == errno.ELOOP else error.strerror or str(error)
+        _damaged(directory, f"{name} {reason if reason.startswith('is ') else f'cannot be read: {reason}'}")
 
 
 def read_small(directory: Path, name: str, limit: int) -> bytes:
@@ -203,7 +203,8 @@ def read_header(file: OpenFile, contents: Contents) -> dict[str, int]:
     Raises:
         CheckpointError: the header is broken, names other tensors, or does not fill the file without gaps.
     """
-    begin, places = _parse_header(file)
+    begin, header = _read_header(file)
+    places = _places(file, header)
     wanted = contents.get(file.name, {})
     for key, listed in wanted.items():
         if key not in places:
@@ -226,8 +227,8 @@ def read_header(file: OpenFile, contents: Contents) -> dict[str, int]:
     return {key: begin + place.start for key, place in places.items()}
 
 
-def _parse_header(file: OpenFile) -> tuple[int, dict[str, _Place]]:
-    """The byte at which the data begins, and what the header says about each key."""
+def _read_header(file: OpenFile) -> tuple[int, dict[str, object]]:
+    """The byte at which the data begins, and the JSON before it."""
     size, prefix = file.size(), bytearray(8)
     if size < len(prefix):
         file.damaged("is too short for a safetensors file")
@@ -238,18 +239,40 @@ def _parse_header(file: OpenFile) -> tuple[int, dict[str, _Place]]:
     text = bytearray(length)
     file.read_into(len(prefix), memoryview(text))
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        return len(prefix) + length, {key: _place(value) for key, value in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return len(prefix) + length, parse_object(bytes(text))
+    except JsonError as error:
+        file.damaged(f"has a malformed header: {error}")
+
+
+def _places(file: OpenFile, header: Mapping[str, object]) -> dict[str, _Place]:
+    """What the header says about each key."""
+    try:
+        return {key: _place(value) for key, value in header.items() if key != "__metadata__"}
+    except (TypeError, KeyError) as error:
         file.damaged(f"has a malformed header: {type(error).__name__} {error}")
 
 
-def _place(value: Mapping[str, object]) -> _Place:
+def step_of_weights(file: Path) -> int:
+    """The step whose weights `file`, a weights.safetensors of a run, holds.
+
+    Raises:
+        CheckpointError: it does not say so, or cannot be read.
+    """
+    with open_file(file.parent, file.name) as opened:
+        metadata = _read_header(opened)[1].get("__metadata__")
+        step = metadata.get("step") if isinstance(metadata, dict) else None
+        if not (isinstance(step, str) and step.isascii() and step.isdecimal() and len(step) < 19):
+            opened.damaged("does not say of which step it is")
+        return int(step)
+
+
+def _place(value: object) -> _Place:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.100}")
     dtype, shape, span = value["dtype"], value["shape"], value["data_offsets"]
     if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(span, list) and len(span) == 2):
         raise TypeError(f"{value!r:.100}")
-    if any(type(number) is not int or number < 0 for number in (*shape, *span)):
+    if not all(map(is_count, (*shape, *span))):
         raise TypeError(f"{value!r:.100}")
     return _Place(dtype, tuple(shape), *span)
 
@@ -290,6 +313,11 @@ def verify(directory: Path, files: Sequence[str] | None = None, threads: int = 2
         CheckpointError: `DIRECTORY: what is wrong with which file or tensor`, one line.
     """
     manifest = read_manifest(directory)
+    _verify(directory, manifest, sorted(manifest.files if files is None else files), threads)
+    return manifest
+
+
+def _verify(directory: Path, manifest: Manifest, files: Sequence[str], threads: int) -> None:
     check_listing(directory, manifest)
     contents = list_contents(directory, manifest)
 
@@ -298,8 +326,49 @@ def verify(directory: Path, files: Sequence[str] | None = None, threads: int = 2
         for name in names:
             _check_file(directory, manifest, contents, name, buffer)
 
-    in_threads(check, sorted(manifest.files if files is None else files), threads)
-    return manifest
+    in_threads(check, files, threads)
+
+
+@dataclass(frozen=True)
+class VerifiedCheckpoint:
+    """A checkpoint that was verified: every byte of it has the sha256 that its manifest names, and a run can go on."""
+
+    directory: Path
+    manifest: Manifest
+    state: Mapping[str, object]
+
+    def parts(self) -> Mapping[str, Mapping[str, object]]:
+        """The named parts of state.json."""
+        return cast(Mapping[str, Mapping[str, object]], self.state["parts"])
+
+
+def open_checkpoint(directory: Path, rank: int = 0, world_size: int = 1, threads: int = 2) -> VerifiedCheckpoint:
+    """Verify `directory`, this rank its share of the files, and read what a run goes on from.
+
+    Raises:
+        CheckpointError: as `verify`; or state.json is not what a run has saved.
+    """
+    manifest = read_manifest(directory)
+    _verify(directory, manifest, sorted(manifest.files)[rank::world_size], threads)
+    state = read_state(directory)
+    try:
+        check_state(state, manifest)
+    except JsonError as error:
+        _damaged(directory, error.of(STATE))
+    return VerifiedCheckpoint(directory, manifest, state)
+
+
+def read_state(directory: Path) -> dict[str, object]:
+    """The object in state.json, in which any name may hold any value: see `open_checkpoint`.
+
+    Raises:
+        CheckpointError: missing, larger than MAX_STATE_BYTES, or not a JSON object.
+    """
+    data = read_small(directory, STATE, MAX_STATE_BYTES)
+    try:
+        return parse_state(data)
+    except JsonError as error:
+        _damaged(directory, error.of(STATE))
 
 
 def in_threads(work: Callable[[Iterable[T]], None], items: Sequence[T], threads: int) -> None:

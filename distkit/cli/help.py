@@ -13,8 +13,8 @@ from typing import NoReturn
 from distkit.cli.options import Option, as_typed, describe, options_of
 from distkit.config import CHOICES, TrainConfig
 from distkit.config.check import flag
-from distkit.config.secret import MASK, is_secret
-from distkit.errors import ConfigError, nearest
+from distkit.config.secret import is_secret
+from distkit.errors import MASK, ConfigError, nearest
 
 ALL = "all"
 #: Lines of `--help` without a topic.

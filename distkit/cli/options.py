@@ -6,6 +6,7 @@ import ast
 import functools
 import inspect
 import itertools
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -15,8 +16,8 @@ from typing import Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from distkit.config import CHOICES
 from distkit.config.check import flag
-from distkit.config.secret import MASK, Secret, is_secret
-from distkit.errors import ConfigError, nearest
+from distkit.config.secret import Secret, is_secret
+from distkit.errors import MASK, ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def read(option: Option, words: Sequence[str]) -> object:
         ConfigError: they are not a value of this type; the message says what is and, for a choice, names the nearest.
     """
     # in a section of several classes, None is the default of the chosen class
-    if words == ["None"] and option.name.partition(".")[0] in CHOICES:
+    section, _, field = option.name.partition(".")
+    if words == ["None"] and section in CHOICES and field != "name":
         return None
     typed, expected = flag(option.name), describe(option.kind)
     text = MASK if is_secret(option.kind) else " ".join(words)
@@ -167,6 +169,10 @@ def convert(words: Sequence[str], kind: object) -> object:
         if word not in choices:
             raise ValueError(word)
         return choices[word]
+    if kind is Path and (b"\0" in os.fsencode(word)):  # encoding it raises ValueError for half a surrogate pair
+        raise ValueError(word)
+    if kind is int and abs(int(word)) >= 2**63:
+        raise ValueError(word)
     if kind in (int, float, str, Path, Secret):
         return cast(type, kind)(word)
     raise TypeError(kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -26,9 +25,10 @@ from distkit.config import CHOICES, TrainConfig
 from distkit.config.check import flag
 from distkit.config.choice import carry_over, from_values
 from distkit.config.schedule import PAIRS
-from distkit.config.secret import MASK, Secret, is_secret, lacks, leaves, variable
+from distkit.config.secret import Secret, is_secret, lacks, leaves, variable
 from distkit.config.strategy import TAKEN_BY
-from distkit.errors import ConfigError, nearest
+from distkit.errors import MASK, ConfigError, nearest
+from distkit.json_files import JsonError, read_object
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -206,16 +206,14 @@ def read_secrets(options: Mapping[str, Option], env: Mapping[str, str]) -> Value
 def read_file(file: Path, options: Mapping[str, Option]) -> Values:
     """The values in a run's config.json, by option; where the run was and what it resumed from are left out."""
     try:
-        saved = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        saved = read_object(file)
+    except (OSError, JsonError) as error:
         raise ConfigError(
             f"--config {file} cannot be read",
             expected="the config.json of a run",
             got=error,
             fix="--config runs/RECIPE/RUN/config.json",
         ) from error
-    if not isinstance(saved, dict):
-        raise ConfigError(f"--config {file} is not a configuration", expected="a JSON object", got=type(saved).__name__)
     values: Values = {}
 
     def walk(section: Mapping[str, object], prefix: str) -> None:

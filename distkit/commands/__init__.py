@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from distkit.commands import checkpoint, data, doctor, drill, generate, jobs, show, slurm, submit, verify_resume
 from distkit.commands.parser import Answer, write_out
-from distkit.errors import ConfigError, DistkitError, nearest
+from distkit.errors import ConfigError, DistkitError, nearest, say
 from distkit.version import __version__
 
 USAGE = f"""distkit {__version__}: a training run that is the same run everywhere
@@ -60,18 +60,18 @@ def run(argv: Sequence[str]) -> int:
                               fix=f"distkit {nearest(name, COMMANDS) or '--help'}")  # fmt: skip
         answer = COMMANDS[name](args)
     except DistkitError as error:
-        print(f"distkit: error: {error}", file=sys.stderr)
+        say(f"distkit: error: {error}")
         return error.exit_code
     except PermissionError as error:
-        print(f"distkit: error: {error.filename} cannot be read: {error.strerror}", file=sys.stderr)
+        say(f"distkit: error: {error.filename} cannot be read: {error.strerror}")
         return ConfigError.exit_code
     except KeyboardInterrupt:
-        print("distkit: interrupted", file=sys.stderr)
+        say("distkit: interrupted")
         return 128 + signal.SIGINT
-    text, code = answer if isinstance(answer, Answer) else (answer, 0)
-    if text:
-        write_out(f"{text}\n")
-    return code
+    answer = answer if isinstance(answer, Answer) else Answer(answer, 0)
+    if answer.text:
+        write_out(f"{answer.text}\n", as_it_is=answer.as_it_is)
+    return answer.exit_code
 
 
 def version(args: Sequence[str]) -> str:

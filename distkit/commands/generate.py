@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distkit.commands.parser import Parser, split_flags
+from distkit.commands.parser import Answer, Parser, product, split_flags
+from distkit.commands.show import read_json
 from distkit.config import TrainConfig
 from distkit.errors import ConfigError
+from distkit.json_files import a_text, known, optional
 from distkit.recipe import Recipe
 
 
-def command(args: Sequence[str]) -> str:
+def command(args: Sequence[str]) -> Answer:
     """The prompt, and what the model gives after it."""
     own_args, flags = split_flags(args)
     typed = _parser().parse_args(own_args)
@@ -38,9 +39,9 @@ def command(args: Sequence[str]) -> str:
     check_data(run, recipe, config)
     which = step_of(typed.run.resolve().name) if checkpoint else None
     model = load_model(recipe, config, run, "last" if which is None else which, ema=typed.weights == "ema")
-    text: str = module.sample(config, model, typed.prompt, num_new=typed.max_tokens, temperature=typed.temperature,
-                              top_k=typed.top_k, seed=typed.seed)  # fmt: skip
-    return text
+    sample: str = module.sample(config, model, typed.prompt, num_new=typed.max_tokens, temperature=typed.temperature,
+                                top_k=typed.top_k, seed=typed.seed)  # fmt: skip
+    return product(sample)
 
 
 def _parser() -> Parser:
@@ -88,8 +89,7 @@ def check_data(run: Path, recipe: Recipe[Any], config: TrainConfig) -> None:
     """
     from distkit.data.sets.fingerprint import fingerprint_of
 
-    environment = run / "environment.json"
-    told = json.loads(environment.read_text()).get("data") if environment.exists() else None
+    told = known(read_json(run / "environment.json") or {}, {"data": optional(a_text)}).get("data")
     here = fingerprint_of(recipe.build_dataset(config, "train"))
     if None not in (told, here) and told != here:
         raise ConfigError(f"{run} was trained on different data", expected=f"data {told}", got=f"data {here}",

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from distkit.commands.parser import Parser
+from distkit.commands.parser import Answer, Parser
 from distkit.commands.slurm.queue import ask_queue
-from distkit.errors import ConfigError
+from distkit.errors import ConfigError, printable
 
 #: What a run directory has one of.
 MARKS = ("status.json", "config.json", "submissions")
@@ -49,7 +49,7 @@ class Row:
     alarming: bool
 
 
-def command(args: Sequence[str]) -> str:
+def command(args: Sequence[str]) -> Answer:
     """A table of the runs, or JSON."""
     parser = Parser(
         "distkit jobs",
@@ -65,8 +65,10 @@ def command(args: Sequence[str]) -> str:
                           fix="distkit jobs FOLDER")  # fmt: skip
     rows = with_scheduler([read_row(run) for run in find_runs(typed.folder)])
     if typed.json:
-        return json.dumps([asdict(row) for row in rows], indent=2)
-    return as_text(rows) if rows else f"no run in {typed.folder}"
+        return Answer(json.dumps([asdict(row) for row in rows], indent=2), 0)
+    if not rows:
+        return Answer(f"no run in {typed.folder}", 0)
+    return Answer(as_text(rows), 0, as_it_is=True)
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
@@ -133,13 +135,14 @@ def as_text(rows: Sequence[Row]) -> str:
         table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=not wraps)
     for row in rows:
         step = f"{row.step:,}" + (f" of {row.num_steps:,}" if row.num_steps is not None else "")
-        table.add_row(Text(row.run), row.job or "", Text(row.state, STYLES.get(row.state, "")), step, str(row.attempts),
-                      ago(row.last_seen), Text(row.scheduler or ""))  # fmt: skip
+        state = Text(printable(row.state), STYLES.get(row.state, ""))
+        table.add_row(Text(printable(row.run)), Text(row.job or ""), state, step, str(row.attempts),
+                      ago(row.last_seen), Text(printable(row.scheduler or "")))  # fmt: skip
     with console.capture() as captured:
         console.print(table)
         for row in rows:
             if row.alarming:
-                console.print(Text(f"{row.run} {row.verdict}"))
+                console.print(Text(printable(f"{row.run} {row.verdict}")))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 

@@ -9,14 +9,23 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
-from distkit.errors import ConfigError
+from distkit.errors import ConfigError, printable
 
 
 class Answer(NamedTuple):
-    """Text for stdout, and the exit code: not 0 where the command ran and what it looked at is damaged or differs."""
+    """Text for stdout, and the exit code: not 0 where the command ran and what it looked at is damaged or differs.
+
+    `as_it_is`: the text is not made printable, because it is already, or is a `product`.
+    """
 
     text: str
     exit_code: int
+    as_it_is: bool = False
+
+
+def product(text: str) -> Answer:
+    """Text for a file or another program, such as a script: as it is, but on a terminal printable."""
+    return Answer(text, 0, as_it_is=not sys.stdout.isatty())
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,8 +41,11 @@ class Parser(argparse.ArgumentParser):
         write_out(message)
 
 
-def write_out(text: str) -> None:
-    """Write `text` to stdout; a reader that stops early (`| head`) is not an error, now or at exit."""
+def write_out(text: str, *, as_it_is: bool = False) -> None:
+    """Write `text` to stdout, made printable; a reader that stops early (`| head`) is not an error, now or at exit."""
+    if not as_it_is:
+        encoding = sys.stdout.encoding or "utf-8"
+        text = printable(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

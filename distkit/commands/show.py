@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distkit.errors import ConfigError
+from distkit.errors import CheckpointError, ConfigError
+from distkit.json_files import JsonError, known, read_object
+
+#: Characters of a line; a longer one is not what a run has said.
+LONGEST_LINE = 2000
 
 
 def command(args: Sequence[str]) -> str:
     """The status of a run, from its directory."""
     if len(args) != 1:
         raise ConfigError("distkit show takes one run directory", fix="distkit show runs/RECIPE/RUN")
-    from distkit.engine.attempts import read_attempts
+    from distkit.engine.attempts import KINDS, read_attempts
     from distkit.engine.lease import holder
     from distkit.engine.submission import jobs_of, newest_submission
     from distkit.engine.verdict import judge
@@ -26,9 +29,10 @@ def command(args: Sequence[str]) -> str:
     if status is None:
         raise ConfigError(f"{folder} is not a run directory", expected="a folder with status.json",
                           fix="distkit show runs/RECIPE/RUN")  # fmt: skip
+    status = known(status, KINDS)
     if not {"state", "step"} <= status.keys():
         raise ConfigError(f"{folder / 'status.json'} is not what a run wrote", expected="a state and a step",
-                          got=", ".join(status) or "an empty object")  # fmt: skip
+                          got=", ".join(status) or "neither")  # fmt: skip
     who = holder(folder)
     lines = [f"{folder}: {status['state']} at step {status['step']}"]
     if status["state"] == "running":
@@ -42,7 +46,7 @@ def command(args: Sequence[str]) -> str:
         if isinstance(value, dict):
             value = "  ".join(f"{key} {_format(number)}" for key, number in value.items())
         lines.append(f"  {name}: {value}")
-    return "\n".join(lines)
+    return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…" for line in lines)
 
 
 def _holder_and_progress(folder: Path, who: str | None) -> list[str]:
@@ -56,14 +60,15 @@ def _holder_and_progress(folder: Path, who: str | None) -> list[str]:
 
 def _skipped(folder: Path) -> list[str]:
     """The ledger of skipped steps, as the newest checkpoint has it."""
-    from distkit.checkpoint.format import STATE, step_name
+    from distkit.checkpoint.format import step_name
     from distkit.checkpoint.retention import list_checkpoints
+    from distkit.checkpoint.verify import read_state
 
     checkpoints = folder / "checkpoints"
     value: object = None
-    with suppress(ConfigError):  # a damaged one is for `distkit checkpoint verify` to name
+    with suppress(CheckpointError, ConfigError):  # a damaged one is for `distkit checkpoint verify` to name
         newest = list_checkpoints(checkpoints)[-1:]
-        value = next((read_json(checkpoints / step_name(step) / STATE) for step in newest), None)
+        value = next((read_state(checkpoints / step_name(step)) for step in newest), None)
     for name in ("parts", "skips", "skips"):
         value = value.get(name) if isinstance(value, dict) else None
     entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
@@ -80,14 +85,10 @@ def read_json(path: Path) -> dict[str, object] | None:
     Raises:
         ConfigError: it is not one.
     """
-    if not path.exists():
-        return None
-    if not path.is_file():  # a FIFO would wait for its writer
-        raise ConfigError(f"{path} cannot be read", expected="a JSON object", got="not a regular file")
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read", expected="a JSON object", got=error) from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} cannot be read", expected="a JSON object", got=type(value).__name__)
-    return value
+        return read_object(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, JsonError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path} cannot be read", expected="a JSON object", got=reason) from error

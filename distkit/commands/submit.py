@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distkit.commands.checks.finding import counted
-from distkit.commands.parser import Parser, count, positive, split_flags
+from distkit.commands.parser import Answer, Parser, count, positive, product, split_flags
 from distkit.commands.slurm.job import Job, by_option, seconds_of, write_script
 from distkit.commands.slurm.plan import moved_to
 from distkit.commands.slurm.queue import ask_queue, is_queued
@@ -27,7 +27,8 @@ from distkit.config.secret import check_secrets, secrets_of, variable
 from distkit.engine.attempts import clock_time
 from distkit.engine.submission import FILE, FOLDER, jobs_of, newest_submission, submissions
 from distkit.errors import ConfigError
-from distkit.files import write_bytes, write_json
+from distkit.files import read_regular, write_bytes, write_json
+from distkit.json_files import MAX_BYTES
 from distkit.recipe import Recipe
 from distkit.version import __version__
 
@@ -58,19 +59,19 @@ class Submission:
     script: str
 
 
-def command(args: Sequence[str]) -> str:
+def command(args: Sequence[str]) -> Answer:
     """Submit a recipe; what was submitted, and how to follow and stop it."""
     own_args, flags = split_flags(args)
     typed = _parser().parse_args(own_args)
     submission = prepare(typed, flags)
     if typed.dry_run:
-        return submission.script.rstrip("\n")
+        return product(submission.script.rstrip("\n"))
     check_free(submission.run_dir)
     if shutil.which("sbatch") is None:
         raise ConfigError("there is no sbatch here", expected="a login node of a SLURM cluster",
                           fix="--dry-run prints the script")  # fmt: skip
     jobs = submit(submission, flags)
-    return report(submission, jobs)
+    return Answer(report(submission, jobs), 0)
 
 
 def _parser() -> Parser:
@@ -145,7 +146,7 @@ def prepare(typed: argparse.Namespace, flags: Sequence[str]) -> Submission:
 def read_template(path: Path) -> str:
     """The batch script that a submission is made of."""
     try:
-        return path.read_text()
+        return read_regular(path, MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"there is no batch script {path}", expected="train.sbatch beside the site's profile",
                           got=error, fix="cd to the folder with slurm/ in it, or --site DIR/site.toml") \
@@ -221,7 +222,9 @@ def modules_beside(recipe: Path) -> dict[str, Path]:
 def check_free(run_dir: Path) -> None:
     """Refuse a directory in which a run trains, or for which a job waits already."""
     from distkit.engine.lease import holder
+    from distkit.engine.run_dir import check_files
 
+    check_files(run_dir)
     who, jobs = holder(run_dir), jobs_of(newest_submission(run_dir))
     if who is not None:
         raise ConfigError(f"--run-dir {run_dir} is in use by another run", expected="one run per directory", got=who,

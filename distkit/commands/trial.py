@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from distkit.config.check import flag
-from distkit.config.secret import MASK
-from distkit.errors import ConfigError, DistkitError, TrainingError
+from distkit.errors import MASK, ConfigError, DistkitError, TrainingError
 from distkit.runtime.faults import VARIABLE
 from distkit.runtime.local_ranks import die_with_parent, free_port, rank_environment, without_launcher
 from distkit.runtime.signals import STOPPING

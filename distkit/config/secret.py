@@ -7,14 +7,10 @@ from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
 
 from distkit.config.check import flag
-from distkit.errors import ConfigError
+from distkit.errors import MASK, ConfigError, hide
 
-MASK = "<secret>"
 #: In the environment, `DISTKIT_SECRET_HUB_TOKEN` is the value of `--hub-token`.
 PREFIX = "DISTKIT_SECRET_"
-#: Shorter ones stand in ordinary text too, so texts are not searched for them.
-LEAST_LENGTH = 4
-_known: set[str] = set()
 
 
 class Secret:
@@ -33,8 +29,8 @@ class Secret:
         if not isinstance(value, str):
             raise ConfigError("a Secret holds text", expected="a str", got=type(value).__name__)
         self._value = value
-        if self.is_known and len(value) >= LEAST_LENGTH:
-            _known.add(value)
+        if self.is_known:
+            hide(value)
 
     @property
     def is_known(self) -> bool:
@@ -60,13 +56,6 @@ class Secret:
 
     def __repr__(self) -> str:
         return MASK
-
-
-def masked(text: str) -> str:
-    """`text` without the secrets of this process: errors of other libraries may quote them."""
-    for value in sorted(_known, key=len, reverse=True):
-        text = text.replace(value, MASK)
-    return text
 
 
 def is_secret(kind: object) -> bool:

@@ -195,6 +195,7 @@ class TrainConfig:
                     "eval_every": "500", "max_skips": "10"}  # fmt: skip
         for name, example in examples.items():
             require_number(name, getattr(self, name), least=1, example=example)
+        require_number("global_batch_size", self.global_batch_size, most=2**40, example="128")
         require_number("eval_batch_size", self.eval_batch_size, least=1, example="256")
         require_number("num_threads", self.num_threads, least=1, most=512, example="2")
         if self.run_dir is not None:
@@ -270,7 +271,7 @@ def fill_defaults(saved: Mapping[str, object]) -> dict[str, object]:
     """
     filled = dict(saved)
     for section, table in CHOICES.items():
-        with contextlib.suppress(ConfigError):
+        with contextlib.suppress(ConfigError, TypeError, ValueError, AttributeError):
             chosen = from_values(table, cast(Mapping[str, object], saved.get(section, {})))
             filled[section] = json.loads(json.dumps(describe(chosen)))
     return filled
@@ -312,9 +313,8 @@ def split_batch(config: TrainConfig, world_size: int) -> BatchSplit:
         near = [size for size in (low, high) if size > 0]
         cut = f"{world_size} ranks" + (f" x microbatches of {config.microbatch_size}" if config.microbatch_size else "")
         fix = " or ".join(f"--global-batch-size {size}" for size in near)
-        divisors = [m for m in range(1, total // world_size + 1) if (total // world_size) % m == 0]
         if total % world_size == 0 and config.microbatch_size:
-            closest = min(divisors, key=lambda m: abs(m - (config.microbatch_size or 1)))
+            closest = min(divisors(total // world_size), key=lambda m: abs(m - (config.microbatch_size or 1)))
             fix += f" or --microbatch-size {closest}"
         raise ConfigError(
             f"--global-batch-size {total} does not divide into {cut}",
@@ -325,10 +325,15 @@ def split_batch(config: TrainConfig, world_size: int) -> BatchSplit:
     return BatchSplit(global_batch_size=total, microbatch_size=unit // world_size, world_size=world_size)
 
 
+def divisors(number: int) -> list[int]:
+    """The whole numbers that divide `number`, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
 def ranks_that_fit(config: TrainConfig, near: int) -> list[int]:
     """The next smaller and the next larger number of ranks over which the global batch of `config` divides."""
     unit = config.microbatch_size or 1
-    fitting = [ranks for ranks in range(1, config.global_batch_size // unit + 1)
-               if config.global_batch_size % (ranks * unit) == 0]  # fmt: skip
+    fitting = [] if config.global_batch_size % unit else divisors(config.global_batch_size // unit)
     return [ranks for ranks in (max((r for r in fitting if r < near), default=0),
                                 min((r for r in fitting if r > near), default=0)) if ranks]  # fmt: skip

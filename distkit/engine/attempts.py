@@ -9,19 +9,40 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any, cast
 
 from distkit.checkpoint.retention import list_checkpoints
-from distkit.errors import ConfigError
-from distkit.files import write_bytes
+from distkit.errors import ConfigError, say
+from distkit.files import read_regular, write_bytes
+from distkit.json_files import (
+    MAX_BYTES,
+    JsonError,
+    Kind,
+    a_count,
+    a_flag,
+    a_text,
+    an_object,
+    is_count,
+    known,
+    list_of,
+    optional,
+    parse_lines,
+    read_object,
+    refuse,
+)
 
 FILE = "attempts.jsonl"
 TAIL_BYTES = 65536
+#: Larger numbers of attempts, and longer names of jobs, are nobody's.
+MAX_ATTEMPT = 2**31
+LONGEST_REASON = 2000
+_JOB = re.compile("[0-9A-Za-z_.+-]{1,64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,40 +126,38 @@ def append_ended(run_dir: Path) -> None:
     """
     try:
         last = _last(run_dir, running=False)
-        lines = read_lines(run_dir / FILE)
+        lines = _read_lines(run_dir / FILE)
         if last is None or any(line.get("attempt") == last.attempt for line in lines):
             return
         text = "".join(json.dumps(line) + "\n" for line in (*lines, asdict(last)))
         write_bytes(run_dir / FILE, text.encode())
     except (OSError, ConfigError) as error:
-        print(f"distkit: warning: {run_dir / FILE} lacks this attempt for now: {error}", file=sys.stderr, flush=True)
+        say(f"distkit: warning: {run_dir / FILE} lacks this attempt for now: {error}")
 
 
-def read_status(run_dir: Path) -> Mapping[str, object]:
-    """What status.json says; {} where there is none, or it cannot be read."""
-    return read_object(run_dir / "status.json")
+def read_status(run_dir: Path) -> dict[str, object]:
+    """What status.json says, as far as it is what a run writes; {} where there is none, or it cannot be read."""
+    return known(object_in(run_dir / "status.json"), KINDS)
 
 
-def read_object(file: Path) -> Mapping[str, object]:
+def object_in(file: Path) -> dict[str, object]:
     """The JSON object in a file; {} where there is none, or it cannot be read."""
     try:
-        # a FIFO would wait for its writer
-        value = json.loads(file.read_text()) if file.is_file() else {}
-    except (OSError, ValueError, RecursionError):
+        return read_object(file)
+    except (OSError, JsonError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def read_lines(file: Path) -> list[dict[str, object]]:
     """The JSON objects in a file of lines; other lines are left out, and [] where it cannot be read."""
-    values: list[dict[str, object]] = []
-    with suppress(OSError):
-        for line in file.read_bytes().splitlines() if file.is_file() else ():
-            with suppress(ValueError, RecursionError):
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    values.append(value)
-    return values
+    try:
+        return _read_lines(file)
+    except OSError:
+        return []
+
+
+def _read_lines(file: Path) -> list[dict[str, object]]:
+    return list(parse_lines(read_regular(file, MAX_BYTES))) if os.path.lexists(file) else []
 
 
 def last_step(run_dir: Path) -> int:
@@ -149,10 +168,7 @@ def last_step(run_dir: Path) -> int:
     with suppress(OSError), open(metrics, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
         for line in file.read().splitlines():
-            with suppress(ValueError, RecursionError):
-                value = json.loads(line)
-                step = value.get("step") if isinstance(value, dict) else None
-                steps += [step] if isinstance(step, int) else []
+            steps += [cast(int, step) for value in parse_lines(line) if is_count(step := value.get("step"))]
     return max(steps)
 
 
@@ -167,7 +183,9 @@ def last_seen(run_dir: Path) -> float | None:
 
 def clock_time(seconds: float | None = None) -> str:
     """ISO 8601, in local time; None stands for now."""
-    moment = datetime.now() if seconds is None else datetime.fromtimestamp(seconds)
+    moment = datetime.now()
+    with suppress(ValueError, OverflowError, OSError):  # a file may have been given any time
+        moment = moment if seconds is None else datetime.fromtimestamp(seconds)
     return moment.astimezone().isoformat(timespec="seconds")
 
 
@@ -190,23 +208,43 @@ def _last(run_dir: Path, *, running: bool) -> Attempt | None:
 
 def _from_json(value: Mapping[str, object]) -> Attempt | None:
     """An attempt, as a line or status.json has it; None for what is none. A value of another type counts as missing."""
-
-    def get(name: str, kind: type) -> object:
-        found = value.get(name)
-        return found if isinstance(found, kind) and not (kind is int and isinstance(found, bool)) else None
-
-    number, state = get("attempt", int), get("state", str)
-    if number is None or state is None:
+    kept = known(value, KINDS)
+    if not {"attempt", "state"} <= kept.keys():
         return None
-    kinds: dict[str, type] = {"job": str, "ranks": int, "from_step": int, "reason": str, "retryable": bool,
-                              "cause": dict, "failed_on": str, "exit_code": int, "began": str,
-                              "ended": str}  # fmt: skip
-    saved, hosts = get("saved", int), get("hosts", list)
-    return Attempt(
-        attempt=number,  # type: ignore[arg-type]
-        state=state,  # type: ignore[arg-type]
-        hosts=tuple(map(str, hosts)) if isinstance(hosts, Sequence) else (),
-        to_step=get("to_step", int) or get("step", int) or 0,  # type: ignore[arg-type]
-        saved=-1 if saved is None else saved,  # type: ignore[arg-type]
-        **{name: get(name, kind) for name, kind in kinds.items()},  # type: ignore[arg-type]
-    )
+    names = {field.name for field in fields(Attempt)}
+    found: dict[str, Any] = {name: kept[name] for name in names & kept.keys()}
+    found["hosts"] = tuple(found.get("hosts", ()))
+    found["reason"] = found["reason"][:LONGEST_REASON] if found.get("reason") else None
+    return Attempt(**{"to_step": kept.get("step", 0), **found})
+
+
+def _attempt(value: object) -> None:
+    a_count(value)
+    if cast(int, value) > MAX_ATTEMPT:
+        refuse(value, "the number of an attempt")
+
+
+def _saved(value: object) -> None:
+    if value != -1:
+        a_count(value)
+
+
+def _exit_code(value: object) -> None:
+    if type(value) is not int or abs(value) > 255:
+        refuse(value, "an exit code")
+
+
+def a_job(value: object) -> None:
+    """A number of a job, as SLURM gives it."""
+    if not (isinstance(value, str) and _JOB.fullmatch(value)):
+        refuse(value, "a job")
+
+
+#: What status.json and the lines of attempts.jsonl say.
+KINDS: Mapping[str, Kind] = {
+    "attempt": _attempt, "state": a_text, "hosts": list_of(a_text), "job": optional(a_job), "ranks": optional(a_count),
+    "num_steps": optional(a_count), "from_step": optional(a_count), "to_step": a_count, "step": a_count,
+    "saved": _saved, "reason": optional(a_text), "retryable": optional(a_flag), "cause": optional(an_object),
+    "failed_on": optional(a_text), "exit_code": optional(_exit_code), "began": optional(a_text),
+    "ended": optional(a_text),
+}  # fmt: skip

@@ -22,8 +22,17 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from distkit.config.secret import masked
-from distkit.errors import ConfigError, DistkitError, RankFailedError, RankSilentError, Stopped, TrainingError
+from distkit.errors import (
+    ConfigError,
+    DistkitError,
+    RankFailedError,
+    RankSilentError,
+    Stopped,
+    TrainingError,
+    masked,
+    say,
+)
+from distkit.files import atomic_file
 from distkit.runtime.position import PHASE, SAVING, STATE, STEP, WAITS, Peer, Phase, State
 
 if TYPE_CHECKING:
@@ -121,7 +130,7 @@ class Ending:
         if self.directory is None or not self.directory.path.is_dir():
             faulthandler.dump_traceback(sys.__stderr__ or 2)
             return
-        with suppress(OSError), (self.directory.path / stacks_name(self.runtime.rank)).open("w") as file:
+        with suppress(OSError), atomic_file(self.directory.path / stacks_name(self.runtime.rank)) as file:
             faulthandler.dump_traceback(file)
 
 
@@ -389,7 +398,7 @@ def record(cause: Cause, runtime: Runtime, directory: RunDirectory | None, step:
         try:
             directory.write_failure(cause.to_json(), cause.what_happened, step, exit_code=cause.exit_code)
         except TrainingError as error:
-            print(f"distkit: {error}; it is out of date", file=sys.stderr)
+            say(f"distkit: {error}; it is out of date")
 
 
 def lowest_able(cause: Cause, runtime: Runtime) -> int:
@@ -424,21 +433,16 @@ def complain(error: BaseException, rank: int, world_size: int) -> int:
             time.sleep(3)
     elif failed is None or not failed.is_first:
         if not isinstance(error, DistkitError) and not waits_for_others(error)[1]:
-            say("".join(traceback.format_exception(error)).rstrip("\n"))
+            say("".join(traceback.format_exception(error)).rstrip())
         say(f"distkit: error{who}: {failed or error}")
     elif isinstance(error, DistkitError) and (world_size == 1 or error.on_all_ranks):
         if rank == 0:  # what all ranks found is on one line, as in status.json
             say(f"distkit: error{who}: {failed if error.on_all_ranks and failed.cause.rank is None else error}")
     else:
         if not isinstance(error, DistkitError | KeyboardInterrupt):
-            say("".join(traceback.format_exception(error)).rstrip("\n"))
+            say("".join(traceback.format_exception(error)).rstrip())
         say(f"distkit: error{who}: {failed}")
     return code
-
-
-def say(line: str) -> None:
-    """On stderr, at once, without secrets."""
-    print(masked(line), file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:

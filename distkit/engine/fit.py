@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -24,7 +23,7 @@ from distkit.engine.run import Run
 from distkit.engine.save import report_saves, save, save_due
 from distkit.engine.stragglers import Own
 from distkit.engine.train_step import due, train_step
-from distkit.errors import NonFiniteError, RankFailedError, Stopped, TrainingError
+from distkit.errors import NonFiniteError, RankFailedError, Stopped, TrainingError, say
 from distkit.observers import RunInfo
 from distkit.runtime import faults
 from distkit.runtime.position import Phase
@@ -110,6 +109,7 @@ def opened(run: Run) -> Iterator[None]:
         run.loader.close()
         for observer in run.observers:
             observer.close("completed", "")
+        rank_zero_writes(run, partial(directory.write_status, "completed", progress.step))
     except Stopped as stopped:
         close_parts(run, "preempted", str(stopped))
         directory.write_status("preempted", progress.step, str(stopped), retryable=stopped.retryable)
@@ -121,7 +121,6 @@ def opened(run: Run) -> Iterator[None]:
         if cause.rank not in (None, run.runtime.rank):
             raise RankFailedError(str(cause)) from failure
         raise
-    directory.write_status("completed", progress.step)
 
 
 def give_up(run: Run, cause: Cause) -> None:
@@ -129,7 +128,7 @@ def give_up(run: Run, cause: Cause) -> None:
     directory = run.directory
     record(cause, run.runtime, directory, run.progress.step)
     if run.config.run_dir is None and directory.writes and list_checkpoints(directory.checkpoints):
-        print(f"distkit: to continue this run, add --run-dir {directory.path} to the same command", file=sys.stderr)
+        say(f"distkit: to continue this run, add --run-dir {directory.path} to the same command")
     close_parts(run, "failed", cause.what_happened)
 
 
@@ -257,7 +256,7 @@ def finish(run: Run) -> Summary:
     if run.utilization is not None:
         summary |= run.utilization.summary(run.clock.average())
     save_final_weights(run)
-    run.directory.write_summary(summary)
+    rank_zero_writes(run, partial(run.directory.write_summary, summary))
     if run.saver is not None:
         run.saver.close()
         run.saver.check(last=True)
@@ -274,9 +273,31 @@ def save_final_weights(run: Run) -> None:
     if run.ema is not None:
         files["ema.safetensors"] = partial(run.strategy.gather, run.ema.state_dict())
     for name, gathered in files.items():
-        tensors = gathered()
-        try:
-            if run.directory.writes:
-                save_weights(run.directory.path / name, tensors, {"recipe": run.recipe, "step": str(run.progress.step)})
-        except OSError as error:
-            raise TrainingError(f"the final weights are not written: {error.strerror or error}") from error
+        rank_zero_writes(run, partial(write_weights, run, name, gathered()))
+
+
+def write_weights(run: Run, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` to the file `name` of the run directory, where this rank writes that."""
+    if run.directory.writes:
+        save_weights(run.directory.path / name, tensors, {"recipe": run.recipe, "step": str(run.progress.step)})
+
+
+def rank_zero_writes(run: Run, write: Callable[[], None]) -> None:
+    """Call `write`, which does something on rank 0 alone; all ranks together.
+
+    Raises:
+        TrainingError: rank 0 cannot write; on all ranks alike.
+    """
+    failure = None
+    try:
+        write()
+    except OSError as error:
+        # where the rename fails, the second name is the file's
+        failure = f"cannot write {error.filename2 or error.filename}: {error.strerror or error}"
+    except TrainingError as error:
+        failure = str(error)
+    failure = run.runtime.broadcast(failure)
+    if failure is not None:
+        told = TrainingError(failure)
+        told.on_all_ranks = True
+        raise told

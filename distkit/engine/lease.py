@@ -14,20 +14,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import logging
 import os
 import socket
-import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import cast
 
 import psutil
 
-from distkit.errors import ConfigError
-from distkit.files import write_bytes
+from distkit.errors import ConfigError, say
+from distkit.files import open_regular, write_bytes
+from distkit.json_files import JsonError, is_count, is_number, parse_object
 
 LEASE = "lease.json"
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -40,8 +40,6 @@ RECHECK_SECONDS = 0.5
 POLL_SECONDS = 0.01
 #: The start time of a process is derived from the boot time, which follows corrections of the clock.
 CLOCK_TOLERANCE_SECONDS = 2.0
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class Lease:
             _held[path] = lease
         if lease.taken_over_from is not None:
             message = f"took over {run_dir} from {lease.taken_over_from}, which no longer runs"
-            print(f"distkit: warning: {message}", file=sys.stderr, flush=True)
+            say(f"distkit: warning: {message}")
         return lease
 
     def release(self) -> None:
@@ -130,7 +128,7 @@ class Lease:
             try:
                 self._remove()
             except OSError as error:
-                logger.warning("cannot remove %s: %s", self.path, error)
+                say(f"distkit: warning: cannot remove {self.path}: {error}")
             finally:
                 if self._descriptor is not None:
                     os.close(self._descriptor)
@@ -162,7 +160,7 @@ def holder(run_dir: Path) -> str | None:
         if held is not None:
             return str(held.holder)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            descriptor = open_regular(path, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -188,7 +186,7 @@ def _held_here(path: Path) -> Lease | None:
 def _take(run_dir: Path, path: Path) -> Lease:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT, 0o644)
         lease = None
         try:
             refused = _lock(descriptor)
@@ -262,12 +260,15 @@ def _to_json(record: Holder) -> bytes:
 def _parse(content: bytes) -> Holder | None:
     """The record in a lease file; None when it holds none."""
     try:
-        value = json.loads(content)
+        value = parse_object(content)
         host, pid, started, job, since = (value[name] for name in ("host", "pid", "started", "job", "since"))
-        record = Holder(str(host), int(pid), float(started), None if job is None else str(job), str(since))
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    except (JsonError, KeyError):
         return None
-    return record if 0 < record.pid < 2**31 else None
+    if not (isinstance(host, str) and is_count(pid) and is_number(started) and isinstance(since, str)):
+        return None
+    if not (job is None or isinstance(job, str)) or not 0 < cast(int, pid) < 2**31:
+        return None
+    return Holder(host, cast(int, pid), cast(float, started), job, since)
 
 
 def _is_named(path: Path, descriptor: int) -> bool:
@@ -283,7 +284,7 @@ def _read(file: Path | int) -> bytes:
     try:
         if isinstance(file, int):
             return os.pread(file, RECORD_BYTES, 0)
-        with open(file, "rb") as opened:
+        with os.fdopen(open_regular(file, os.O_RDONLY), "rb") as opened:
             return opened.read(RECORD_BYTES)
     except OSError:
         return b""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import cast
 
 from distkit.errors import NonFiniteError
@@ -65,5 +65,9 @@ class Ledger:
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take them back in place of those that are here."""
         entries = cast(list[dict[str, object]], state["skips"])
+        names = [each.name for each in fields(Skip)]
         self.skips = []
-        self.add(Skip(**{**entry, "ranks": tuple(cast(list[int], entry["ranks"]))}) for entry in entries)  # type: ignore[arg-type]
+        self.add(
+            Skip(**{name: entry[name] for name in names} | {"ranks": tuple(cast(list[int], entry["ranks"]))})  # type: ignore[arg-type]
+            for entry in entries
+        )

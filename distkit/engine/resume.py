@@ -7,7 +7,6 @@ the checkpoint is known to fit.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 from distkit.checkpoint.plan import check_model_storable
 from distkit.checkpoint.read import load_tensors
 from distkit.checkpoint.restore import (
-    VerifiedCheckpoint,
     differences,
     newest_verified,
     open_verified,
     resolve_source,
     set_aside,
 )
+from distkit.checkpoint.verify import VerifiedCheckpoint
 from distkit.checkpoint.weights_file import load_weights_file_
 from distkit.config import TrainConfig, fill_defaults, to_json
 from distkit.data.sets.fingerprint import file_digest
@@ -33,7 +32,7 @@ from distkit.engine.meter import Meter
 from distkit.engine.run import ResumePoint, Run
 from distkit.engine.run_dir import RunDirectory
 from distkit.engine.state import live_tensors, parts, prefixed
-from distkit.errors import CheckpointError, ConfigError, shorten
+from distkit.errors import CheckpointError, ConfigError, say, shorten
 from distkit.runtime.process import Runtime
 from distkit.runtime.seeding import capture_rng, restore_rng
 from distkit.tensors.buffers import buffer_slots, extra_states, rank_buffers, set_extra_states, set_rank_buffers_
@@ -64,7 +63,7 @@ def choose_checkpoint(config: TrainConfig, runtime: Runtime, directory: RunDirec
     def warn(message: str) -> None:
         warnings.append(message)
         if runtime.is_main_process:
-            print(f"distkit: warning: {message}", file=sys.stderr, flush=True)
+            say(f"distkit: warning: {message}")
 
     checkpoint, from_another_run, weights = None, False, None
     try:
@@ -73,6 +72,12 @@ def choose_checkpoint(config: TrainConfig, runtime: Runtime, directory: RunDirec
         if completed < 0:
             raise
         warn(str(error).splitlines()[0])  # a completed run needs none, and one of more steps is refused later
+    with runtime.raise_on_all_ranks("looking for what a completed run has left"):
+        proven = proven_steps(completed, checkpoint, directory)
+    proven = runtime.broadcast(proven)
+    if proven < completed:
+        warn(f"status.json says that {completed:,} steps are done; what was saved is of step {proven:,}")
+        completed = proven
     if checkpoint is not None:
         with runtime.raise_on_all_ranks("looking for the checkpoint"):
             check_own_goes_first(source, directory, checkpoint.manifest.step)
@@ -124,6 +129,21 @@ def load_weights_(model: nn.Module, resume: ResumePoint, runtime: Runtime) -> No
             if other != first:
                 raise ConfigError(f"--resume {resume.weights} is another file on rank {rank} than on rank 0",
                                   expected="one file", fix="the same file on every machine")  # fmt: skip
+
+
+def proven_steps(completed: int, checkpoint: VerifiedCheckpoint | None, directory: RunDirectory) -> int:
+    """Of the `completed` steps that status.json claims, those that the final weights or the newest checkpoint prove.
+
+    Raises:
+        ConfigError: there are neither.
+    """
+    proven = max(directory.steps_of_weights(), -1 if checkpoint is None else checkpoint.manifest.step)
+    if proven < 0 <= completed:
+        path = directory.path
+        raise ConfigError(f"--run-dir {path} says that its run is completed, and holds nothing of it",
+                          expected=f"weights.safetensors or a checkpoint of step {completed}",
+                          fix=f"--run-dir {path}-2")  # fmt: skip
+    return min(completed, proven)
 
 
 def check_own_goes_first(source: str, directory: RunDirectory, newest: int) -> None:
@@ -181,8 +201,6 @@ def check_fits(run: Run, checkpoint: VerifiedCheckpoint) -> None:
                               expected=shorten(run.model_tensors()), fix="--resume auto")  # fmt: skip
         return
     step = checkpoint.manifest.step
-    if checkpoint.state.get("step") != step or checkpoint.parts()["progress"] != {"step": step}:
-        raise CheckpointError(f"{checkpoint.directory}: state.json is not for step {step}")
     if step > run.num_steps:
         raise ConfigError(f"{where} is beyond the end of this run", expected=f"at least {step} steps",
                           got=f"{run.num_steps} steps", fix=f"--num-steps {step}, or another --run-dir")  # fmt: skip
@@ -236,7 +254,7 @@ def restore(run: Run, checkpoint: VerifiedCheckpoint) -> None:
         weights = prefixed("model", run.model_tensors())
         load_tensors(checkpoint.directory, checkpoint.manifest, _matching(weights, checkpoint))
         run.strategy.refresh_copies_()
-        set_extra_states(run.strategy.module, saved_extra_states(checkpoint))
+        restore_extra_states_(run.strategy.module, checkpoint)
         if run.ema is not None:
             run.ema.restart_()
         return
@@ -263,7 +281,7 @@ def _restore_all(run: Run, checkpoint: VerifiedCheckpoint) -> None:
     load_tensors(checkpoint.directory, checkpoint.manifest, live | prefixed("optimizer", optimizer_tensors))
     strategy.optimizer_state.install(structure, optimizer_tensors)
     strategy.refresh_copies_()
-    set_extra_states(strategy.module, saved_extra_states(checkpoint))
+    restore_extra_states_(strategy.module, checkpoint)
     run.meter.load_state_tensors(_meter_tensors(run, checkpoint))
     if checkpoint.manifest.world_size == run.runtime.world_size:
         own: dict[str, Tensor | None] = dict.fromkeys(rank_buffers(strategy.module))
@@ -295,10 +313,18 @@ def _recomputed(run: Run, checkpoint: VerifiedCheckpoint) -> set[str]:
     return recomputed_buffers(run.strategy.module, live_tensors(run), checkpoint)
 
 
-def saved_extra_states(checkpoint: VerifiedCheckpoint) -> dict[str, object]:
-    """The extra states of modules: those that are tensors, and the others."""
-    values = cast(dict[str, object], checkpoint.parts().get("extra", {}))
-    return {**values, **read_tensors(checkpoint, "extra/")}
+def restore_extra_states_(module: nn.Module, checkpoint: VerifiedCheckpoint) -> None:
+    """Give each module the extra state that is saved for it, a tensor or a value.
+
+    Raises:
+        CheckpointError: a module does not take it.
+    """
+    states = {**checkpoint.parts().get("extra", {}), **read_tensors(checkpoint, "extra/")}
+    try:
+        set_extra_states(module, states)
+    except Exception as error:  # the modules' own code, given what may be anything
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint.directory}: set_extra_state refuses what was saved: {reason}") from error
 
 
 def _extra_differences(run: Run, checkpoint: VerifiedCheckpoint) -> list[str]:
@@ -368,7 +394,8 @@ def resume_notes(run: Run) -> list[str]:
 
 def _changed(run: Run, checkpoint: VerifiedCheckpoint) -> list[str]:
     """`optim.lr 0.1 -> 0.2` for each field of the configuration that differs from the checkpoint's."""
-    return changes(fill_defaults(cast(dict[str, object], checkpoint.state["config"])), to_json(run.config))
+    with read_strictly(checkpoint):
+        return changes(fill_defaults(cast(dict[str, object], checkpoint.state["config"])), to_json(run.config))
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object], prefix: str = "") -> list[str]:
@@ -381,7 +408,7 @@ def changes(before: Mapping[str, object], after: Mapping[str, object], prefix: s
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += changes(old, new, f"{prefix}{name}.")
         else:
-            lines.append(f"{prefix}{name} {old} -> {new}")
+            lines.append(f"{prefix}{name} {old!s:.60} -> {new!s:.60}")
     return lines
 
 
@@ -398,9 +425,13 @@ def _matching(live: Mapping[str, Tensor], checkpoint: VerifiedCheckpoint) -> dic
 def _meter_tensors(run: Run, checkpoint: VerifiedCheckpoint) -> dict[str, Tensor]:
     """This rank's open sums; over another number of ranks, the first one takes them all."""
     rank, before = run.runtime.rank, checkpoint.manifest.world_size
-    if before == run.runtime.world_size:
-        return read_tensors(checkpoint, f"meter/{rank:05d}/")
-    merged = Meter.merge([read_tensors(checkpoint, f"meter/{other:05d}/") for other in range(before)])
+    if before == run.runtime.world_size and (own := read_tensors(checkpoint, f"meter/{rank:05d}/")):
+        return own
+    saved: list[dict[str, Tensor]] = [{} for _ in range(before)]
+    for name, tensor in read_tensors(checkpoint, "meter/").items():
+        other, _, inner = name.partition("/")
+        saved[int(other)][inner] = tensor
+    merged = Meter.merge(list(filter(None, saved)))
     # the others keep the names, which must be the same on every rank
     return merged if rank == 0 else {name: torch.zeros_like(tensor) for name, tensor in merged.items()}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from distkit.checkpoint.format import step_name
-from distkit.checkpoint.restore import VerifiedCheckpoint, newest_verified
+from distkit.checkpoint.restore import newest_verified
+from distkit.checkpoint.verify import VerifiedCheckpoint
 from distkit.engine.ledger import BadStepsError
 from distkit.engine.nonfinite import enter, refuse_too_many
 from distkit.engine.resume import restore_all, restore_generators

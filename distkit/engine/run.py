@@ -10,8 +10,8 @@ from typing import Literal, Protocol, cast
 
 from torch import Tensor
 
-from distkit.checkpoint.restore import VerifiedCheckpoint
 from distkit.checkpoint.saver import Saver
+from distkit.checkpoint.verify import VerifiedCheckpoint
 from distkit.config import BatchSplit, TrainConfig
 from distkit.data import Dataset
 from distkit.data.batch import Microbatches

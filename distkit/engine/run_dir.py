@@ -5,24 +5,31 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from stat import S_ISDIR, S_ISREG
+from typing import Literal, cast
 
 from distkit.checkpoint.retention import list_checkpoints, sweep
+from distkit.checkpoint.verify import step_of_weights
 from distkit.engine.attempts import FILE as ATTEMPTS
 from distkit.engine.attempts import append_ended, clock_time, last_number, read_status
 from distkit.engine.lease import Lease
 from distkit.engine.submission import original_of
-from distkit.errors import ConfigError, Stopped, TrainingError
-from distkit.files import remove_temporaries, sync_folder, write_bytes, write_json
+from distkit.errors import CheckpointError, ConfigError, Stopped, TrainingError
+from distkit.files import TEMPORARY, remove_temporaries, sync_folder, write_bytes, write_json
 
 State = Literal["running", "completed", "preempted", "failed"]
 #: In recipe/: where the file beside it was copied from, and its sha256.
 SOURCE = "source.json"
-#: What a run writes beside its checkpoints; a FIFO or a folder in place of one would be met in the middle of a run.
-FILES = ("config.json", "environment.json", "status.json", ATTEMPTS, "summary.json", "metrics.jsonl")
+#: What a run writes beside its checkpoints, and its folders; anything else in place of one would be met in the middle
+#: of a run, and a link would lead out of its directory.
+FILES = ("config.json", "environment.json", "status.json", ATTEMPTS, "summary.json", "metrics.jsonl",
+         "weights.safetensors", "ema.safetensors")  # fmt: skip
+FOLDERS = ("checkpoints", "recipe", "submissions", "tensorboard", "wandb")
 EXIT_CODES = {"completed": 0, "preempted": Stopped.exit_code}
 
 
@@ -97,7 +104,7 @@ class RunDirectory:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=not self.fresh)
-            self._check_files()
+            check_files(self.path)
             if self.lease is None:
                 self.claim()
                 self._check_still_empty()
@@ -127,13 +134,6 @@ class RunDirectory:
         source = {"recipe": name, "file": str(original_of(self.path, file)), "sha256": hashlib.sha256(text).hexdigest()}
         write_json(self.recipe / SOURCE, source)
 
-    def _check_files(self) -> None:
-        for name in FILES:
-            file = self.path / name
-            if file.exists() and not file.is_file():
-                raise ConfigError(f"{file} is not a regular file", expected="a file that a run wrote, or none",
-                                  fix=f"rm -r {file}")  # fmt: skip
-
     def _check_still_empty(self) -> None:
         """The directory did not exist when it was looked at: what another process has begun in it since is not ours."""
         if self.holds_run():
@@ -146,10 +146,16 @@ class RunDirectory:
         return holds_run(self.path)
 
     def completed_steps(self) -> int:
-        """Steps of the run that was completed here; -1 when none was."""
+        """Steps of the run that was completed here, as status.json says; -1 when none was."""
         status = read_status(self.path)
-        step = status.get("step")
-        return step if status.get("state") == "completed" and isinstance(step, int) else -1
+        return cast(int, status.get("step", -1)) if status.get("state") == "completed" else -1
+
+    def steps_of_weights(self) -> int:
+        """The step whose weights weights.safetensors holds; -1 where it holds none."""
+        try:
+            return step_of_weights(self.path / "weights.safetensors")
+        except CheckpointError:
+            return -1
 
     def release(self) -> None:
         """Let another process have the directory."""
@@ -239,6 +245,20 @@ class RunDirectory:
                 raise TrainingError(f"cannot write {self.path / name}: {error.strerror or error}") from error
 
 
+def check_files(run_dir: Path) -> None:
+    """Refuse a run directory in which something else has the name of one of a run's files or folders.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    for name in (*FILES, *FOLDERS):
+        path, is_kind, kind = run_dir / name, *((S_ISREG, "file") if name in FILES else (S_ISDIR, "folder"))
+        if os.path.lexists(path) and not is_kind(path.lstat().st_mode):
+            got = f"a symbolic link to {os.readlink(path)}" if path.is_symlink() else None
+            raise ConfigError(f"{path} is not a regular {kind}", expected=f"a {kind} that a run wrote, or none",
+                              got=got, fix=f"rm -r {shlex.quote(str(path))}")  # fmt: skip
+
+
 def new_path(recipe: str) -> Path:
     """runs/RECIPE/DATE_TIME, which does not exist."""
     parent = Path("runs") / recipe
@@ -258,11 +278,8 @@ def holds_run(path: Path) -> bool:
 
 def probe(folder: Path) -> None:
     """Write and remove a file; OSError where that is not possible, before the first step and not at the first save."""
-    file = folder / f".tmp-probe-{os.getpid()}"
-    try:
-        file.write_bytes(b"distkit")
-    finally:
-        file.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{TEMPORARY}probe-") as file:
+        file.write(b"distkit")
 
 
 def check_usable(path: Path, *, resumes: bool) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from distkit.checkpoint import retention
 from distkit.checkpoint.commit import Outcome
 from distkit.checkpoint.format import step_name
-from distkit.checkpoint.read import read_state
 from distkit.checkpoint.retention import Retention, choose_removed, list_checkpoints, score_of
 from distkit.checkpoint.saver import Saver
+from distkit.checkpoint.verify import read_state
 from distkit.config import CheckpointConfig
 from distkit.engine.nonfinite import settle_bad_steps, weights_lost
 from distkit.engine.run import Best, Run

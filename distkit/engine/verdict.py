@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from distkit.engine.attempts import Attempt
+from distkit.engine.attempts import LONGEST_REASON, Attempt
 from distkit.errors import shorten
 
 Kind = Literal[
@@ -122,7 +122,7 @@ def _blamed(attempt: Attempt) -> str | None:
 
 def _todo(last: Attempt) -> str:
     todo = (last.cause or {}).get("what_to_do")
-    return str(todo) if todo else f"after a fix {continues(last)}"
+    return str(todo)[:LONGEST_REASON] if todo else f"after a fix {continues(last)}"
 
 
 def _where(attempt: Attempt) -> str:

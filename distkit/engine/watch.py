@@ -49,8 +49,9 @@ class Watch:
         if self.directory is None:
             return 0
         with suppress(OSError):
-            self.wants_save = (self.directory / "SAVE").exists()
-            if (self.directory / "STOP").exists():
+            # a folder of that name could not be removed when it has been obeyed
+            self.wants_save = (self.directory / "SAVE").is_file()
+            if (self.directory / "STOP").is_file():
                 return STOP_FILE
         reserve = MARGIN_SECONDS + 2 * self.save_seconds + max(self._recent)
         return JOB_END if self.job_end is not None and time.time() > self.job_end - reserve else 0

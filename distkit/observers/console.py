@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from distkit.errors import printable
 from distkit.observers.base import Event, Observer, RunInfo, Scalar
 
 HIDDEN = frozenset({"event", "step", "samples", "data_wait_seconds"})
@@ -157,7 +158,7 @@ class BarScreen:
     def train(self, step: int, line: str, bar: str) -> None:
         """Move the bar."""
         with suppress(OSError, ValueError):
-            self._progress.update(self._task, completed=step, description=bar)
+            self._progress.update(self._task, completed=step, description=encodable(bar, self._file))
             self._progress.refresh()
 
     def finish(self) -> None:
@@ -167,9 +168,9 @@ class BarScreen:
 
 
 def encodable(line: str, file: TextIO) -> str:
-    """`line` with a question mark for each character that `file` has no code for."""
+    """`line` made printable, with a question mark for each character that `file` has no code for."""
     encoding = getattr(file, "encoding", None) or "utf-8"
-    return line.encode(encoding, "replace").decode(encoding)
+    return printable(line, keep="\n\t").encode(encoding, "replace").decode(encoding)
 
 
 def header_lines(info: RunInfo, step: int) -> list[str]:

@@ -10,17 +10,21 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from distkit.errors import TrainingError
-from distkit.files import TEMPORARY, atomic_file
+from distkit.files import atomic_file, open_regular, remove_temporaries
+from distkit.json_files import JsonError, is_number, parse_object
 from distkit.observers.base import Event, Observer, RunInfo
 
 TAIL_BYTES = 65536
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 UNWRITTEN_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 20
+#: A longer line is none of ours, and a larger file is not searched: it holds 10 million lines.
+LINE_BYTES, MOST_BYTES = 1 << 20, 1 << 32
 STEP = re.compile(rb'"step"\s*:\s*(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)')
 
 
@@ -54,12 +58,11 @@ class JsonlObserver(Observer):
 
     def _open(self, step: int) -> None:
         try:
-            for leftover in self.path.parent.glob(f"{TEMPORARY}{self.path.name}*"):
-                leftover.unlink()  # of a start that was killed while it removed lines
-            if self.path.is_file():
-                cut_back(self.path.resolve(), step)
+            remove_temporaries(self.path.parent, self.path.name)  # of a start that was killed while it removed lines
+            if os.path.lexists(self.path):
+                cut_back(self.path, step)
             # Unbuffered: a buffer would keep lines that a full disk refused, and fail again at exit.
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            self._file = io.FileIO(open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
         except OSError as error:
             raise self._failure(error) from error
 
@@ -114,14 +117,19 @@ def cut_back(path: Path, step: int) -> None:
     """Remove the lines of steps after `step`, and lines at the end that are not JSON; the order stays.
 
     The file is read once, in blocks. It is truncated where everything to remove is at its end, and replaced otherwise.
+
+    Raises:
+        OSError: it is a link, is not a regular file, or has more than MOST_BYTES.
     """
-    with open(path, "r+b") as file:
+    with os.fdopen(open_regular(path, os.O_RDWR), "r+b") as file:
+        if os.fstat(file.fileno()).st_size > MOST_BYTES:
+            raise OSError(errno.EFBIG, f"has more than {MOST_BYTES:,} bytes: move it away", str(path))
         _trim(file)
         begin = _first_later(file, step)
         if begin is None:
             return
         file.seek(begin)
-        if all(_is_later(line, step) for line in file):
+        if all(_is_later(line, step) for line in _lines(file)):
             file.truncate(begin)
             _trim(file)
             os.fsync(file.fileno())
@@ -135,8 +143,13 @@ def _rewrite(path: Path, file: BinaryIO, begin: int, step: int) -> None:
     with atomic_file(path, stat.S_IMODE(os.fstat(file.fileno()).st_mode)) as shorter:
         for left in range(begin, 0, -BLOCK_BYTES):
             shorter.write(file.read(min(left, BLOCK_BYTES)))
-        shorter.writelines(line for line in file if not _is_later(line, step))
+        shorter.writelines(line for line in _lines(file) if not _is_later(line, step))
         _trim(shorter)
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines from where `file` is; longer ones in pieces."""
+    return iter(lambda: file.readline(LINE_BYTES), b"")
 
 
 def _first_later(file: BinaryIO, step: int) -> int | None:
@@ -148,7 +161,7 @@ def _first_later(file: BinaryIO, step: int) -> int | None:
     offset = 0
     file.seek(0)
     while block := file.read(BLOCK_BYTES):
-        block += file.readline()
+        block += file.readline(LINE_BYTES)
         if any(float(number) > step for number in STEP.findall(block)):
             begin = offset
             for line in io.BytesIO(block):
@@ -163,9 +176,8 @@ def _is_later(line: bytes, step: int) -> bool:
     """True for an object whose `step` is a number above `step`."""
     if STEP.search(line) is None:
         return False
-    event = _parse(line)
-    value = event.get("step") if isinstance(event, dict) else None
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > step
+    value = (_parse(line) or {}).get("step")
+    return is_number(value) and cast(float, value) > step
 
 
 def _trim(file: BinaryIO) -> None:
@@ -176,7 +188,7 @@ def _trim(file: BinaryIO) -> None:
     while end > 0:
         begin = _after_newline(file, end - 1)
         file.seek(begin)
-        if _parse(file.read(end - begin)) is not None:
+        if end - begin <= LINE_BYTES and _parse(file.read(end - begin)) is not None:
             break
         end = begin
     if end < size:
@@ -195,9 +207,9 @@ def _after_newline(file: BinaryIO, end: int) -> int:
     return 0
 
 
-def _parse(line: bytes) -> object:
-    """The value of a line; None when it is not JSON."""
+def _parse(line: bytes) -> dict[str, object] | None:
+    """The object in a line; None when it is none."""
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_object(line)
+    except JsonError:
         return None

@@ -11,14 +11,14 @@ what they do not support by something else with a warning. A test compares their
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from distkit.config import CompileBackend, CompileMode
 from distkit.errors import ConfigError, nearest
+from distkit.json_files import read_object
 
 Env = Mapping[str, str]
 #: Field, such as `fsdp.wrap` -> its value, and what the environment says: `VARIABLE=value`.
@@ -298,7 +298,7 @@ def _deepspeed_file(file: Path, said: str) -> tuple[str, Choices]:
     The rest of the file is compared with the run when the strategy is built.
     """
     try:
-        config = json.loads(file.read_text())
+        config: dict[str, Any] = read_object(file)
         zero = config.get("zero_optimization", {})
         stage = str(zero.get("stage", 0))
         devices = {name: (zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")}

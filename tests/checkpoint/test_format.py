@@ -122,7 +122,7 @@ def test_other_versions_say_so() -> None:
         f"{FIRST}\n",
         f"{FIRST}\0",
         "shard-0-of-2-0.safetensors",
-        "x" * 10**5,
+        "x" * 4000,
     ],
 )
 def test_file_names_that_are_not_ours(name: str) -> None:
@@ -229,6 +229,23 @@ def test_one_box_that_moves_or_grows_is_seen(shape: list[int], data: st.DataObje
     broken = replace(MANIFEST, tensors={"w": replace(entry, shards=tuple(cells))})
     with pytest.raises(CheckpointError):
         parse_manifest(dump_manifest(broken))
+
+
+@pytest.mark.timeout(20)  # each with each is 7 billion
+def test_many_boxes_in_many_dims_take_no_longer_than_their_number() -> None:
+    side = 44
+    cells = [Shard(FIRST, str(c), c, (1, 1, 1)) for c in itertools.product(range(side), repeat=3)]
+    entry = TensorEntry("uint8", (side,) * 3, tuple(cells))
+    assert parse_manifest(dump_manifest(replace(MANIFEST, tensors={"w": entry}))).tensors["w"] == entry
+    cells[-1] = replace(cells[-1], offsets=(0, 0, 0))
+    with pytest.raises(CheckpointError, match="exactly once"):
+        parse_manifest(dump_manifest(replace(MANIFEST, tensors={"w": replace(entry, shards=tuple(cells))})))
+
+
+def test_a_shape_that_no_tensor_has() -> None:
+    for shape in ((2**40, 2**40, 0), (2**62,)):
+        entry = TensorEntry("float32", shape, (Shard(FIRST, "w", (0,) * len(shape), shape),))
+        assert "too large" in refusal(dump_manifest(replace(MANIFEST, tensors={"w": entry})))
 
 
 def test_dtypes_are_those_of_torch() -> None:

@@ -21,8 +21,8 @@ from support.tiny_gpt import GPTTrainConfig
 
 from distkit.assemble import assemble
 from distkit.checkpoint.digest import state_digest
-from distkit.checkpoint.read import iterate, read_state
-from distkit.checkpoint.verify import verify
+from distkit.checkpoint.read import iterate
+from distkit.checkpoint.verify import read_state, verify
 from distkit.commands.tools.diff import digest
 from distkit.config import AdamW, ResumeConfig, StrategyName
 from distkit.engine.fit import fit

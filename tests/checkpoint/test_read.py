@@ -23,8 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distkit.checkpoint import read as read_module
 from distkit.checkpoint.format import DTYPES, MAX_STATE_BYTES, STATE, shard_name
-from distkit.checkpoint.read import iterate, load_tensors, read_state, read_tensor, to_metadata
-from distkit.checkpoint.verify import read_manifest, verify
+from distkit.checkpoint.read import iterate, load_tensors, read_tensor, to_metadata
+from distkit.checkpoint.verify import read_manifest, read_state, verify
 from distkit.errors import CheckpointError
 
 SHAPES = {"matrix": (7, 6), "vector": (5,), "cube": (3, 4, 5), "scalar": (), "empty": (0, 3), "rowless": (3, 0)}

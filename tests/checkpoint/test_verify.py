@@ -17,8 +17,8 @@ from support.writing import rehash, reseal, write_checkpoint
 
 from distkit.checkpoint import verify as verify_module
 from distkit.checkpoint.format import MANIFEST, MAX_MANIFEST_BYTES, STATE, shard_name
-from distkit.checkpoint.read import load_tensors, read_state
-from distkit.checkpoint.verify import check_file, check_listing, read_manifest, verify
+from distkit.checkpoint.read import load_tensors
+from distkit.checkpoint.verify import check_file, check_listing, read_manifest, read_state, verify
 from distkit.errors import CheckpointError
 
 FIRST, SECOND = shard_name(0, 2, 0), shard_name(1, 2, 0)

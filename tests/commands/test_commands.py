@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.writing import write_checkpoint
+from support.writing import default_state, write_checkpoint
 
 import distkit
 from distkit.checkpoint.digest import state_digest
@@ -214,7 +214,8 @@ def saved(tmp_path: Path) -> Path:
         tensors = {"model/fc.weight": torch.full((6, 2), float(step // 15)), "optimizer/fc.weight/step": torch.ones(())}
         tensors["ema/fc.weight"] = torch.full((6, 2), 0.5)
         last = {"step": float(step), "loss": abs(step - 9.0)}
-        state = {"version": 1, "step": step, "config": {}, "ranks": [], "parts": {"trackers": {"last": last}}}
+        state = default_state(step, world_size)
+        state["parts"]["trackers"]["last"] = last
         write_checkpoint(run_dir / "checkpoints", step, tensors, world_size=world_size, state=state)
     return run_dir
 
@@ -255,7 +256,12 @@ def test_comparing_checkpoints(saved: Path, capsys: pytest.CaptureFixture[str]) 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("model/fc.weight float32 [6, 2]: 12 of 12 elements differ, max abs 1, max relative 1, "
                         "first at [0, 0]: 0.0 and 1.0")  # fmt: skip
-    assert lines[1:] == ["state.json: parts.trackers.last.loss: 4.0 and 6.0", "... and 2 more", "different"]
+    assert lines[1:] == [
+        "state.json: parts.progress.step: 5 and 15",
+        "... and 4 more",
+        "ignored: state.json: parts.clock.samples: 40 and 120",
+        "different",
+    ]
 
 
 def test_pruning_checkpoints(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,8 @@ import pytest
 from distkit import Secret as PublicSecret
 from distkit.cli import parse
 from distkit.config import Constant, TrainConfig, to_json
-from distkit.config.secret import MASK, Secret, check_secrets, is_secret, masked, secrets_of, variable
-from distkit.errors import ConfigError
+from distkit.config.secret import Secret, check_secrets, is_secret, secrets_of, variable
+from distkit.errors import MASK, ConfigError, masked
 
 TOKEN = "hf_Zq81-never-shown"
 

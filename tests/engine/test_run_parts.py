@@ -156,8 +156,17 @@ def test_attempts_are_counted_and_a_completed_run_is_known(tmp_path: Path) -> No
     assert directory.completed_steps() == -1
 
 
-@pytest.mark.parametrize("name", ["config.json", "status.json", "attempts.jsonl", "summary.json", "metrics.jsonl"])
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def link_to_a_file(path: Path) -> None:
+    path.symlink_to(__file__)
+
+
+def link_to_a_folder(path: Path) -> None:
+    path.symlink_to(Path(__file__).parent)
+
+
+@pytest.mark.parametrize("name", ["config.json", "status.json", "attempts.jsonl", "summary.json", "metrics.jsonl",
+                                  "weights.safetensors", "ema.safetensors"])  # fmt: skip
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, link_to_a_file])
 def test_what_is_no_file_is_refused_before_the_run(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / name)
     directory = RunDirectory(tmp_path, writes=True)
@@ -166,6 +175,19 @@ def test_what_is_no_file_is_refused_before_the_run(name: str, make: Callable[[Pa
     with pytest.raises(ConfigError, match=f"{name} is not a regular file"):
         directory.create({}, {}, None, saves=True)
     directory.release()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "recipe", "submissions", "tensorboard", "wandb"])
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, link_to_a_folder])
+def test_what_is_no_folder_is_refused_before_the_run(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / name)
+    before = sorted(Path(__file__).parent.iterdir())
+    directory = RunDirectory(tmp_path, writes=True)
+    directory.claim()
+    with pytest.raises(ConfigError, match=f"{name} is (not a regular folder|a symbolic link)"):
+        directory.create({}, {}, None, saves=True)
+    directory.release()
+    assert sorted(Path(__file__).parent.iterdir()) == before
 
 
 def test_what_is_not_finite_is_strict_json(tmp_path: Path) -> None:

@@ -152,6 +152,19 @@ def test_characters_that_the_stream_has_no_code_for() -> None:
     assert b"Gr??e" in raw.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_name_and_no_value_reaches_the_terminal_as_it_is(terminal: bool) -> None:
+    file = io.StringIO()
+    console = ConsoleObserver(file, terminal=terminal)
+    ugly = "\x1b]0;title\x07 \u202eback \ud800"
+    console.start(RunInfo(recipe=ugly, run_dir=Path("runs/a"), num_steps=9, facts={"classes": ugly}), 0)
+    console.record({**TRAIN, "loss": ugly, "step": 3})
+    console.record({"event": "note", "step": 3, "message": ugly})
+    console.close("failed", ugly)
+    assert not any(each in file.getvalue() for each in ("\x1b]", "\x07", "\u202e", "\ud800"))
+    assert r"\x1b]0;title\x07 \u202eback \ud800" in file.getvalue()
+
+
 def test_close_without_start_says_nothing() -> None:
     file = io.StringIO()
     ConsoleObserver(file).close("failed", "before the start")

@@ -158,17 +158,38 @@ def test_nothing_is_written_when_nothing_must_go(tmp_path: Path) -> None:
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_file_written_anew_keeps_its_place_and_mode(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    real, link = tmp_path / "elsewhere" / "real.jsonl", tmp_path / "metrics.jsonl"
-    real.write_text(train(1, 3, 2))
-    real.chmod(0o640)
-    link.symlink_to(real)
-    write(link, {"event": "train", "step": 3}, step=2)
-    assert link.is_symlink()
-    assert [json.loads(line)["step"] for line in real.read_text().splitlines()] == [1, 2, 3]
-    assert stat.S_IMODE(real.stat().st_mode) == 0o640
-    assert list(real.parent.iterdir()) == [real]
+def test_a_file_written_anew_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(train(1, 3, 2))
+    path.chmod(0o640)
+    write(path, {"event": "train", "step": 3}, step=2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_is_not_followed_and_a_fifo_not_waited_for(tmp_path: Path) -> None:
+    real, path = tmp_path / "real.jsonl", tmp_path / "metrics.jsonl"
+    real.write_text(train(1, 3))
+    for target in (real, tmp_path / "nothing"):
+        path.symlink_to(target)
+        with pytest.raises(TrainingError, match="is a symbolic link"):
+            write(path, {"event": "train", "step": 3}, step=2)
+        path.unlink()
+    assert real.read_text() == train(1, 3)
+    os.mkfifo(path)
+    with pytest.raises(TrainingError, match="is not a regular file"):
+        write(path, {"event": "train", "step": 3}, step=2)
+
+
+def test_lines_without_an_end_and_files_without_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(train(1, 3).encode() + b"x" * 3_000_000 + train(2).encode() + bytes(2_000_000))
+    cut_back(path, 1)
+    assert path.read_bytes() == train(1).encode()
+    os.truncate(path, 2**40)
+    with pytest.raises(OSError, match="more than"):
+        cut_back(path, 1)
 
 
 def test_a_kill_or_a_full_disk_while_writing_anew_leaves_the_old_file(
@@ -238,10 +259,11 @@ def test_lines_wait_for_room_on_a_full_disk(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_disk_that_stays_full_is_not_silent(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.symlink_to("/dev/full")
-    observer = JsonlObserver(path)
+    observer = JsonlObserver(tmp_path / "metrics.jsonl")
     observer.start(info(tmp_path), 0)
+    assert observer._file is not None
+    observer._file.close()
+    observer._file = io.FileIO("/dev/full", "ab")
     observer.record({"event": "train", "step": 1})
     with pytest.raises(TrainingError, match="No space left"):
         observer.close("completed", "")

@@ -6,6 +6,7 @@ reseal(directory, lambda manifest: manifest["files"].pop("state.json"))    # a l
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import defaultdict
@@ -74,7 +75,8 @@ def write_checkpoint(
             shards[name].append(Shard(file, key, offsets, shape))
     for file, held in contents.items():
         save_file(held, directory / file)
-    (directory / STATE).write_text(json.dumps(default_state(step, world_size) if state is None else state))
+    state = default_state(step, world_size) if state is None else state
+    (directory / STATE).write_text(json.dumps(with_optimizer(state, tensors)))
     entries = {
         name: TensorEntry(dtype_name(tensor), tuple(tensor.shape), tuple(shards[name]))
         for name, tensor in tensors.items()
@@ -93,10 +95,30 @@ def write_checkpoint(
     return directory
 
 
-def default_state(step: int, world_size: int) -> dict[str, object]:
-    """The least that a run writes into state.json."""
-    parts = {"progress": {"step": step}, "trackers": {"last": None, "best": None}}
-    return {"version": 1, "config": {}, "step": step, "parts": parts, "ranks": [{} for _ in range(world_size)]}
+def default_state(step: int, world_size: int) -> dict[str, Any]:
+    """The least that a run writes into state.json, of the recipe `tiny` and an optimizer without state."""
+    parts = {
+        "progress": {"step": step},
+        "trackers": {"last": None, "best": None},
+        "clock": {"seconds": 1.5, "samples": 8 * step, "open_seconds": 0.25},
+        "observers": {},
+        "optimizer": {"class": "SGD", "groups": [], "state": {}},
+    }
+    return {"version": 1, "recipe": "tiny", "num_samples": 96, "config": {"seed": 0, "global_batch_size": 8},
+            "step": step, "parts": parts, "ranks": [{} for _ in range(world_size)]}  # fmt: skip
+
+
+def with_optimizer(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """`state` with a description of `optimizer/PARAMETER/KEY`, unless it describes the optimizer's state otherwise."""
+    saved = copy.deepcopy(dict(state))
+    if saved.get("parts", {}).get("optimizer", {}).get("state") == {}:
+        weights = [name.removeprefix("model/") for name in tensors if name.startswith("model/")]
+        saved["parts"]["optimizer"]["groups"] = [{"param_names": weights}]
+        for name in tensors:
+            if name.startswith("optimizer/"):
+                parameter, _, key = name.removeprefix("optimizer/").rpartition("/")
+                saved["parts"]["optimizer"]["state"].setdefault(parameter, {})[key] = {"tensor": True}
+    return saved
 
 
 def split_box(tensor: Tensor, parts: int, dim: int) -> list[Box]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import cast
 
 from distkit.commands.checks.finding import Footprint
 from distkit.commands.show import read_json
 from distkit.errors import ConfigError
+from distkit.json_files import a_count, an_object, known, optional
 
 #: fp32 weights, and AdamW's two moments of each.
 BYTES_PER_PARAMETER = 12
@@ -60,10 +62,11 @@ def _kept(run_dir: Path) -> int | None:
     from distkit.config import CheckpointConfig
 
     default = CheckpointConfig()
-    config = (read_json(run_dir / "config.json") or {}).get("checkpoint")
-    said = config if isinstance(config, dict) else {}
-    last, best = (said.get(name, getattr(default, name)) for name in ("keep_last", "keep_best"))
-    return None if last is None else int(last) + int(best or 0)
+    config = known(read_json(run_dir / "config.json") or {}, {"checkpoint": an_object})
+    kinds = {"keep_last": optional(a_count), "keep_best": optional(a_count)}
+    said = known(cast(dict[str, object], config.get("checkpoint", {})), kinds)
+    last, best = (cast(int | None, said.get(name, getattr(default, name))) for name in kinds)
+    return None if last is None else last + (best or 0)
 
 
 def parse_params(text: str) -> int:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from distkit.checkpoint.retention import list_checkpoints
 from distkit.commands.drill.cases import Case, Landmarks
 from distkit.commands.show import read_json
 from distkit.commands.trial import Ended, Runs, compare_metrics, events, nothing
-from distkit.errors import ConfigError, Stopped, TrainingError
+from distkit.errors import ConfigError, Stopped, TrainingError, say
 
 UNDISTURBED, AGAIN = "undisturbed", "undisturbed-again"
 #: A run that is still not done after so many starts does not get anywhere.
@@ -200,7 +199,7 @@ def outcomes(drill: Drill, cases: Sequence[Case], undisturbed: Ended, *, keep: b
     """One case after the other; the files of those that hold are removed, unless `keep`."""
     landmarks = Landmarks.of(drill.folder / UNDISTURBED)
     for number, case in enumerate(cases, 1):
-        print(f"distkit drill: {case.name} ({number} of {len(cases)})", file=sys.stderr, flush=True)
+        say(f"distkit drill: {case.name} ({number} of {len(cases)})")
         step = landmarks.step_of(case)
         if step is None:
             continue

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from distkit.commands.parser import Answer, Parser, count, positive
+from distkit.commands.parser import Answer, Parser, count, positive, product
 from distkit.commands.slurm.outcome import Before, decide
 from distkit.commands.slurm.plan import Plan, debug_plan, environment_list, train_plan
 from distkit.commands.slurm.site import SITE_FILE, read_site, sbatch_options
@@ -71,7 +71,7 @@ def _add_requeue(parser: Parser) -> None:
 
 
 def _options(typed: argparse.Namespace) -> Answer:
-    return Answer(" ".join(sbatch_options(read_site(typed.site), typed.gpus)), 0)
+    return product(" ".join(sbatch_options(read_site(typed.site), typed.gpus)))
 
 
 def _plan(typed: argparse.Namespace) -> Answer:
@@ -85,11 +85,11 @@ def _debug_plan(typed: argparse.Namespace) -> Answer:
 
 
 def _print(plan: Plan, site: Path) -> Answer:
-    return Answer(f"site={shlex.quote(str(site))}\n{plan.to_bash()}", 0)
+    return product(f"site={shlex.quote(str(site))}\n{plan.to_bash()}")
 
 
 def _environment(typed: argparse.Namespace) -> Answer:
-    return Answer(environment_list(read_site(typed.site), os.environ), 0)
+    return product(environment_list(read_site(typed.site), os.environ))
 
 
 def _requeue(typed: argparse.Namespace) -> Answer:
@@ -100,7 +100,7 @@ def _requeue(typed: argparse.Namespace) -> Answer:
 
 
 def _stage(typed: argparse.Namespace) -> Answer:
-    return Answer(stage(typed.source, typed.target), 0)
+    return product(stage(typed.source, typed.target))
 
 
 VERBS: Mapping[str, Callable[[argparse.Namespace], Answer]] = {

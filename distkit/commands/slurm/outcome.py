@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distkit.checkpoint.retention import list_checkpoints
-from distkit.engine.attempts import Attempt, last_number, read_attempts, read_object
+from distkit.engine.attempts import Attempt, last_number, object_in, read_attempts
 from distkit.engine.verdict import ending, judge
 from distkit.errors import Stopped
 
@@ -76,7 +76,7 @@ def decide(
         if told:
             return _go_on(run_dir, f"was not begun yet when {told} came", now, num_requeues, max_requeues)
         return Decision(FAILED, f"{run_dir} was not begun by this job: its output says why")
-    holder = read_object(run_dir / "lease.json").get("job", job)
+    holder = object_in(run_dir / "lease.json").get("job", job)
     if last.state == "killed" and holder != job:
         return Decision(FAILED, f"{run_dir} is running in job {holder}")
     if before.attempt and len(attempts) == 1:  # its line was lost; what the batch script noted was not

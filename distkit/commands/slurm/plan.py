@@ -16,6 +16,8 @@ from distkit.commands.slurm.outcome import read_before
 from distkit.commands.slurm.site import Site
 from distkit.commands.slurm.stage import copy_name
 from distkit.errors import ConfigError, shorten
+from distkit.files import read_regular
+from distkit.json_files import MAX_BYTES
 
 #: What ranks inherit of the batch script's environment. SLURM adds its own variables.
 ENVIRONMENT = (
@@ -145,7 +147,8 @@ def sweep_flags(file: Path, task: int) -> list[str]:
         ConfigError: there is no such file or line.
     """
     try:
-        lines = [line for line in map(str.strip, file.read_text().splitlines()) if line and not line.startswith("#")]
+        text = read_regular(file, MAX_BYTES).decode()
+        lines = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the sweep {file}", expected="a text file, the flags of a run on each line",
                           got=error) from error  # fmt: skip

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from distkit.errors import ConfigError, nearest
+from distkit.files import read_regular
+from distkit.json_files import MAX_BYTES
 
 SITE_FILE = Path("slurm/site.toml")
 CONTINUATIONS = ("requeue", "chain")
@@ -66,7 +68,7 @@ def read_site(path: Path) -> Site:
         ConfigError: there is none, it is no TOML, or it says something that no site can want.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(read_regular(path, MAX_BYTES).decode())
     except FileNotFoundError as error:
         raise ConfigError(f"there is no site profile {path}", expected="the profile of this cluster",
                           fix="cd to the folder with slurm/ in it, or --site FILE") from error  # fmt: skip

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from distkit.checkpoint.digest import StateDigest
 from distkit.checkpoint.format import STATE, Manifest
-from distkit.checkpoint.read import iterate, read_state
-from distkit.checkpoint.verify import read_manifest, verify
+from distkit.checkpoint.read import iterate
+from distkit.checkpoint.verify import read_manifest, read_state, verify
 from distkit.commands.tools.compare import compare
-from distkit.commands.tools.list import one_line
 from distkit.commands.tools.locate import find_checkpoint
+from distkit.errors import printable
 from distkit.tensors.spec import spec_text
 
 #: Parts of state.json that are not state: how a run was configured, named and timed. Equal runs differ in them.
@@ -77,7 +77,7 @@ def _differing_values(first: Mapping[str, object], second: Mapping[str, object])
         mine, theirs = one.get(name, "missing"), other.get(name, "missing")
         if mine != theirs:
             lines = notes if f"{name}.".startswith(ASIDE) else values
-            lines.append(one_line(f"{STATE}: {name}: {mine:.{SHOWN}} and {theirs:.{SHOWN}}"))
+            lines.append(printable(f"{STATE}: {name}: {mine:.{SHOWN}} and {theirs:.{SHOWN}}"))
     return values, notes
 
 
@@ -96,17 +96,17 @@ def differing_tensors(first: Path, second: Path, limit: int = 10) -> list[str]:
     for directory, here, there in ((first, *entries), (second, *entries[::-1])):
         alone = sorted(here.keys() - there.keys())
         lines += first_lines(
-            [one_line(f"only in {directory}: {name} {spec_text(here[name].spec)}") for name in alone], limit
+            [printable(f"only in {directory}: {name} {spec_text(here[name].spec)}") for name in alone], limit
         )
     forms = {name: tuple(spec_text(side[name].spec) for side in entries) for name in entries[0].keys() & entries[1]}
     odd = [name for name in sorted(forms) if forms[name][0] != forms[name][1]]
-    lines += first_lines([one_line(f"{name}: {' and '.join(forms[name])}") for name in odd], limit)
+    lines += first_lines([printable(f"{name}: {' and '.join(forms[name])}") for name in odd], limit)
     different = []
     for name, mine, theirs in _pairs(one, other, sorted(forms.keys() - set(odd))):
         found = compare(name, mine, theirs)
         del mine, theirs  # before the next pair is read
         if found is not None:
-            different.append(one_line(str(found)))
+            different.append(printable(str(found)))
     return lines + first_lines(different, limit)
 
 

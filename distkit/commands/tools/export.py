@@ -9,19 +9,20 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 import torch
 from torch import Tensor
 
-from distkit.checkpoint.format import MANIFEST, Manifest, spec_bytes
-from distkit.checkpoint.read import load_tensors, read_state
+from distkit.checkpoint.format import MANIFEST, STATE, Manifest, spec_bytes
+from distkit.checkpoint.read import load_tensors
 from distkit.checkpoint.shard_file import Header, write_tensors
-from distkit.checkpoint.verify import verify
+from distkit.checkpoint.verify import read_state, verify
 from distkit.commands.tools.list import size_of
 from distkit.commands.tools.locate import find_checkpoint
 from distkit.errors import CheckpointError, ConfigError
 from distkit.files import atomic_files
+from distkit.json_files import JsonError, a_text, mapping_of, record
 from distkit.tensors.spec import TensorSpec, torch_dtype
 
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
@@ -125,8 +126,12 @@ def canonical_name(name: str) -> str:
 
 def read_aliases(directory: Path) -> dict[str, str]:
     """Further names of tied tensors -> the ones that the checkpoint has; {} in older ones."""
-    aliases = read_state(directory).get("aliases", {})
-    assert isinstance(aliases, dict)  # the checkpoint was verified
+    state = read_state(directory)
+    try:
+        record({}, may_have={"aliases": mapping_of(a_text)})(state)
+    except JsonError as error:
+        raise CheckpointError(f"{directory}: {error.of(STATE)}") from error
+    aliases = cast(Mapping[str, str], state.get("aliases", {}))
     return {canonical_name(alias): canonical_name(name) for alias, name in aliases.items()}
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from distkit.checkpoint.format import MAX_STATE_BYTES, STATE, Manifest, TensorEntry, step_name
+from distkit.checkpoint.format import Manifest, TensorEntry, step_name
 from distkit.checkpoint.retention import last_evaluation, leftovers, list_checkpoints
-from distkit.checkpoint.verify import read_manifest, read_small, verify
+from distkit.checkpoint.verify import open_checkpoint, read_manifest, read_state
 from distkit.commands.tools.locate import find_checkpoint, find_folder, is_checkpoint
-from distkit.errors import CheckpointError, ConfigError
+from distkit.errors import CheckpointError, ConfigError, printable
+from distkit.json_files import is_number
 
 #: The start of the name of a checkpoint that did not verify, and that a run has put aside.
 SET_ASIDE = "damaged-"
@@ -38,13 +38,13 @@ def list_run(path: Path, *, as_json: bool = False) -> str:
     if as_json:
         value = {"folder": str(folder), "checkpoints": rows, "unfinished": leftovers(folder), "set_aside": aside}
         return json.dumps(value, indent=2, allow_nan=False)
-    lines = [f"{one_line(str(folder))}: {len(rows) or 'no'} checkpoint{'s' * (len(rows) != 1)}"]
+    lines = [f"{printable(str(folder))}: {len(rows) or 'no'} checkpoint{'s' * (len(rows) != 1)}"]
     if rows:
         lines += _table([HEAD, *map(_cells, rows)])
     if unfinished := leftovers(folder):
-        lines.append(f"unfinished, removed when the run starts again: {one_line(', '.join(unfinished))}")
+        lines.append(f"unfinished, removed when the run starts again: {printable(', '.join(unfinished))}")
     if aside:
-        lines.append(f"set aside because they failed verification: {one_line(', '.join(aside))}")
+        lines.append(f"set aside because they failed verification: {printable(', '.join(aside))}")
     return "\n".join(lines)
 
 
@@ -73,14 +73,10 @@ def _rows(folder: Path) -> Iterator[dict[str, object]]:
 def _evaluation(directory: Path) -> dict[str, object] | None:
     """The last evaluation before the save; None without one, and where state.json cannot be read."""
     try:
-        last = last_evaluation(json.loads(read_small(directory, STATE, MAX_STATE_BYTES)))
-    except (CheckpointError, ValueError, RecursionError):
+        last = last_evaluation(read_state(directory))
+    except CheckpointError:
         return None
-    return None if last is None else {name: _finite(value) for name, value in last.items()}
-
-
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if last is None else {name: value if is_number(value) else None for name, value in last.items()}
 
 
 def _cells(row: Mapping[str, object]) -> tuple[str, ...]:
@@ -107,7 +103,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths[0] = max(len(row[0]) for row in rows)
     return [
         "  "
-        + one_line("  ".join([cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)] + [row[-1]]))
+        + printable("  ".join([cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False)] + [row[-1]]))
         for row in rows
     ]
 
@@ -135,7 +131,7 @@ def show(path: Path, *, tensors: bool = False) -> str:
         "files": f"{len(manifest.files)}, {size_of(manifest.nbytes())}",
         "tensors": f"{len(manifest.tensors)}, {size_of(sum(e.nbytes for e in manifest.tensors.values()))}",
     }
-    lines = [one_line(str(directory)), *(f"  {name + ':':<12}{one_line(fact)}" for name, fact in facts.items())]
+    lines = [printable(str(directory)), *(f"  {name + ':':<12}{printable(fact)}" for name, fact in facts.items())]
     lines += _groups(manifest)
     if tensors:
         for name in sorted(manifest.tensors):
@@ -149,7 +145,9 @@ def _groups(manifest: Manifest) -> list[str]:
         prefix = name.split("/")[0]
         counts[prefix] += 1
         sizes[prefix] += entry.nbytes
-    return [f"    {one_line(prefix):<12}{counts[prefix]:>6}  {size_of(sizes[prefix]):>14}" for prefix in sorted(counts)]
+    return [
+        f"    {printable(prefix):<12}{counts[prefix]:>6}  {size_of(sizes[prefix]):>14}" for prefix in sorted(counts)
+    ]
 
 
 def _tensor(name: str, entry: TensorEntry) -> Iterator[str]:
@@ -157,7 +155,7 @@ def _tensor(name: str, entry: TensorEntry) -> Iterator[str]:
         f"{shard.file} [{', '.join(f'{o}:{o + n}' for o, n in zip(shard.offsets, shard.shape, strict=True))}]"
         for shard in entry.shards
     ]
-    start = f"{one_line(name)}  {entry.dtype} {list(entry.shape)}"
+    start = f"{printable(name)}  {entry.dtype} {list(entry.shape)}"
     if len(entry.shards) == 1:
         yield f"{start}  {entry.shards[0].file}"
         return
@@ -184,7 +182,7 @@ def check(path: Path, *, every: bool = False) -> tuple[str, bool]:
     lines, sound = [], True
     for directory in directories:
         try:
-            manifest = verify(directory)
+            manifest = open_checkpoint(directory).manifest
             lines.append(f"{directory}: verified, {len(manifest.files)} files, {size_of(manifest.nbytes())}")
         except CheckpointError as error:
             if every and not os.path.lexists(directory):
@@ -197,8 +195,3 @@ def check(path: Path, *, every: bool = False) -> tuple[str, bool]:
 def size_of(nbytes: int) -> str:
     """Bytes for people."""
     return f"{nbytes / 2**20:,.1f} MiB" if nbytes >= 2**20 else f"{nbytes:,} bytes"
-
-
-def one_line(text: str) -> str:
-    """`text` as it is, or its escapes where a terminal would obey it."""
-    return text if text.isprintable() else ascii(text)

@@ -15,7 +15,7 @@ from distkit.checkpoint.retention import (
     remove,
     score_of,
 )
-from distkit.checkpoint.verify import read_manifest, verify
+from distkit.checkpoint.verify import open_checkpoint, read_manifest, read_state
 from distkit.commands.tools.list import size_of
 from distkit.commands.tools.locate import find_folder, run_of
 from distkit.errors import CheckpointError, ConfigError
@@ -85,7 +85,7 @@ def _newest_sound(folder: Path, steps: Sequence[int]) -> int:
     last = ""
     for step in reversed(steps):
         try:
-            verify(folder / step_name(step))
+            open_checkpoint(folder / step_name(step))
         except CheckpointError as error:
             last = str(error)
         else:
@@ -95,8 +95,6 @@ def _newest_sound(folder: Path, steps: Sequence[int]) -> int:
 
 def _scores(folder: Path, steps: Sequence[int], metric: str | None, mode: Mode | None) -> dict[int, float]:
     """The scores of those that were evaluated; one whose state cannot be read has none."""
-    from distkit.checkpoint.read import read_state
-
     if metric is None or mode is None:
         raise ConfigError("--keep-best needs to know what is best", expected="--metric and --mode",
                           fix="--keep-best 1 --metric loss --mode min")  # fmt: skip

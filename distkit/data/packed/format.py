@@ -25,11 +25,13 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distkit.config import Color, Split
 from distkit.config.data import ground_color
 from distkit.errors import ConfigError, DataError
+from distkit.files import read_regular
+from distkit.json_files import a_count, a_number, a_text, list_of, optional, parse_object, record
 
 INDEX = "index.json"
 VERSION = 2
@@ -116,8 +118,7 @@ def read_index(folder: Path) -> tuple[Index, str]:
     """
     path = folder / INDEX
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_INDEX_BYTES + 1)
+        data = read_regular(path, MAX_INDEX_BYTES)
     except PermissionError as error:
         raise DataError(f"{path} cannot be read", expected="a file that this user may read", got=error,
                         fix=f"chmod u+r {shlex.quote(str(path))}") from error  # fmt: skip
@@ -126,10 +127,8 @@ def read_index(folder: Path) -> tuple[Index, str]:
             f"{folder} is not a packed split", expected=f"a folder made by {PACK}", got=error, fix=PACK
         ) from error
     try:
-        if len(text) > MAX_INDEX_BYTES:
-            raise ValueError(f"more than {MAX_INDEX_BYTES:,} bytes")
-        values = json.loads(text)
-        if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] > VERSION:
+        values: dict[str, Any] = parse_object(data)
+        if isinstance(values.get("version"), int) and values["version"] > VERSION:
             raise DataError(
                 f"{folder} was packed by a newer distkit",
                 expected=f"version {VERSION} or older",
@@ -139,6 +138,7 @@ def read_index(folder: Path) -> tuple[Index, str]:
         sha256 = values.pop("sha256")
         if sha256 != _digest(values):
             raise ValueError("another checksum")
+        _KIND(values)
         names = ("class_names", "mean", "std", "notes")
         lists = {name: tuple(values[name]) for name in names if name in values or name != "notes"}
         shape = values["sample_shape"] and tuple(values["sample_shape"])
@@ -155,10 +155,22 @@ def read_index(folder: Path) -> tuple[Index, str]:
         ) from error
 
 
+_TEXTS, _NUMBERS = list_of(a_text), list_of(a_number)
+_KIND = record(
+    {
+        "name": a_text, "split": a_text, "form": a_text, "num_samples": a_count,
+        "sample_shape": optional(list_of(a_count)),
+        "class_names": _TEXTS, "mean": _NUMBERS, "std": _NUMBERS, "source_sha256": a_text, "labels_sha256": a_text,
+        "shards": list_of(record({"file": a_text, "num_samples": a_count, "num_bytes": a_count, "sha256": a_text})),
+    },
+    may_have={"color": a_text, "channels": a_count, "background": a_text, "notes": _TEXTS},
+)  # fmt: skip
+
+
 def _check(index: Index) -> None:
     """Raise ValueError where the index contradicts itself: its sizes and names are used to open files."""
     counts = [*(index.sample_shape or ()), *(shard.num_samples for shard in index.shards)]
-    if not index.shards or any(type(count) is not int or count < 1 for count in counts):
+    if not index.shards or min(counts) < 1:
         raise ValueError("a size that is not a number above 0")
     if sum(shard.num_samples for shard in index.shards) != index.num_samples:
         raise ValueError(f"shards that do not add up to {index.num_samples} samples")
@@ -166,8 +178,6 @@ def _check(index: Index) -> None:
         raise ValueError(f"the form {index.form} with samples of shape {index.sample_shape}")
     if index.channels not in (1, 3):
         raise ValueError(f"images of {index.channels} channels")
-    if not isinstance(index.background, str) or not all(isinstance(note, str) for note in index.notes):
-        raise ValueError("a background or a note that is no text")
     try:
         ground_color(index.background)
     except ConfigError as error:

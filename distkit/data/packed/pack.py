@@ -18,7 +18,7 @@ from distkit.data.packed.read import PackedSplit, packed_splits
 from distkit.data.packed.write import write_packed
 from distkit.data.sets.image_folder import LAYOUT, SPLITS, all_classes, class_folders, entries, list_split
 from distkit.data.sets.torchvision_sets import TORCHVISION_SETS, torchvision_set
-from distkit.errors import ConfigError, DataError, DistkitError, Stopped, printable
+from distkit.errors import ConfigError, DataError, DistkitError, Stopped, printable, say
 from distkit.runtime.process import available_cores
 
 
@@ -205,7 +205,7 @@ def verify(folder: Path) -> str:
 
 def report(line: str) -> None:
     """A line for people, in addition to the result on stdout."""
-    print(line, file=sys.stderr, flush=True)
+    say(line)
 
 
 @contextlib.contextmanager

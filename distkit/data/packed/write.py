@@ -22,7 +22,7 @@ from distkit.data.packed.format import INDEX, Index, read_index
 from distkit.data.packed.plan import Plan
 from distkit.data.packed.read import PackedSplit
 from distkit.data.sets.decode import in_order
-from distkit.errors import DataError
+from distkit.errors import DataError, printable
 from distkit.files import atomic_file, locked, remove_temporaries, write_json
 
 logger = logging.getLogger(__name__)
@@ -91,12 +91,12 @@ def _is_done(folder: Path, plan: Plan, overwrite: bool) -> bool:
         if overwrite:
             damage = list(PackedSplit(folder).damage()) if same else ["it holds something else"]
             if damage:
-                logger.warning("%s is rewritten: %s", folder, damage[0])
+                logger.warning("%s is rewritten: %s", printable(str(folder)), printable(damage[0]))
             return not damage
         PackedSplit(folder)
     except DataError as error:
         if overwrite:
-            logger.warning("%s is rewritten: %s", folder, error)
+            logger.warning("%s is rewritten: %s", printable(str(folder)), error)
             return False
         raise DataError(
             f"{folder} exists and is damaged", expected="no folder, or the same data set", got=error, fix="--overwrite"
@@ -146,7 +146,7 @@ def _finished(folder: Path, plan: Plan, digest: str, overwrite: bool) -> dict[in
                 other = (file.metadata() or {}).get("plan") != digest
         except (OSError, SafetensorError):
             other = False
-            logger.warning("%s is damaged and is rewritten", path)
+            logger.warning("%s is damaged and is rewritten", printable(str(path)))
         if other and not overwrite:
             raise DataError(
                 f"{folder} holds the files of another, unfinished pack",

@@ -27,6 +27,7 @@ from distkit.data.reading.worker_process import end_workers, iterator_of, take_o
 from distkit.data.stream.draws import Draws
 from distkit.data.stream.stream import microbatch_start
 from distkit.errors import ConfigError, DataError
+from distkit.json_files import parse_object
 from distkit.runtime.local_ranks import die_with_owner
 from distkit.runtime.seeding import derive_seed
 from distkit.runtime.signals import ignore_stop_signals
@@ -167,7 +168,7 @@ class IterableSource:
         loader = self._restored if self._loader is None else self._loader.state_dict()
         state = {**self._layout(), "next": self._next, "loader": loader}
         try:
-            saved: dict[str, object] = json.loads(json.dumps(state))
+            saved = parse_object(json.dumps(state).encode(), finite=False)
         except (TypeError, ValueError) as error:
             raise _not_json(error) from error
         if saved != state:

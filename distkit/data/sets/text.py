@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from distkit.config.check import require
 from distkit.data.sets.tokens import TokenDtype, TokenFile, vocabulary_file
 from distkit.errors import DataError
 from distkit.files import atomic_file, write_bytes
+from distkit.json_files import a_count, a_text, read_object, record
 
 Level = Literal["byte", "char"]
 #: Bytes of text encoded at a time.
@@ -138,7 +139,8 @@ def read_vocabulary(token_file: Path | str) -> Vocabulary:
     """
     sidecar = vocabulary_file(Path(token_file))
     try:
-        stored = json.loads(sidecar.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = read_object(sidecar)
+        record({"level": a_text, "characters": a_text, "num_tokens": a_count, "dtype": a_text})(stored)
         vocabulary = Vocabulary(stored["level"], stored["characters"])
         expected, length = stored["num_tokens"], len(TokenFile(token_file, stored["dtype"]))
     except (OSError, ValueError, KeyError, TypeError) as error:

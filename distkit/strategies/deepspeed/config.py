@@ -9,6 +9,7 @@ from typing import cast
 
 from distkit.config import BatchSplit, TrainConfig
 from distkit.errors import ConfigError, nearest
+from distkit.json_files import JsonError, read_object
 
 Section = dict[str, object]
 
@@ -110,14 +111,10 @@ def read(path: Path) -> Section:
         ConfigError: it is missing or not a JSON object.
     """
     try:
-        own = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return read_object(path)
+    except (OSError, JsonError) as error:
         raise ConfigError(f"--zero.config {path} cannot be read", expected="a JSON file", got=error,
                           fix="--zero.config FILE") from error  # fmt: skip
-    if not isinstance(own, dict):
-        raise ConfigError(f"--zero.config {path} is not a DeepSpeed configuration", expected="a JSON object",
-                          got=type(own).__name__, fix="--zero.config FILE")  # fmt: skip
-    return own
 
 
 def merge(below: Mapping[str, object], above: Mapping[str, object]) -> Section:

@@ -40,8 +40,8 @@ TENSORS = {
 }
 
 
-def evaluated(step: int, **values: float) -> dict[str, object]:
-    state = default_state(step, 2)
+def evaluated(step: int, world_size: int = 2, **values: float) -> dict[str, object]:
+    state = default_state(step, world_size)
     state["parts"]["trackers"]["last"] = {"step": float(step), **values}
     return state
 
@@ -61,7 +61,7 @@ def run(tmp_path: Path) -> Path:
     """Three checkpoints: worst, best, middle; the last on another number of ranks."""
     run = tmp_path / "run"
     for step, top1, world_size in ((5, 0.25, 2), (10, 0.75, 2), (15, 0.5, 3)):
-        state = evaluated(step, loss=1 - top1, top1=top1)
+        state = evaluated(step, world_size, loss=1 - top1, top1=top1)
         write_checkpoint(run / "checkpoints", step, TENSORS, world_size=world_size, state=state)
     return run
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.writing import write_checkpoint
+from support.writing import default_state, write_checkpoint
 from torch import Tensor
 
 from distkit.checkpoint.format import MANIFEST, STATE
@@ -78,7 +78,7 @@ def test_a_tied_tensor_has_each_of_its_names(limit: int | None, tmp_path: Path) 
     tensors = {f"model/{name}": tensor for name, tensor in MODEL.items()}
     tensors["ema/fc.weight"] = MODEL["fc.weight"] + 1
     aliases = {"module.head.weight": "fc.weight", "gone": "nowhere"}
-    write_checkpoint(tmp_path / "run" / "checkpoints", 5, tensors, state={"aliases": aliases})
+    write_checkpoint(tmp_path / "run" / "checkpoints", 5, tensors, state=default_state(5, 2) | {"aliases": aliases})
     out = tmp_path / "model.safetensors"
     for ema in (False, True):
         export(tmp_path / "run", out, ema=ema, max_shard_bytes=limit, overwrite=True)
