@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from distkit.config import TrainConfig
@@ -62,6 +63,20 @@ def check_model(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError("build_model returned no module", expected="one torch.nn.Module", got=_kind(model),
                           fix="return model")  # fmt: skip
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ConfigError(f"build_model returned a model whose {name} has no shape yet",
+                              expected="a model that has been called once, or layers with all their sizes",
+                              fix="model(torch.zeros(1, ...)) in build_model")  # fmt: skip
+        if tensor.is_meta:
+            raise ConfigError(f"build_model returned a model whose {name} is on the meta device, without values",
+                              expected="a model on the CPU, with its initial weights",
+                              fix="build_model without torch.device('meta')")  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+            raise ConfigError(f"build_model returned a model whose {name} is expanded: its elements share memory",
+                              expected="a parameter with memory for each element",
+                              fix="nn.Parameter(tensor.clone())")  # fmt: skip
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the model of build_model has no parameter to train",
                           expected="at least one with requires_grad", got=_kind(model))  # fmt: skip

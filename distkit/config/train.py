@@ -131,7 +131,7 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """Scale gradients down to this global L2 norm, > 0; None: off."""
     max_grad_value: float | None = None
-    """Clamp each gradient element to +- this value, > 0; None: off."""
+    """Clamp each gradient element (of complex ones both parts) to +- this value, > 0; None: off."""
     ema_decay: float | None = None
     """Decay of the exponential moving average of the weights, which is then evaluated, in (0, 1); None: off."""
     peak_tflops: float | None = None

@@ -138,6 +138,7 @@ class Strategy(ABC):
             if clip_norm is not None and norm is not None:
                 self._clip_with_norm_(clip_norm, norm)
             if clip_value is not None:
+                gradients = [torch.view_as_real(each) if each.is_complex() else each for each in gradients]
                 torch._foreach_clamp_min_(gradients, -clip_value)
                 torch._foreach_clamp_max_(gradients, clip_value)
         return norm

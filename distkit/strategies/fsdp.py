@@ -24,7 +24,7 @@ from distkit.runtime.process import Runtime
 from distkit.strategies.blocks import modules_of_class, recompute_activations_, repeated_blocks
 from distkit.strategies.compiled import compile_
 from distkit.strategies.parameters import OwnGradients
-from distkit.strategies.sharded import Sharded, refuse_scalars
+from distkit.strategies.sharded import Sharded, make_cuttable_
 from distkit.strategies.unused import ExchangeOrder, SeenAllGather, SeenReduceScatter, SharedUse
 from distkit.tensors.buffers import shared_buffers
 from distkit.tensors.shards import local_part
@@ -167,7 +167,7 @@ class FullySharded(Sharded):
                               expected="bf16 or fp32", got="fp16", fix="--precision bf16")  # fmt: skip
 
     def _check_module(self, module: nn.Module) -> None:
-        refuse_scalars(module, self.name)
+        make_cuttable_(module, self.name)
         norms = [name for name, part in module.named_modules() if isinstance(part, _BatchNorm)]
         if norms and self.config.fsdp.gather_precision == "bf16":
             raise ConfigError(f"--fsdp.gather-precision bf16: {norms[0]} is a BatchNorm, which takes fp32 weights only",

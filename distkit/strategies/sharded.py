@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,11 @@ class Sharded(Strategy):
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
         """sqrt of the squares of all parts, summed over the ranks that hold a copy together."""
-        norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32) if gradients else [torch.zeros(())]
-        total = torch.stack(list(norms)).square().sum().to(self.runtime.device)
+        real = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in gradients]
+        wide = [gradient for gradient in real if gradient.dtype == torch.float64]
+        low = [gradient for gradient in real if gradient.dtype != torch.float64]
+        norms = [norm.float() for norm in (*_norms(low, torch.float32), *_norms(wide, torch.float64))]
+        total = torch.stack(norms or [torch.zeros(())]).square().sum().to(self.runtime.device)
         dist.all_reduce(total, group=self.norm_group)
         return total.sqrt()
 
@@ -48,12 +51,22 @@ class Sharded(Strategy):
                               expected=expected, fix="--compile-scope blocks")  # fmt: skip
 
 
-def refuse_scalars(module: nn.Module, strategy: str) -> None:
-    """Refuse parameters without dimensions, which cannot be cut.
+def _norms(tensors: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    return torch._foreach_norm(tensors, 2.0, dtype=dtype) if tensors else []
+
+
+def make_cuttable_(module: nn.Module, strategy: str) -> None:
+    """Lay out every parameter row by row, and refuse those that cannot be cut.
 
     Raises:
-        ConfigError: naming the first one.
+        ConfigError: naming the first one, which has no dimension or no element.
     """
+    for name, parameter in module.named_parameters():
+        if not parameter.numel():
+            raise ConfigError(f"--strategy {strategy} cannot cut parameter {name}, which has no element",
+                              expected="one element at least", got=f"shape {list(parameter.shape)}",
+                              fix="--strategy ddp")  # fmt: skip
+        parameter.data = parameter.data.contiguous()
     scalars = [name for name, parameter in module.named_parameters() if not parameter.ndim]
     if scalars:
         raise ConfigError(f"--strategy {strategy} cannot cut parameter {scalars[0]}, which has no dimension",

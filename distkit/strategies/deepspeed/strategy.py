@@ -29,7 +29,7 @@ from distkit.strategies.deepspeed.config import deepspeed_config
 from distkit.strategies.deepspeed.engine import gather_whole_, require_installed, start_engine
 from distkit.strategies.deepspeed.partitions import FlatOptimizerState, Zero3Optimizer, ZeroOptimizer, whole_numel
 from distkit.strategies.parameters import state_dict_names
-from distkit.strategies.sharded import Sharded, refuse_scalars
+from distkit.strategies.sharded import Sharded, make_cuttable_
 from distkit.strategies.unused import ExchangeOrder, GradientWatch, after_backward, no_gradient
 from distkit.tensors.buffers import rank_buffers, shared_buffers
 
@@ -46,7 +46,8 @@ class DeepSpeed(Sharded):
     def prepare(self, module: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> None:
         """Choose what is recomputed and compiled, build the optimizer, hand both to DeepSpeed."""
         config, device = self.config, self.runtime.device
-        refuse_scalars(module, self.name)
+        make_cuttable_(module, self.name)
+        check_dtypes(module, self.name, trained_only=self.stage < 3)
         self.module = module.to(device)
         recompute_activations_(module, config.activation_checkpointing)
         if config.compile:
@@ -217,3 +218,19 @@ class DeepSpeed(Sharded):
                               expected=f"{', '.join(fused[:-1])} or {fused[-1]}, and no --zero.offload",
                               got=f"--optim.name {config.optim.name} --zero.offload {config.zero.offload}",
                               fix=" ".join(skipping.values()))  # fmt: skip
+
+
+def check_dtypes(module: nn.Module, strategy: str, *, trained_only: bool) -> None:
+    """Refuse parameters that DeepSpeed cannot flatten into one tensor.
+
+    Raises:
+        ConfigError: naming one whose dtype differs from the first one's, or is not among DeepSpeed's.
+    """
+    parameters = [(n, p.dtype) for n, p in module.named_parameters() if p.requires_grad or not trained_only]
+    first_name, first = parameters[0]
+    for name, dtype in parameters:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16) or dtype != first:
+            raise ConfigError(f"--strategy {strategy} takes parameters of one dtype: float32, bfloat16 or float16",
+                              got=f"{dtype} for {name}" + (f", {first} for {first_name}" if dtype != first else ""),
+                              expected="the same one of these for all; other tensors as buffers",
+                              fix="--strategy fsdp")  # fmt: skip
