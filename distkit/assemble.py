@@ -152,7 +152,7 @@ def open_data(recipe: Recipe[C], config: C, runtime: Runtime = ALONE) -> Data:
                 raise DataError(f"rank {rank} has different data from rank 0", expected=_sizes(first),
                                 got=_sizes(other), fix="the same files on every machine")  # fmt: skip
     if not isinstance(train_set, IterableData):
-        check_sizes(train_set, split_batch(config, runtime.world_size))
+        check_sizes(train_set, split_batch(config, runtime.world_size), config.microbatch_size)
     check_evaluation(config, test_set)
     notes = [note for part in (train_set, test_set) if part is not None for note in notes_of(part)]
     return Data(train_set=train_set, test_set=test_set, fingerprint=first[0][1], notes=tuple(dict.fromkeys(notes)))
@@ -186,18 +186,21 @@ def build_datasets(recipe: Recipe[C], config: C, runtime: Runtime) -> tuple[Data
     return train_set, test_set
 
 
-def check_sizes(train_set: Dataset, split: BatchSplit) -> None:
+def check_sizes(train_set: Dataset, split: BatchSplit, microbatch_size: int | None = None) -> None:
     """Refuse a training set with fewer samples than one global batch.
 
     A global batch that straddles two epochs may still contain a sample twice.
     """
     if len(train_set) < split.global_batch_size:
+        unit = split.world_size * (microbatch_size or 1)
+        fitting = len(train_set) // unit * unit
+        cut = fitting or len(train_set) // split.world_size * split.world_size
         raise DataError(
             f"the training set of build_dataset has {len(train_set)} samples, less than one global batch",
             expected=f"--global-batch-size of at most {len(train_set)}",
             got=f"--global-batch-size {split.global_batch_size} on {split.world_size} ranks",
-            fix=f"--global-batch-size {max(1, len(train_set) // split.world_size) * split.world_size}"
-            if len(train_set) >= split.world_size
+            fix=f"--global-batch-size {cut}" + ("" if fitting else " --microbatch-size None")
+            if cut
             else f"start at most {len(train_set)} ranks",
         )
 
@@ -212,11 +215,15 @@ def check_one_schedule(recipe: Recipe[C], config: C) -> None:
 
 def check_evaluation(config: TrainConfig, test_set: Dataset | None) -> None:
     """Refuse evaluations without a test set, and a schedule that needs evaluations but gets none."""
+    if test_set is None and config.schedule.needs_evaluations:
+        raise ConfigError(f"--schedule.name {config.schedule.name} acts on evaluations, and the recipe has no test set",
+                          expected="a test set from build_dataset, or another schedule", got="no test set",
+                          fix="--schedule.name constant --eval-every None")  # fmt: skip
     if test_set is None and config.eval_every is not None and not config.debug.enabled:
         raise ConfigError("--eval-every is set, but the recipe has no test set",
                           expected="a test set from build_dataset", got=f"--eval-every {config.eval_every}",
                           fix="--eval-every None")  # fmt: skip
-    if config.schedule.needs_evaluations and (config.eval_every is None or test_set is None):
+    if config.schedule.needs_evaluations and config.eval_every is None:
         raise ConfigError(f"--schedule.name {config.schedule.name} acts on evaluations",
                           expected="a test set, and evaluations of it", got=f"--eval-every {config.eval_every}",
                           fix="--eval-every 500")  # fmt: skip

@@ -118,6 +118,7 @@ def build_dataset(config: Config, split: Split) -> TokenDataset:
         dtype="uint16" if size <= 2**16 else "uint32",
         vocab_size=size,
         share=(0.0, border) if split == "train" else (border, 1.0),
+        option="context_length",
     )
 
 

@@ -122,12 +122,12 @@ def check_model_storable(module: nn.Module, tensors: Mapping[str, Tensor]) -> No
         check_storable({**tensors, **extra})
     except CheckpointError as error:
         raise ConfigError(str(error), expected="tensors that safetensors can hold and a resume can write to",
-                          fix="another dtype, .contiguous(), or --no-checkpoint.enabled") from error  # fmt: skip
+                          fix="another dtype, .contiguous(), or --checkpoint.no-enabled") from error  # fmt: skip
     for name, state in values.items():
         if not _survives_json(state):
             raise ConfigError(f"get_extra_state of {name or 'the model'} returns what a checkpoint cannot hold",
                               expected="a tensor, or a value that JSON reads back unchanged",
-                              got=type(state).__name__, fix="--no-checkpoint.enabled")  # fmt: skip
+                              got=type(state).__name__, fix="--checkpoint.no-enabled")  # fmt: skip
 
 
 def _survives_json(value: object) -> bool:

@@ -158,7 +158,7 @@ def check_sections(strategy: str, sections: Mapping[str, Section]) -> None:
                 f"--strategy {strategy} does not take {', '.join(flag(option) for option in changed)}",
                 expected=f"--strategy {' or '.join(takes)}",
                 got=", ".join(f"{flag(option)} {value}" for option, value in changed.items()),
-                fix=f"--strategy {takes[-1]}",
+                fix=f"--strategy {takes[-1]}, or leave out {', '.join(flag(option) for option in changed)}",
             )
     zero = sections.get("zero")
     if isinstance(zero, ZeroConfig) and zero.offload == "parameters" and strategy != "zero3":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -295,7 +294,7 @@ def split_batch(config: TrainConfig, world_size: int) -> BatchSplit:
     """Cut config.global_batch_size over `world_size` ranks.
 
     Raises:
-        ConfigError: it does not divide; the message names the nearest sizes that do.
+        ConfigError: it does not divide; the message names the nearest size that does.
     """
     total = config.global_batch_size
     if total < world_size:
@@ -309,10 +308,9 @@ def split_batch(config: TrainConfig, world_size: int) -> BatchSplit:
         return BatchSplit(global_batch_size=total, microbatch_size=total // world_size, world_size=world_size)
     unit = world_size * (config.microbatch_size or 1)
     if total % unit:
-        low, high = total // unit * unit, math.ceil(total / unit) * unit
-        near = [size for size in (low, high) if size > 0]
+        near = total // unit * unit or unit  # the data have enough samples for a smaller one
         cut = f"{world_size} ranks" + (f" x microbatches of {config.microbatch_size}" if config.microbatch_size else "")
-        fix = " or ".join(f"--global-batch-size {size}" for size in near)
+        fix = f"--global-batch-size {near}"
         if total % world_size == 0 and config.microbatch_size:
             closest = min(divisors(total // world_size), key=lambda m: abs(m - (config.microbatch_size or 1)))
             fix += f" or --microbatch-size {closest}"

@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from distkit.data import Batch, batch_size
 from distkit.engine.meter import check_output
 from distkit.engine.run import Run
-from distkit.errors import ConfigError
+from distkit.errors import ConfigError, nearest
 from distkit.losses import LossOutput
 from distkit.returned import calling
 from distkit.runtime.seeding import capture_rng, restore_rng
@@ -169,8 +169,10 @@ def check_metrics(run: Run, output: LossOutput) -> None:
         wanted["--schedule.metric"] = run.plateau.metric
     for who, metric in wanted.items():
         if metric not in names:
+            close = nearest(metric, names) or "loss"
+            fix = f"--schedule.metric {close}" if who.startswith("--") else f'best=("{close}", …)'
             raise ConfigError(f"{who} is {metric}, which compute_loss does not report for the test set",
-                              expected=f"one of {', '.join(names)}", got=metric)  # fmt: skip
+                              expected=f"one of {', '.join(names)}", got=metric, fix=fix)  # fmt: skip
 
 
 @contextmanager

@@ -271,9 +271,25 @@ def holds_run(path: Path) -> bool:
     """True for a directory in which a run was started, or that has the checkpoints of one.
 
     Raises:
-        ConfigError: its checkpoints cannot be listed.
+        ConfigError: it may not be looked at, or its checkpoints cannot be listed.
     """
+    refuse_hidden(path / "config.json", path)
     return (path / "config.json").exists() or bool(list_checkpoints(path / "checkpoints"))
+
+
+def refuse_hidden(path: Path, run_dir: Path) -> None:
+    """Refuse a run directory of which this user may not know whether `path` is there.
+
+    Raises:
+        ConfigError: naming the directory.
+    """
+    try:
+        path.stat()
+    except PermissionError as error:
+        raise ConfigError(f"--run-dir {run_dir} may not be looked at", expected="a directory that you may read",
+                          got=error.strerror, fix="--run-dir runs/NAME") from error  # fmt: skip
+    except OSError:
+        return  # nothing there, as the next check says
 
 
 def probe(folder: Path) -> None:
@@ -288,6 +304,7 @@ def check_usable(path: Path, *, resumes: bool) -> None:
     Raises:
         ConfigError: naming the directory and what to type.
     """
+    refuse_hidden(path, path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--run-dir {path} is a file", expected="a directory, or a path that does not exist",
                           fix=f"--run-dir {path}-run")  # fmt: skip
@@ -298,7 +315,7 @@ def check_usable(path: Path, *, resumes: bool) -> None:
             got="--resume never",
             fix=f"--run-dir {path}-2, or --resume auto to go on with it",
         )
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    parent = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"--run-dir {path} cannot be made", expected="a place where you may write",
                           got=f"{parent} is not writable", fix="--run-dir runs/NAME")  # fmt: skip

@@ -82,7 +82,7 @@ def test_a_staged_folder_stays_a_flag_of_the_job(project: Path, capsys: pytest.C
         ([PACED, "--nodes", "0"], [], "0 is not 1 or more"),
         ([PACED, "--gpus-per-node", "-1"], [], "-1 is not 0 or more"),
         ([PACED, "--time", "4h"], [], "--time 4:00:00"),
-        ([PACED, "--nodes", "3"], [], "--global-batch-size 6 or --global-batch-size 9"),
+        ([PACED, "--nodes", "3"], [], "--global-batch-size 6"),
         ([PACED, "--nodes", "2", "--gpus-per-node", "8"], [], "at least 16 for 16 ranks"),
         ([PACED], ["--optim.lr", "much"], "--optim.lr"),
         ([PACED], ["--pauseseconds", "1"], "--pause-seconds"),

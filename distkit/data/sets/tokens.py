@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distkit.config.check import require, require_number
+from distkit.config.check import flag, require, require_number
 from distkit.data.sets.fingerprint import DIGITS, spread
 from distkit.errors import DataError
 
@@ -88,6 +88,7 @@ class TokenDataset:
         dtype: uint16 or uint32.
         vocab_size: every token that is fetched must be below; None: not checked.
         share: from where to where the file is read, as fractions of its tokens: (0, 0.9) to train, (0.9, 1) to test.
+        option: what the recipe calls sequence_length, for messages: `context_length`.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -105,6 +106,7 @@ class TokenDataset:
         dtype: TokenDtype = "uint16",
         vocab_size: int | None = None,
         share: tuple[float, float] = (0.0, 1.0),
+        option: str | None = None,
     ) -> None:
         require_number("sequence_length", sequence_length, least=1, example="256")
         require_number("vocab_size", vocab_size, least=1, example="50304")
@@ -115,11 +117,13 @@ class TokenDataset:
         self.first, self.last = (int(len(self.file) * place) for place in share)
         self._num_windows = (self.last - self.first - 1) // sequence_length
         if self._num_windows < 1:
+            own, rest = self.last - self.first, len(self.file) - (self.last - self.first)
+            fitting = max(min(own, rest or own) - 1, 1)  # the other split has to have a window, too
             raise DataError(
                 f"the token file {path} is shorter than one window",
-                expected=f"at least {sequence_length + 1} tokens: sequence_length and the one that comes next",
-                got=f"{self.last - self.first} tokens",
-                fix=f"--sequence-length {max(self.last - self.first - 1, 1)}",
+                expected=f"at least {sequence_length + 1} tokens: the window's and the one that comes next",
+                got=f"{own} tokens",
+                fix=f"sequence_length={fitting}" if option is None else f"{flag(option)} {fitting}",
             )
         self._windows: Tokens | None = None
 

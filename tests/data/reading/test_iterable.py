@@ -226,6 +226,16 @@ def test_augmentation_is_keyed_by_position():
     assert read(again, range(2), 2) == after.tolist()
 
 
+def test_one_shard_with_two_workers_says_what_to_type():
+    one = source(lambda rank, world: Plain(rank, world, 1), microbatch_size=1, num_workers=2)
+    with pytest.raises(DataError, match=r"worker 1 of 2(.|\n)*type: +--data\.num-workers 1"):
+        read(one, range(4))
+    one.close()
+    one = source(lambda rank, world: Plain(rank, world, 1), microbatch_size=1, num_workers=1)
+    assert read(one, range(3)) == endless([0], 3)
+    one.close()
+
+
 def test_empty_shares_are_named():
     with pytest.raises(DataError, match=r"no sample in epoch 0 at rank 3\n"):
         source(lambda rank, world: Plain(rank, world, 3), 3, 4).microbatch(0, 0)

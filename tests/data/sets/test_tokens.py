@@ -145,8 +145,10 @@ def test_faults_are_named(tmp_path):
     assert len(TokenFile(path)) == 3
     with pytest.raises(DataError, match=r"multiple of 4 bytes\n.*6 bytes"):
         TokenDataset(path, 1, dtype="uint32")
-    with pytest.raises(DataError, match=r"at least 4 tokens.*\n.*3 tokens\n.*--sequence-length 2"):
+    with pytest.raises(DataError, match=r"at least 4 tokens.*\n.*3 tokens\n.*sequence_length=2"):
         TokenDataset(path, 3)
+    with pytest.raises(DataError, match=r"2 tokens\n.*--context-length 1"):
+        TokenDataset(path, 3, share=(0.0, 0.7), option="context_length")
     assert len(TokenDataset(path, 2)) == 1
 
 
