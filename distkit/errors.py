@@ -122,6 +122,8 @@ def printable(text: str, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
+    if "\n" in keep:  # most lines are printable as a whole
+        return "\n".join(printable(line, keep.replace("\n", "")) for line in text.split("\n"))
     return "".join(each if each.isprintable() or each in keep else each.encode("unicode_escape").decode()
                    for each in text)  # fmt: skip
 
