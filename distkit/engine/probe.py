@@ -63,9 +63,9 @@ def loss_of(run: Run, batch: Batch) -> LossOutput:
 
 def check_values(output: LossOutput) -> None:
     """Refuse numbers that no mean can be made of; this waits for the device."""
-    for name, value in output.sums.items():
+    for name, value in {**output.sums, **output.means}.items():
         if value.is_complex():
-            raise ConfigError(f"compute_loss: sums[{name!r}] is complex", expected="a real number", got=value.dtype)
+            raise ConfigError(f"compute_loss: the metric {name} is complex", expected="a real number", got=value.dtype)
     weight = output.weight
     if weight is not None and (weight.is_complex() or not 0 <= weight.item() < math.inf):
         raise ConfigError("compute_loss: weight must be a number >= 0", expected="what loss is the mean over: tokens",
