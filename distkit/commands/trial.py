@@ -16,6 +16,7 @@ from pathlib import Path
 
 from distkit.config.check import flag
 from distkit.config.secret import MASK
+from distkit.engine.attempts import read_object
 from distkit.errors import ConfigError, DistkitError, TrainingError
 from distkit.runtime.faults import VARIABLE
 from distkit.runtime.local_ranks import die_with_parent, free_port, rank_environment, without_launcher
@@ -180,7 +181,7 @@ def without_secrets(flags: Sequence[str], run_dir: Path) -> list[str]:
             elif value == MASK or (isinstance(value, list) and MASK in value):
                 yield flag(prefix + name)
 
-    hidden, shown, hides = set(secret(json.loads((run_dir / "config.json").read_text()), "")), list[str](), False
+    hidden, shown, hides = set(secret(read_object(run_dir / "config.json"), "")), list[str](), False
     for word in flags:
         name, equals, _ = word.partition("=")
         if name.startswith("--"):
