@@ -95,7 +95,7 @@ def test_commands_that_start_the_recipe(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    words = ["drill", str(RECIPE), "--nproc", "1", "--cases", "term:step", "--json", "drill.json", "--dir", "drill"]
+    words = ["drill", str(RECIPE), "--nproc", "1", "--cases", "kill:step", "--json", "drill.json", "--dir", "drill"]
     assert command([*words, "--", "--hub-token", TOKEN]) == 0
     assert json.loads(Path("drill.json").read_text())["flags"] == ["--hub-token", "<secret>"]
     flags = ["--checkpoint.enabled", "--hub_token", TOKEN]

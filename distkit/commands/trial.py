@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from distkit.config.check import flag
+from distkit.engine.attempts import object_in
 from distkit.errors import MASK, ConfigError, DistkitError, TrainingError
 from distkit.runtime.faults import VARIABLE
 from distkit.runtime.local_ranks import die_with_parent, free_port, rank_environment, without_launcher
@@ -179,7 +180,7 @@ def without_secrets(flags: Sequence[str], run_dir: Path) -> list[str]:
             elif value == MASK or (isinstance(value, list) and MASK in value):
                 yield flag(prefix + name)
 
-    hidden, shown, hides = set(secret(json.loads((run_dir / "config.json").read_text()), "")), list[str](), False
+    hidden, shown, hides = set(secret(object_in(run_dir / "config.json"), "")), list[str](), False
     for word in flags:
         name, equals, _ = word.partition("=")
         if name.startswith("--"):
