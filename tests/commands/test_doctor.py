@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -473,8 +474,24 @@ def test_torchrun_dies_of_usr1_unless_it_is_told(tmp_path: Path) -> None:
 # the screen and the arguments
 
 
+def be_another_node_with_another_clock() -> None:
+    """Its name is this process's alone; a clock cannot be: time namespaces leave CLOCK_REALTIME as it is."""
+    assert ctypes.CDLL(None, use_errno=True).unshare(0x4000000) == 0  # CLONE_NEWUTS
+    socket.sethostname("node2")
+    real = time.time
+    time.time = lambda: real() + 70.0  # type: ignore[assignment]
+
+
+@needs_mount
+def test_a_clock_that_is_wrong_on_one_node(tmp_path: Path) -> None:
+    env = {"GLOO_SOCKET_IFNAME": "lo"}
+    first, _ = doctor(tmp_path, world_size=2, fault=be_another_node_with_another_clock, on_rank=1, env=env)
+    said = first.of("clocks", "error")
+    assert re.search(r"the clock of node2 is (69|7[0-9])\.\d s ahead of rank 0's.* -> timedatectl on node2", said), said
+    assert first.code == 1
+
+
 def test_clocks_are_judged_by_the_node_that_is_farthest_off() -> None:
-    """A clock cannot be set for one process alone: time namespaces leave CLOCK_REALTIME as it is."""
     (agree,) = judge_skew({"node1": 0.0, "node2": -0.4})
     assert (agree.level, agree.message) == ("ok", "they agree within 1 s on 2 nodes")
     (drifts,) = judge_skew({"node1": 0.0, "node2": -2.5})
