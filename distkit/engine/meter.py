@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +100,27 @@ def _check_names(tensors: Mapping[str, Tensor]) -> None:
         raise KeyError(f"not the state of a meter: missing {missing}, not known {unknown}")
 
 
+def _detached(values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A copy without what would keep the whole graph of the microbatch alive."""
+    return {name: value.detach() if value.requires_grad else value for name, value in values.items()}
+
+
+class Kept(NamedTuple):
+    """What is pending of one microbatch: no part of its graph."""
+
+    loss: Tensor
+    sums: Mapping[str, Tensor]
+    weight: Tensor | None
+    means: Mapping[str, Tensor]
+    samples: int
+
+    def copy(self) -> Kept:
+        """With memory of its own."""
+        sums, means = ({name: value.clone() for name, value in values.items()} for values in (self.sums, self.means))
+        weight = None if self.weight is None else self.weight.clone()
+        return Kept(self.loss.clone(), sums, weight, means, self.samples)
+
+
 class Meter:
     """Collects LossOutputs of microbatches; `reduce` gives their means over all ranks.
 
@@ -125,7 +147,7 @@ class Meter:
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._loss, self._weight = self._zero(), self._zero()
-        self._pending: list[tuple[LossOutput, int]] = []
+        self._pending: list[Kept] = []
         self._samples = 0
         #: The sum of losses after so many samples, from time to time: near which a loss was not finite.
         self._folded: list[tuple[int, Tensor]] = []
@@ -144,14 +166,10 @@ class Meter:
             check_output(output)
             self._checked = True
         # detached, or the whole graph of the microbatch would be kept alive
-        sums = {name: value.detach() if value.requires_grad else value for name, value in output.sums.items()}
-        means = {name: value.detach() for name, value in output.means.items()}
-        kept = LossOutput(output.loss.detach(), sums, output.weight, means)
-        if self._copies:
-            sums, means = ({name: value.clone() for name, value in values.items()} for values in (sums, means))
-            weight = None if kept.weight is None else kept.weight.detach().clone()
-            kept = LossOutput(kept.loss.clone(), sums, weight, means)
-        self._pending.append((kept, samples))
+        weight = None if output.weight is None else output.weight.detach()
+        means = _detached(output.means) if output.means else output.means
+        kept = Kept(output.loss.detach(), _detached(output.sums), weight, means, samples)
+        self._pending.append(kept.copy() if self._copies else kept)
         if len(self._pending) == FOLD_EVERY:
             self._fold()
 
@@ -159,22 +177,22 @@ class Meter:
         """Add up what is pending: one kernel or two a name, whatever the number of microbatches."""
         if not self._pending:
             return
-        outputs = [output for output, _ in self._pending]
-        weighted = [(output.loss, output.weight) for output in outputs if output.weight is not None]
+        kept = self._pending
+        weighted = [(each.loss, each.weight) for each in kept if each.weight is not None]
         if weighted:
             weights = self._stack([weight for _, weight in weighted])
             self._add_losses(self._stack([loss for loss, _ in weighted]), weights)
         # by size and on the host: a tensor of sizes would be a copy to the device that waits for it
-        for size in {count for output, count in self._pending if output.weight is None}:
-            losses = [output.loss for output, count in self._pending if count == size and output.weight is None]
+        for size in {each.samples for each in kept if each.weight is None}:
+            losses = [each.loss for each in kept if each.samples == size and each.weight is None]
             self._add_losses(self._stack(losses), size)
-        for name in sorted({name for output in outputs for name in output.sums}):
-            self._add_values(name, [output.sums[name] for output in outputs if name in output.sums])
-        for size in {count for output, count in self._pending if output.means}:
-            alike = [output.means for output, count in self._pending if count == size]
+        for name in sorted({name for each in kept for name in each.sums}):
+            self._add_values(name, [each.sums[name] for each in kept if name in each.sums])
+        for size in {each.samples for each in kept if each.means}:
+            alike = [each.means for each in kept if each.samples == size]
             for name in sorted({name for means in alike for name in means}):
                 self._add_values(name, [means[name] for means in alike if name in means], size)
-        self._samples += sum(count for _, count in self._pending)
+        self._samples += sum(each.samples for each in kept)
         self._folded.append((self._samples, self._loss))
         self._pending.clear()
 
@@ -198,7 +216,7 @@ class Meter:
             self._weight = self._weight + weights * len(losses)
 
     def _stack(self, values: list[Tensor]) -> Tensor:
-        return torch.stack([value.detach() for value in values]).to(self._dtype)
+        return torch.stack(values).to(self._dtype)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What was counted since the last report, on this rank; never waits for the device.
@@ -275,7 +293,7 @@ class Meter:
         own_of_ranks = [told for *_, told in answers]
         return Means(samples=round(samples), loss=mean, metrics=metrics, not_finite=not_finite, own=own_of_ranks)
 
-    def _sources(self, recent: Sequence[tuple[LossOutput, int]]) -> tuple[NotFinite, ...]:
+    def _sources(self, recent: Sequence[Kept]) -> tuple[NotFinite, ...]:
         """What is not finite on each rank; all ranks together. `recent` was pending before the last fold."""
         here = [] if math.isfinite(loss := self._loss.item()) else [("loss", *self._first_bad_loss(recent, loss))]
         here += [
@@ -287,16 +305,16 @@ class Meter:
             for name, value, begin, end in found
         )
 
-    def _first_bad_loss(self, recent: Sequence[tuple[LossOutput, int]], total: float) -> tuple[float, int, int]:
+    def _first_bad_loss(self, recent: Sequence[Kept], total: float) -> tuple[float, int, int]:
         """The first loss of this rank that was not finite, and between which samples it came."""
         begin = 0
         for end, value in self._folded[:-1] if recent else self._folded:
             if not value.isfinite().item():
                 return value.item(), begin, end
             begin = end
-        for output, count in recent:
-            value = output.loss if output.weight is None else output.loss * output.weight
+        for each in recent:
+            value = each.loss if each.weight is None else each.loss * each.weight
             if not value.isfinite().item():
-                return output.loss.item(), begin, begin + count
-            begin += count
+                return each.loss.item(), begin, begin + each.samples
+            begin += each.samples
         return total, 0, self._samples

@@ -467,7 +467,7 @@ def test_sums_with_a_graph_do_not_keep_it(tmp_path: Path) -> None:
     run = build_run(tmp_path)
     leaf = torch.ones((), requires_grad=True)
     run.meter.add(LossOutput(leaf * 1, {"norm": leaf * 2}), 1)
-    assert not run.meter._pending[0][0].sums["norm"].requires_grad
+    assert not run.meter._pending[0].sums["norm"].requires_grad
 
 
 def test_a_metric_that_is_not_there_is_named_before_the_first_step(tmp_path: Path) -> None:

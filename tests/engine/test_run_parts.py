@@ -117,7 +117,7 @@ def test_meter_keeps_no_graph() -> None:
     meter = Meter(RUNTIME)
     leaf = torch.ones((), requires_grad=True)
     meter.add(LossOutput(leaf * 2), 1)
-    assert not meter._pending[0][0].loss.requires_grad
+    assert not meter._pending[0].loss.requires_grad
 
 
 def test_progress_state() -> None:
