@@ -26,11 +26,8 @@ def list_checkpoints(folder: Path) -> list[int]:
     and for verification to name.
 
     Raises:
-        ConfigError: it cannot be read, or is a link.
+        ConfigError: it cannot be read.
     """
-    if folder.is_symlink():  # a run would write, and remove, what lies somewhere else
-        raise ConfigError(f"{folder} is a symbolic link", expected="a folder in the run directory",
-                          got=f"a link to {os.readlink(folder)}", fix="the place itself")  # fmt: skip
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):

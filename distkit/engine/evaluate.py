@@ -15,6 +15,7 @@ from distkit.errors import TrainingError
 from distkit.runtime.faults import fault
 from distkit.runtime.heartbeat import StopRequested
 from distkit.runtime.seeding import capture_rng, restore_rng
+from distkit.tensors.buffers import rank_buffers, set_rank_buffers_
 
 
 def rank_range(num_samples: int, rank: int, world_size: int) -> range:
@@ -33,12 +34,14 @@ def evaluate(run: Run, loader: EvaluationLoader) -> Means:
     meter = Meter(run.runtime, copies=strategy.reuses_outputs)
     run.synchronize_buffers_()
     modes = {module: module.training for module in strategy.module.modules()}
+    own = {name: tensor.clone() for name, tensor in rank_buffers(strategy.module).items()}
     strategy.module.eval()
     try:
         with strategy.evaluating(), torch.no_grad(), run.ema.applied() if run.ema is not None else nullcontext():
             count_batches(run, loader, meter)
     except StopRequested:
         restore_rng(generators, run.runtime.device)
+        set_rank_buffers_(strategy.module, own, run.runtime.device)
         raise
     finally:
         for module, mode in modes.items():

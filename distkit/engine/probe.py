@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from distkit.data import Batch, batch_size
@@ -21,7 +22,7 @@ from distkit.errors import ConfigError, nearest
 from distkit.losses import LossOutput
 from distkit.returned import calling
 from distkit.runtime.seeding import capture_rng, restore_rng
-from distkit.strategies.buffers import check_alike
+from distkit.strategies.buffers import refuse_unlike
 from distkit.tensors.buffers import buffer_slots, extra_states, set_extra_states
 
 
@@ -37,7 +38,7 @@ def probe(run: Run) -> None:
         with calling("the data set of build_dataset"):
             batch = loader.first()
         batch_size(batch)
-    with untouched(run), run.strategy.evaluating():
+    with untouched(run):
         check_training(run, batch)
     run.resume.warnings.extend(run.strategy.compiler_notes())
     if test is None:
@@ -46,9 +47,11 @@ def probe(run: Run) -> None:
         with calling("the data set of build_dataset"):
             batch = test.first(run.config.eval_batch_size or run.split.microbatch_size)
         batch_size(batch)
-    with untouched(run), run.strategy.evaluating(), torch.no_grad():
+    with untouched(run), torch.no_grad():
         run.strategy.module.eval()
-        check_metrics(run, loss_of(run, batch))
+        with run.strategy.evaluating():
+            output = loss_of(run, batch)
+        check_metrics(run, output)
     run.strategy.skip_compiler_notes()  # compiled once more without gradients
 
 
@@ -76,9 +79,11 @@ def check_training(run: Run, batch: Batch) -> None:
     """Refuse a loss that does not depend on the model's parameters, or depends on others, and buffers that differ."""
     # hooks would be compiled into the forward
     root = run.strategy.module
-    with noting_calls([] if run.config.compile else list(root.modules())) as (called, own):
+    modules = [] if run.config.compile else list(root.modules())
+    # ranks that did not gather the same have said so when this ends, before they ask each other for more
+    with noting_calls(modules) as (called, own), run.strategy.evaluating():
         output = loss_of(run, batch)
-    check_alike(root, run.runtime)
+    refuse_unlike(root, run.runtime)
     run.resume.warnings.extend(run.runtime.broadcast(odd_sums(output, batch_size(batch))))
     if run.strategy.needs_forward and called and root not in called:
         raise ConfigError("compute_loss calls parts of the model and never the model itself, which alone exchanges "
@@ -149,8 +154,10 @@ def leaves(loss: Tensor) -> Iterator[Tensor]:
 
 
 def hides_leaves(loss: Tensor) -> bool:
-    """Whether a part of the backward has a graph of its own (torch.utils.checkpoint with use_reentrant)."""
-    return any("CheckpointFunction" in node.name() for node in graph(loss))
+    """Whether a part of the backward may have a graph of its own, as torch.utils.checkpoint with use_reentrant has."""
+    known = ("distkit.", "deepspeed.", "torch.distributed.")
+    kinds = {type(node) for node in graph(loss) if issubclass(type(node), BackwardCFunction)}
+    return any(not getattr(kind, "_forward_cls", kind).__module__.startswith(known) for kind in kinds)
 
 
 def odd_sums(output: LossOutput, samples: int) -> list[str]:

@@ -132,12 +132,13 @@ def load_weights_(model: nn.Module, resume: ResumePoint, runtime: Runtime) -> No
 
 
 def proven_steps(completed: int, checkpoint: VerifiedCheckpoint | None, directory: RunDirectory) -> int:
-    """Of the `completed` steps that status.json claims, those that the final weights or the newest checkpoint prove.
+    """Of the `completed` steps that status.json claims, those that weights, newest checkpoint or summary prove.
 
     Raises:
-        ConfigError: there are neither.
+        ConfigError: there is none of them.
     """
-    proven = max(directory.steps_of_weights(), -1 if checkpoint is None else checkpoint.manifest.step)
+    saved = -1 if checkpoint is None else checkpoint.manifest.step
+    proven = max(directory.steps_of_weights(), directory.steps_of_summary(), saved)
     if proven < 0 <= completed:
         path = directory.path
         raise ConfigError(f"--run-dir {path} says that its run is completed, and holds nothing of it",
@@ -166,7 +167,8 @@ def check_resume(run: Run) -> None:
         ConfigError: naming what does not fit, and what to type.
     """
     if run.saver is not None and not run.config.debug.enabled:
-        check_model_storable(run.strategy.module, live_tensors(run))
+        own = prefixed("buffer", rank_buffers(run.strategy.module))
+        check_model_storable(run.strategy.module, live_tensors(run) | own)
     checkpoint, done = run.resume.checkpoint, run.resume.completed_steps
     if run.finished:
         return
@@ -284,8 +286,7 @@ def _restore_all(run: Run, checkpoint: VerifiedCheckpoint) -> None:
     restore_extra_states_(strategy.module, checkpoint)
     run.meter.load_state_tensors(_meter_tensors(run, checkpoint))
     if checkpoint.manifest.world_size == run.runtime.world_size:
-        own: dict[str, Tensor | None] = dict.fromkeys(rank_buffers(strategy.module))
-        own |= read_tensors(checkpoint, f"buffer/{run.runtime.rank:05d}/")
+        own = read_tensors(checkpoint, f"buffer/{run.runtime.rank:05d}/")
         set_rank_buffers_(strategy.module, own, run.runtime.device)
     for name, part in parts(run).items():
         if name in checkpoint.parts() or name not in ADDED:

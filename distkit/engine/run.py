@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
+import torch
 from torch import Tensor
 
+from distkit.checkpoint.digest import state_digest
 from distkit.checkpoint.saver import Saver
 from distkit.checkpoint.verify import VerifiedCheckpoint
 from distkit.config import BatchSplit, TrainConfig
@@ -27,7 +29,7 @@ from distkit.engine.meter import Meter
 from distkit.engine.run_dir import RunDirectory
 from distkit.engine.stragglers import Stragglers
 from distkit.engine.watch import Watch
-from distkit.errors import TrainingError
+from distkit.errors import TrainingError, shorten
 from distkit.losses import ComputeLoss
 from distkit.observers import Event, Observer
 from distkit.runtime.process import Runtime
@@ -186,6 +188,7 @@ class Run:
         data_state: the position in an iterable data set; None for other data, whose position is the step.
         buffer_specs: dtype and shape of the persistent buffers, as the model was built.
         nan_buffers: names of buffers that the model was built with NaN in.
+        unlike_buffers: names of shared buffers that were found to differ between ranks.
         aliases: further names that the model's state dict has for tied tensors -> their name in checkpoints.
         utilization: None where the device's peak is not known.
         facts: the resolved choices, printed at the start and repeated in summary.json.
@@ -212,6 +215,7 @@ class Run:
     data_state: DataState | None = None
     buffer_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     nan_buffers: frozenset[str] = frozenset()
+    unlike_buffers: set[str] = field(default_factory=set)
     aliases: Mapping[str, str] = field(default_factory=dict)
     utilization: Utilization | None = None
     resume: ResumePoint = field(default_factory=ResumePoint)
@@ -266,14 +270,20 @@ class Run:
         return self.strategy.model_tensors()
 
     def learned_tensors(self) -> Mapping[str, Tensor]:
-        """Model and optimizer tensors, as `model/NAME` and `optimizer/NAME/KEY`, and of each rank `buffer/RANK/NAME`.
+        """Model and optimizer tensors, as `model/NAME` and `optimizer/NAME/KEY`, and digests `buffer/RANK/NAME`.
 
         They are what `state_digest` covers; all ranks together.
         """
-        own = self.runtime.gather({name: tensor.cpu() for name, tensor in rank_buffers(self.strategy.module).items()})
-        buffers = {f"buffer/{rank:05d}/{name}": t for rank, tensors in enumerate(own) for name, t in tensors.items()}
+        own = rank_buffers(self.strategy.module)
+        digests = self.runtime.gather({name: state_digest({name: tensor}) for name, tensor in own.items()})
+        buffers = {f"buffer/{rank:05d}/{name}": torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
+                   for rank, names in enumerate(digests) for name, digest in names.items()}  # fmt: skip
         return {**self.strategy.learned_tensors(), **buffers}
 
     def synchronize_buffers_(self) -> None:
-        """Give every rank the buffers that a checkpoint would hold, and their averages."""
-        self.strategy.synchronize_buffers_(self.ema.averaged_buffers if self.ema is not None else ())
+        """Give every rank the buffers that a checkpoint would hold, and their averages; notes those that differed."""
+        unlike = self.strategy.synchronize_buffers_(self.ema.averaged_buffers if self.ema is not None else ())
+        if new := [name for name in unlike if name not in self.unlike_buffers]:
+            self.unlike_buffers.update(new)
+            self.note(f"buffers {shorten(new)} differed between ranks: all have rank 0's now, as the checkpoints do; "
+                      "distkit.register_rank_buffer declares a buffer each rank's own")  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Literal, cast
 from distkit.checkpoint.retention import list_checkpoints, sweep
 from distkit.checkpoint.verify import step_of_weights
 from distkit.engine.attempts import FILE as ATTEMPTS
-from distkit.engine.attempts import append_ended, clock_time, last_number, read_status
+from distkit.engine.attempts import append_ended, clock_time, last_number, object_in, read_status
 from distkit.engine.lease import Lease
 from distkit.engine.submission import original_of
 from distkit.errors import CheckpointError, ConfigError, Stopped, TrainingError
@@ -157,6 +157,11 @@ class RunDirectory:
         except CheckpointError:
             return -1
 
+    def steps_of_summary(self) -> int:
+        """The step of which summary.json tells; -1 where there is none."""
+        step = object_in(self.path / "summary.json").get("step")
+        return step if isinstance(step, int) else -1
+
     def release(self) -> None:
         """Let another process have the directory."""
         if self.lease is not None:
@@ -255,8 +260,9 @@ def check_files(run_dir: Path) -> None:
         path, is_kind, kind = run_dir / name, *((S_ISREG, "file") if name in FILES else (S_ISDIR, "folder"))
         if os.path.lexists(path) and not is_kind(path.lstat().st_mode):
             got = f"a symbolic link to {os.readlink(path)}" if path.is_symlink() else None
-            raise ConfigError(f"{path} is not a regular {kind}", expected=f"a {kind} that a run wrote, or none",
-                              got=got, fix=f"rm -r {shlex.quote(str(path))}")  # fmt: skip
+            old = shlex.quote(f"{path}.old")
+            raise ConfigError(f"{path} is not a regular {kind}", expected=f"the {kind} itself, or none", got=got,
+                              fix=f"mv {shlex.quote(str(path))} {old}")  # fmt: skip
 
 
 def new_path(recipe: str) -> Path:

@@ -83,6 +83,9 @@ def snapshot(run: Run) -> Snapshot:
     strategy, rank = run.strategy, run.runtime.rank
     run.synchronize_buffers_()
     shared = saved_tensors(run)
+    # their shapes may differ between ranks, which can then not share the work
+    caches = {f"model/{slot.name}" for slot in buffer_slots(strategy.module) if not slot.persistent} & shared.keys()
+    whole = {name: shared.pop(name) for name in caches}
     _, extra_values = split_extra(extra_states(strategy.module))
     observers: dict[str, str] = {}
     for observer in run.observers:
@@ -93,7 +96,8 @@ def snapshot(run: Run) -> Snapshot:
         judged=judged_tensors(run, shared),
         own=prefixed(f"rng/{rank:05d}", capture_rng(run.runtime.device))
         | prefixed(f"meter/{rank:05d}", run.meter.state_tensors())
-        | prefixed(f"buffer/{rank:05d}", rank_buffers(strategy.module)),
+        | prefixed(f"buffer/{rank:05d}", rank_buffers(strategy.module))
+        | (whole if rank == 0 else {}),
         values={
             "version": 1,
             "recipe": run.recipe,

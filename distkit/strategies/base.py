@@ -15,7 +15,7 @@ from distkit.config import TrainConfig, split_batch
 from distkit.errors import ConfigError
 from distkit.optim import OptimizerState, named_parameters, skips_on_device
 from distkit.runtime.process import Runtime
-from distkit.strategies.buffers import check_alike, share_statistics_
+from distkit.strategies.buffers import share_buffers_
 from distkit.strategies.compiled import CompilerWatch, captures_graphs, refuse_accumulation
 from distkit.strategies.parameters import OwnGradients, state_tensors
 from distkit.strategies.precision import autocast
@@ -216,14 +216,13 @@ class Strategy(ABC):
         """True for optimizers that evaluate the loss several times a step."""
         return self.config.optim.needs_closure
 
-    def synchronize_buffers_(self, averages: Sequence[Tensor]) -> None:
-        """Give every rank the statistics of BatchNorm that a checkpoint would hold, rank 0's, and their `averages`.
+    def synchronize_buffers_(self, averages: Sequence[Tensor]) -> list[str]:
+        """Give every rank the buffers that a checkpoint would hold, rank 0's, and their `averages`.
 
-        Raises:
-            ConfigError: another buffer, which is not declared a rank's own, differs between ranks.
+        Returns:
+            names of those that differed although they are no statistics.
         """
-        check_alike(self.module, self.runtime)
-        share_statistics_(self.module, averages, self.runtime)
+        return share_buffers_(self.module, averages, self.runtime)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

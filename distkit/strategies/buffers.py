@@ -1,4 +1,7 @@
-"""Buffers of several ranks: rank 0's statistics count, those that are a rank's own stay, all others are the same."""
+"""Buffers of several ranks: each rank's own stay, statistics are rank 0's, the others should be the same everywhere.
+
+Buffers with persistent=False are their layer's business: it recomputes them, so they are neither compared nor sent.
+"""
 
 from __future__ import annotations
 
@@ -15,70 +18,77 @@ from distkit.runtime.process import Runtime
 from distkit.tensors.buffers import BufferSlot, buffer_slots, extra_states
 from distkit.tensors.spec import spec_of, spec_text
 
-ADVICE = "distkit.register_rank_buffer in place of register_buffer, or the same values on all ranks"
-
-
-def share_statistics_(module: nn.Module, averages: Sequence[Tensor], runtime: Runtime) -> None:
-    """Broadcast rank 0's statistics of BatchNorm and the `averages` of buffers; all ranks together."""
-    if runtime.world_size == 1:
-        return
-    statistics = [slot.tensor for slot in buffer_slots(module) if slot.statistic]
-    for tensor in [*(tensor for tensor in statistics if tensor is not None), *averages]:
-        dist.broadcast(tensor, src=0)
-
 
 @torch.no_grad()
-def check_alike(module: nn.Module, runtime: Runtime) -> None:
-    """Refuse what differs between ranks and is saved once; all ranks together, which may wait for the device.
-
-    Buffers with persistent=False may differ in shape: such a cache is recomputed by its layer.
+def refuse_unlike(module: nn.Module, runtime: Runtime) -> None:
+    """Refuse what differs between ranks after a forward and is saved once; all ranks together, waits for the device.
 
     Raises:
         ConfigError: on all ranks, naming the buffer, or the module with an extra state.
     """
-    slots = [slot for slot in buffer_slots(module) if not (slot.rank_own or slot.statistic)]
-    extra = {name: _digest(state) for name, state in extra_states(module).items()}
-    if runtime.world_size == 1 or not (slots or extra):
-        return
-    specs = runtime.gather([(None if slot.tensor is None else spec_text(spec_of(slot.tensor))) for slot in slots])
-    compared = []
-    for index, slot in enumerate(slots):
-        one = [rank[index] for rank in specs]
-        if len(set(one)) == 1:
-            compared.append(slot)
-        elif slot.persistent:
-            other = next(rank for rank, spec in enumerate(one) if spec != one[0])
-            raise _differs(f"buffer {slot.name}", f"{one[0]} on rank 0, {one[other]} on rank {other}")
-    names = _unlike_rank_0(compared)
-    if names:
-        raise _differs(f"buffer {names[0]}", "other values than on rank 0")
-    first, *others = runtime.gather(extra)
-    for name in first:
-        if any(other.get(name) != first[name] for other in others):
-            raise _differs(f"the extra state (get_extra_state) of {name or 'the model'}", "another one")
+    own: tuple[dict[str, str], dict[str, str]] = (
+        {slot.name: spec_text(spec_of(tensor)) for slot in _compared(module) if (tensor := slot.tensor) is not None},
+        {name: _digest(state) for name, state in extra_states(module).items()},
+    )
+    first, *others = runtime.gather(own)
+    for rank, other in enumerate(others, 1):
+        for mine, theirs, what in zip(
+            first, other, ("buffer {}", "the extra state (get_extra_state) of {}"), strict=True
+        ):
+            name = next((n for n in (*mine, *theirs) if mine.get(n) != theirs.get(n)), None)
+            if name is not None:
+                got = f"{mine.get(name)} on rank 0, {theirs.get(name)} on rank {rank}"
+                raise _differs(what.format(name or "the model"), got if "buffer" in what else None)
+    if unlike := _unlike_rank_0(_compared(module), runtime):
+        raise _differs(f"buffer {unlike[0]}", "other values than on rank 0")
 
 
-def _unlike_rank_0(slots: Sequence[BufferSlot]) -> list[str]:
-    """Names of the buffers, of one dtype and shape on all ranks, whose bits some rank has otherwise."""
-    named = {slot.name: slot.tensor for slot in slots if slot.tensor is not None and slot.tensor.numel()}
-    dense = {name: tensor for name, tensor in named.items() if tensor.layout is torch.strided}
-    if not dense:
+@torch.no_grad()
+def share_buffers_(module: nn.Module, averages: Sequence[Tensor], runtime: Runtime) -> list[str]:
+    """Give every rank rank 0's buffers and `averages` of buffers, as a checkpoint has them; all ranks together.
+
+    Returns:
+        names of those that differed and are no statistics: from now on they are rank 0's everywhere.
+    """
+    if runtime.world_size == 1:
+        return []
+    compared = _compared(module)
+    unlike = _unlike_rank_0(compared, runtime)
+    sent = [slot.tensor for slot in buffer_slots(module) if slot.statistic]
+    sent += [slot.tensor for slot in compared if slot.name in unlike]
+    for tensor in [*(tensor for tensor in sent if tensor is not None), *averages]:
+        dist.broadcast(tensor, src=0)
+    return unlike
+
+
+def _compared(module: nn.Module) -> list[BufferSlot]:
+    slots = [slot for slot in buffer_slots(module) if slot.persistent and not (slot.rank_own or slot.statistic)]
+    return [slot for slot in slots if slot.tensor is not None and slot.tensor.layout is torch.strided]
+
+
+def _unlike_rank_0(slots: Sequence[BufferSlot], runtime: Runtime) -> list[str]:
+    """Names of the buffers, of one dtype and shape on all ranks, that some rank has otherwise than by rounding."""
+    named = {slot.name: slot.tensor.detach() for slot in slots if slot.tensor is not None and slot.tensor.numel()}
+    if runtime.world_size == 1 or not named:
         return []
     unlike = []
-    for tensor in dense.values():
-        own = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        first = own.clone()
-        dist.broadcast(first, src=0)
-        unlike.append((own != first).any())
+    for tensor in named.values():
+        first = tensor.contiguous().clone()
+        dist.broadcast(first.view(-1).view(torch.uint8), src=0)
+        rounded = first.is_floating_point() or first.is_complex()
+        same = torch.isclose(first, tensor, rtol=1e-3, atol=1e-6, equal_nan=True) if rounded else first == tensor
+        unlike.append(~same.all())
     flags = torch.stack(unlike).to(torch.int32)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return [name for name, flag in zip(dense, flags.tolist(), strict=True) if flag]
+    return [name for name, flag in zip(named, flags.tolist(), strict=True) if flag]
 
 
-def _differs(what: str, got: str) -> ConfigError:
-    return ConfigError(f"{what} differs between ranks, and a checkpoint has one for all of them",
-                       expected="the same on all ranks, or a buffer that is declared each rank's own", got=got,
-                       fix=ADVICE)  # fmt: skip
+def _differs(what: str, got: str | None) -> ConfigError:
+    error = ConfigError(f"{what} differs between ranks, and a checkpoint has one for all of them", got=got,
+                        expected="the same on all ranks, or a buffer that is declared each rank's own",
+                        fix="distkit.register_rank_buffer in place of register_buffer")  # fmt: skip
+    error.on_all_ranks = True
+    return error
 
 
 def _digest(state: object) -> str:

@@ -77,12 +77,20 @@ class DataParallel(Strategy):
 
     def refuse_unused(self, names: Sequence[str]) -> None:
         """DDP would wait for their gradients, unless it is told not to."""
-        if self._ddp is not None and self.config.unused_parameters == "refuse" and not self.config.ddp.static_graph:
-            raise no_gradient(names, self.name)
+        if self._ddp is not None and self.config.unused_parameters == "refuse":
+            raise no_gradient(names, self.name, "--ddp.no-static-graph " if self.config.ddp.static_graph else "")
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; with the last microbatch DDP averages them over the ranks."""
-        super().backward(loss)
+        try:
+            super().backward(loss)
+        except RuntimeError as error:
+            if "ready only once" not in str(error):
+                raise
+            fix = "that call inside the model's forward, and use_reentrant=False; or --strategy fsdp"
+            raise ConfigError("a parameter is used outside of the model's forward, or twice in a backward (a reentrant "
+                              "checkpoint)", got=f"--unused-parameters {self.config.unused_parameters}", fix=fix,
+                              expected="neither, with --strategy ddp") from error  # fmt: skip
         if self._ddp is not None and self._ddp.require_backward_grad_sync:
             self._check_exchanged(self._ddp)
 
@@ -132,6 +140,12 @@ class _WithAttributes(DistributedDataParallel):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("module"), name)  # type: ignore[no-any-return]
+
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
+        module = self._modules["module"]
+        theirs = (vars(module), module._buffers, module._parameters, module._modules) if module is not None else ()
+        of_module = name not in vars(self) and name not in self._modules and any(name in names for names in theirs)
+        setattr(module, name, value) if of_module else super().__setattr__(name, value)
 
 
 def settle_buckets(ddp: DistributedDataParallel) -> None:

@@ -90,7 +90,9 @@ class FullySharded(Sharded):
     def _exchange_order(self) -> ExchangeOrder:
         names = {part: name for name, part in self.module.named_modules()}
         may_differ = self.config.unused_parameters != "refuse"
-        return ExchangeOrder([names[unit] for unit in self._units], self.name, self.runtime, may_differ=may_differ)
+        trained = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        units = [names[unit] for unit in self._units]
+        return ExchangeOrder(units, trained, self.name, self.runtime, may_differ=may_differ)
 
     def _watch_exchanges(self, look: Callable[[Tensor], None]) -> None:
         for index, unit in enumerate(self._units):
@@ -111,7 +113,7 @@ class FullySharded(Sharded):
             scaled = self._shared_use.watched(scaled, last=self._exchanges)
         scaled.backward()  # type: ignore[no-untyped-call]
         if self._exchanges:
-            self._order.end(step=True)
+            self._order.end_step([parameter.grad is not None for parameter in self._parameters])
 
     def gates(self) -> Sequence[tuple[nn.Module, nn.Module]] | None:
         """Before its forward each unit gathers its parameters; a hook inside of what is compiled would be, too."""
@@ -124,7 +126,7 @@ class FullySharded(Sharded):
         self._order.begin(step=False)
         try:
             yield
-            self._order.end(step=False)
+            self._order.end()
         finally:
             for unit in self._units:
                 unit.reshard()
@@ -261,7 +263,7 @@ def check_same_everywhere(module: nn.Module, runtime: Runtime) -> None:
     Raises:
         ConfigError: on every rank, naming the first tensor that differs.
     """
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {**dict(module.named_parameters()), **shared_buffers(module)}
     # as text: a NaN is not equal to itself
     sums = {name: str(_sum(tensor.detach())) for name, tensor in tensors.items()}
     first, *others = runtime.gather(sums)

@@ -10,17 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from distkit.errors import ConfigError
+from distkit.errors import ConfigError, shorten
 from distkit.runtime.process import Runtime
 
 
-def no_gradient(names: Sequence[str], strategy: str) -> ConfigError:
+def no_gradient(names: Sequence[str], strategy: str, prefix: str = "") -> ConfigError:
     """The error for a strategy that has to have a gradient for each parameter, and got none for `names`."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ConfigError(f"the loss does not depend on {', '.join(names[:3])}{more}",
-                       expected=f"a gradient for every parameter in every step, with --strategy {strategy}",
-                       fix=f"{'' if strategy == 'ddp' else '--strategy fsdp '}--unused-parameters any, or "
-                           "requires_grad_(False) for them in build_model")  # fmt: skip
+    fix = f"{prefix}--unused-parameters any, or requires_grad_(False) for them in build_model"
+    return ConfigError(f"the loss does not depend on {shorten(names)}", fix=fix,
+                       expected=f"a gradient for every parameter in each step, with --strategy {strategy}")  # fmt: skip
 
 
 def after_backward(loss: Tensor, then: Callable[[], None]) -> Tensor:
@@ -59,7 +57,7 @@ class GradientWatch:
         """
         missing, self._missing = self._missing, dict(self._names)
         if missing:
-            raise no_gradient(list(missing), self._strategy)
+            raise no_gradient(list(missing), self._strategy, "--strategy fsdp ")
 
 
 #: A unit of the model, and the elements that are exchanged for it.
@@ -73,16 +71,28 @@ class ExchangeOrder:
     Otherwise exchanges of different units meet. That hangs, or ends in words of the backend, or, where they have the
     same size, a rank computes with another layer's weights. Until the first step has ended the ranks agree on each
     exchange before it begins. Later steps are compared with that one, or, if steps may differ, agree on theirs too.
-    Evaluations are compared between the ranks at their end.
+    Evaluations are compared between the ranks at their end. Which parameters have a gradient is compared likewise:
+    two of one size would not show in an exchange.
 
     Args:
         units: their names.
+        parameters: names of those that are trained.
         strategy: for the message.
         may_differ: steps need not be alike; the ranks must be.
     """
 
-    def __init__(self, units: Sequence[str], strategy: str, runtime: Runtime, *, may_differ: bool = False) -> None:
-        self._units, self._strategy, self._runtime, self._may_differ = list(units), strategy, runtime, may_differ
+    def __init__(
+        self,
+        units: Sequence[str],
+        parameters: Sequence[str],
+        strategy: str,
+        runtime: Runtime,
+        *,
+        may_differ: bool = False,
+    ) -> None:
+        self._units, self._parameters = list(units), list(parameters)
+        self._strategy, self._runtime, self._may_differ = strategy, runtime, may_differ
+        self._first_gradients: list[bool] = []
         self._prefix = "" if strategy == "fsdp" else "--strategy fsdp "
         self._first: list[Exchange] | None = None
         self._now: list[Exchange] = []
@@ -90,7 +100,7 @@ class ExchangeOrder:
 
     def begin(self, *, step: bool) -> None:
         """A step begins, or an evaluation."""
-        self._now = []
+        self._now, self._seen = [], (0, 0)
         self._asks = self._first is None or (step and self._may_differ)
         self._expected = self._first if step else None
 
@@ -106,23 +116,51 @@ class ExchangeOrder:
         elif self._expected is not None:
             due = self._expected[len(self._now)] if len(self._now) < len(self._expected) else END
             if exchange != due:
-                raise self._differs(exchange, due)
+                raise self._differs(self._name(exchange, due), self._name(due, exchange))
+        else:  # an evaluation may have any number of them
+            self._seen = (self._seen[0] + 1, hash((self._seen[1], exchange)) >> 2)
+            return
         self._now.append(exchange)
 
-    def end(self, *, step: bool) -> None:
-        """The step has ended before its update, or the evaluation.
+    def end(self) -> None:
+        """An evaluation has ended.
 
         Raises:
-            ConfigError: some exchange is missing, or ranks had different ones.
+            ConfigError: ranks had different exchanges.
         """
         if self._asks:
             self._agree(END)
-            self._first = self._now if step else None
-        elif self._expected is None:
-            if not self._runtime.same_everywhere([len(self._now), hash(tuple(self._now)) >> 2]):
-                raise self._part(f"{len(self._now)} calls on rank {self._runtime.rank}")
-        elif len(self._now) < len(self._expected):
-            raise self._differs(END, self._expected[len(self._now)])
+        elif not self._runtime.same_everywhere(self._seen):
+            raise self._part(f"{self._seen[0]} calls on rank {self._runtime.rank}")
+
+    def end_step(self, gradients: list[bool]) -> None:
+        """A step has ended before its update.
+
+        Args:
+            gradients: of each parameter, whether it has a gradient.
+
+        Raises:
+            ConfigError: some exchange is missing; ranks, or this step and the first one, gave gradients to others.
+        """
+        if self._asks:
+            self._agree(END)
+            if not self._runtime.same_everywhere(list(map(int, gradients))):
+                first, *others = self._runtime.gather(gradients)
+                rank, other = next((rank, other) for rank, other in enumerate(others, 1) if other != first)
+                name = self._unlike(first, other)
+                raise self._part(f"a gradient for {name} on one of ranks 0 and {rank} only")
+            if self._first is None:
+                self._first, self._first_gradients = self._now, gradients
+        elif self._expected is not None and len(self._now) < len(self._expected):
+            due = self._expected[len(self._now)]
+            raise self._differs(self._name(END, due), self._name(due, END))
+        elif gradients != self._first_gradients:
+            name = self._unlike(gradients, self._first_gradients)
+            now, then = ("a", "no") if gradients[self._parameters.index(name)] else ("no", "a")
+            raise self._differs(f"{now} gradient for {name}", f"{then} gradient for it")
+
+    def _unlike(self, one: Sequence[bool], other: Sequence[bool]) -> str:
+        return next(name for name, mine, its in zip(self._parameters, one, other, strict=True) if mine != its)
 
     def _agree(self, exchange: Exchange) -> None:
         if self._runtime.same_everywhere(exchange):
@@ -133,15 +171,20 @@ class ExchangeOrder:
         raise self._part(f"{names[0]} on rank 0, {names[1]} on rank {rank}")
 
     def _part(self, got: str) -> ConfigError:
-        return ConfigError("the ranks do not use the same parts of the model",
-                           expected=f"the same ones in the same order, with --strategy {self._strategy}", got=got,
-                           fix=f"{self._prefix}--unused-parameters any")  # fmt: skip
+        error = ConfigError("the ranks do not use the same parts of the model",
+                            expected=f"the same ones in the same order, with --strategy {self._strategy}", got=got,
+                            fix=f"{self._prefix}--unused-parameters any")  # fmt: skip
+        error.on_all_ranks = True
+        return error
 
-    def _differs(self, now: Exchange, due: Exchange) -> ConfigError:
-        how = f"{self._name(now, due)} where that used {self._name(due, now)}"
-        fix = f"{self._prefix}--unused-parameters any; same, where all ranks leave out the same parts"
-        return ConfigError("a step does not use the same parts of the model as the first one", got=how, fix=fix,
-                           expected=f"the same ones in every step, with --strategy {self._strategy}")  # fmt: skip
+    def _differs(self, now: str, then: str) -> ConfigError:
+        fix = (
+            f"{self._prefix}--unused-parameters same, where all ranks leave out the same parts; any, where they do not"
+        )
+        return ConfigError("a step does not use the same parts of the model as the first one",
+                           expected=f"the same ones in every step, with --strategy {self._strategy}",
+                           got=f"{now} where that had {then}",
+                           fix=f"{fix}; the run goes on from its last checkpoint")  # fmt: skip
 
     def _name(self, exchange: Exchange, other: Exchange) -> str:
         unit, elements = exchange

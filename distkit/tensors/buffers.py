@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from distkit.errors import CheckpointError
 from distkit.tensors.finite import is_finite
@@ -43,8 +42,8 @@ class BufferSlot:
 
     @property
     def statistic(self) -> bool:
-        """Of the batches that a BatchNorm has seen: ranks differ, and rank 0's count."""
-        return isinstance(self.owner, _NormBase) and self.key in ("running_mean", "running_var", "num_batches_tracked")
+        """Of the batches that a BatchNorm, or a layer like it, has seen: ranks differ, and rank 0's count."""
+        return self.key in ("running_mean", "running_var", "num_batches_tracked") and not self.rank_own
 
     @property
     def persistent(self) -> bool:

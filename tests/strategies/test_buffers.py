@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ BASE = replace(RECIPE.presets["default"], num_steps=END, report_every=1, timeout
 
 def run_cli(folder: Path, kind: str, *argv: str, world_size: int = 2) -> list[Ended]:
     """The recipe with what it carries of one `kind`, on real ranks, in FOLDER/run."""
+    folder.mkdir(exist_ok=True)
     flags = ["--kind", kind, "--run-dir", str(folder / "run"), "--num-steps", "6", *argv]
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     recipe = ROOT / "tests" / "support" / "carry.py"
@@ -55,7 +57,7 @@ def test_each_rank_goes_on_with_its_own(strategy: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("kind", "words"), [
     ("shared", ["buffer mean differs between ranks", "other values than on rank 0", "register_rank_buffer"]),
-    ("lengths", ["buffer table differs between ranks", "[3] on rank 0", "[4] on rank 1"]),
+    ("lengths", ["buffer table differs between ranks", "float32 [3] on rank 0", "float32 [4] on rank 1"]),
     ("extra", ["extra state (get_extra_state) of the model differs between ranks"]),
 ])  # fmt: skip
 def test_what_differs_and_is_not_declared_is_named(kind: str, words: list[str], strategy: str, tmp_path: Path) -> None:
@@ -82,6 +84,23 @@ def test_another_number_of_ranks_begins_again_with_a_word(tmp_path: Path) -> Non
     (alone,) = run_cli(tmp_path, "own", *again, world_size=1)
     assert alone.returncode == 0, alone.stderr
     assert "begin again, because each rank has its own: buffers mean, scratch" in alone.stdout
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_differs_later_is_rank_0s_from_the_save_on_with_a_word(strategy: str, tmp_path: Path) -> None:
+    flags = ["--strategy", strategy, "--checkpoint.enabled", "--checkpoint.save-every", "3"]
+    flags += ["--schedule.name", "constant", "--schedule.warmup-steps", "0"]
+    assert [rank.returncode for rank in run_cli(tmp_path / "whole", "late", *flags)] == [0, 0]
+    folder = tmp_path / "again"
+    assert run_cli(folder, "late", *flags, "--num-steps", "3")[0].returncode == 0
+    assert run_cli(folder, "late", *flags)[0].returncode == 0
+    events = [(path / "run" / "metrics.jsonl").read_text() for path in (tmp_path / "whole", folder)]
+    assert events[0].count("buffers mean differed between ranks: all have rank 0's now") == 1
+    digests = [
+        json.loads((p / "run" / "summary.json").read_text())["state_digest"] for p in (tmp_path / "whole", folder)
+    ]
+    assert digests[0] == digests[1]
 
 
 def test_a_declaration_goes_with_the_module(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from distkit.recipe import Recipe
 class Config(tiny.TinyConfig):
     """What is carried."""
 
-    kind: Literal["own", "shared", "lengths", "cache", "extra", "alike"] = "own"
-    """own: declared a rank's own; shared: the same, not declared; lengths: shapes differ; cache: so do those of
-    one that is not saved; extra: an extra state that differs; alike: a count, the same on all ranks."""
+    kind: Literal["own", "shared", "late", "lengths", "cache", "extra", "alike"] = "own"
+    """own: declared a rank's own; shared: the same, not declared; late: so, from the second batch on; lengths: shapes
+    differ; cache: so do those of one that is not saved; extra: an extra state that differs; alike: a count."""
 
 
 class Carry(nn.Module):
@@ -35,7 +35,7 @@ class Carry(nn.Module):
             register_rank_buffer(self, "mean", torch.zeros(()))
             register_rank_buffer(self, "history", None)
             register_rank_buffer(self, "scratch", torch.zeros(2), persistent=False)
-        elif config.kind == "shared":
+        elif config.kind in ("shared", "late"):
             self.register_buffer("mean", torch.zeros(()))
         elif config.kind in ("lengths", "cache"):
             self.register_buffer("table", torch.zeros(1), persistent=config.kind == "lengths")
@@ -53,10 +53,11 @@ class Carry(nn.Module):
         if not self.training:
             return logits
         rank = int(os.environ.get("RANK", "0"))
-        if self.kind in ("own", "shared"):
+        if self.kind in ("own", "shared", "late"):
             logits = logits * (1 + self.mean.clone())
         with torch.no_grad():
-            if self.kind in ("own", "shared"):
+            self.seen += self.kind == "late"
+            if self.kind in ("own", "shared") or self.seen > 1:
                 self.mean.lerp_(inputs.mean(), 0.5)
             if self.kind == "own":
                 row = inputs.mean().reshape(1)

@@ -25,8 +25,8 @@ class Config(tiny_gpt.GPTTrainConfig):
 
     drop: float = 0.5
     """How often, in [0, 1]."""
-    draws: Literal["same", "own"] = "own"
-    """own: each rank's microbatch leaves out its own."""
+    draws: Literal["same", "own", "heads"] = "own"
+    """own: each rank's microbatch leaves out its own; heads: nothing but one of two parameters of one size."""
     keep_steps: int = 0
     """So many steps leave out nothing."""
 
@@ -38,6 +38,8 @@ class LayerDrop(GPT):
         super().__init__(replace(tiny_gpt.SHAPE, num_layers=4), chunked_cross_entropy)
         self.how, self.calls = config, 0
         self.offset = nn.Parameter(torch.full((tiny_gpt.SHAPE.dim,), 0.1))
+        if config.draws == "heads":
+            self.heads = nn.ParameterList([nn.Parameter(torch.full((tiny_gpt.SHAPE.dim,), 0.1)) for _ in range(2)])
 
     def get_extra_state(self) -> int:
         return self.calls
@@ -52,12 +54,14 @@ class LayerDrop(GPT):
         step, rank = self.calls // per_rank, first * per_rank + self.calls % per_rank
         generator = torch.Generator().manual_seed(1000 * step + (rank if self.how.draws == "own" else 0))
         keep = torch.rand(5, generator=generator) >= self.how.drop
-        if not training or step < self.how.keep_steps:
+        if self.how.draws == "heads" or not training or step < self.how.keep_steps:
             keep[:] = True
         self.calls += training
         x = self.embedding(tokens)
         if keep[4]:
             x = x + self.offset
+        if self.how.draws == "heads":
+            x = x + self.heads[0 if step < self.how.keep_steps else rank % 2]
         for block, kept in zip(self.blocks, keep, strict=False):
             if kept:
                 x = block(x)

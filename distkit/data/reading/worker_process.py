@@ -32,8 +32,6 @@ DYING_SECONDS = 2.0
 LOCK_SECONDS = 1.0
 #: A mode ends when nothing refers to it any more.
 _held_by_worker: list[torch.inference_mode] = []
-#: The main thread waits for a worker.
-_waits = threading.Event()
 
 
 def start_worker(owner: int, _worker_id: int) -> None:
@@ -60,23 +58,37 @@ def take_over_signal() -> None:
     torch raises the death of a worker wherever the main thread is: in a step, a save, a collective. Here it is raised
     where the thread waits for a batch, which `waiting_for` says, or when it next does.
     """
-    before = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is not threading.main_thread() or before is _on_child:
+    if threading.current_thread() is not threading.main_thread() or _on_child.installed:
         return
+    before = signal.getsignal(signal.SIGCHLD)
     if callable(before) and before.__module__ != signal_handling.__name__:
-        _handlers_before.append(before)
+        _on_child.before = before
     signal.signal(signal.SIGCHLD, _on_child)
     signal_handling._SIGCHLD_handler_set = True
+    # once: a handler that somebody puts on top calls this one, and would be called by it
+    _on_child.installed = True
 
 
-_handlers_before: list[Callable[[int, FrameType | None], object]] = []
+class _OnChild:
+    """The handler.
+
+    Attributes:
+        installed: it is, or was.
+        before: the handler that was there.
+        waits: the main thread waits for a batch.
+    """
+
+    installed, waits = False, False
+    before: Callable[[int, FrameType | None], object] | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.waits:
+            _error_if_any_worker_fails()
+        if self.before is not None:
+            self.before(number, frame)
 
 
-def _on_child(number: int, frame: FrameType | None) -> None:
-    if _waits.is_set():
-        _error_if_any_worker_fails()
-    for handler in _handlers_before:
-        handler(number, frame)
+_on_child = _OnChild()
 
 
 def end_workers(iterator: object) -> None:
@@ -127,11 +139,12 @@ def waiting_for(iterator: object, reading: Callable[[int], str] = nothing) -> It
     Raises:
         TrainingError: one died, or did not answer in time, or shared memory is full.
     """
-    if threading.current_thread() is threading.main_thread():
-        _waits.set()
+    is_main = threading.current_thread() is threading.main_thread()
     try:
+        _on_child.waits = _on_child.waits or is_main
         _error_if_any_worker_fails()  # one that died when nobody waited
         yield
+        _on_child.waits = _on_child.waits and not is_main
     except RuntimeError as error:
         told = in_words(error, death_in(iterator, reading))
         if told is None:
@@ -147,7 +160,7 @@ def waiting_for(iterator: object, reading: Callable[[int], str] = nothing) -> It
             raise
         raise died(*death) from error
     finally:
-        _waits.clear()
+        _on_child.waits = _on_child.waits and not is_main
 
 
 def iterator_of(loader: Iterable[T]) -> Iterator[T]:

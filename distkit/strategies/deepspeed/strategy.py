@@ -77,7 +77,7 @@ class DeepSpeed(Sharded):
         """zero3 gathers a module's own parameters before its forward: on every rank in the same order."""
         names = {part: name for name, part in self.module.named_modules()}
         gates = [part for part, _ in self.gates() or ()]
-        self._order = ExchangeOrder([names[part] for part in gates], self.name, self.runtime)
+        self._order = ExchangeOrder([names[part] for part in gates], (), self.name, self.runtime)
         for index, part in enumerate(gates):
             part.register_forward_pre_hook(partial(self._see_forward, index), prepend=True)
 
@@ -102,7 +102,7 @@ class DeepSpeed(Sharded):
         self._order.begin(step=False)
         try:
             yield
-            self._order.end(step=False)
+            self._order.end()
         finally:
             self.zero.reshard()
 
@@ -113,14 +113,14 @@ class DeepSpeed(Sharded):
 
     def refuse_unused(self, names: Sequence[str]) -> None:
         """ZeRO updates all elements."""
-        raise no_gradient(names, self.name)
+        raise no_gradient(names, self.name, "--strategy fsdp ")
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; the mean over ranks is DeepSpeed's, that over microbatches is in the loss."""
         loss = after_backward(self.scaler.scale(loss), self._gradient_watch.check)
         self.engine.backward(loss, scale_wrt_gas=False)
         if self._last:
-            self._order.end(step=True)
+            self._order.end_step([])
 
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the gradients, summed over ranks; parameters without one count as zeros."""
@@ -182,7 +182,7 @@ class DeepSpeed(Sharded):
             return super().whole_weights()
         tensors = {**self.model_tensors(), **rank_buffers(self.module)}
         saved = self.gather({name: t for name, t in tensors.items() if name in self._aliases.values()})
-        return {name: saved[canonical] for name, canonical in self._aliases.items()} if saved else {}
+        return {name: saved[canonical] for name, canonical in self._aliases.items() if canonical in saved}
 
     @property
     def num_parameters(self) -> int:

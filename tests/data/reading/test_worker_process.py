@@ -116,7 +116,7 @@ def test_other_handlers_of_the_signal_are_still_called(monkeypatch: pytest.Monke
         seen.append(number)
 
     before = signal.signal(signal.SIGCHLD, own)
-    monkeypatch.setattr(worker_process, "_handlers_before", [])
+    monkeypatch.setattr(worker_process, "_on_child", worker_process._OnChild())
     try:
         loader = open_loader(Fatal(no_end))
         loader.microbatch(0, 0)
@@ -124,6 +124,20 @@ def test_other_handlers_of_the_signal_are_still_called(monkeypatch: pytest.Monke
         busy(0.1)
         assert seen
         assert set(seen) == {signal.SIGCHLD}
+        ours = signal.getsignal(signal.SIGCHLD)
+        assert callable(ours)
+
+        def on_top(number: int, frame: FrameType | None) -> None:
+            seen.clear()
+            ours(number, frame)
+
+        signal.signal(signal.SIGCHLD, on_top)
+        for _ in range(2):
+            again = open_loader(Fatal(no_end))
+            again.microbatch(0, 0)
+            again.close()
+            busy(0.1)
+            assert seen == [signal.SIGCHLD]
     finally:
         signal.signal(signal.SIGCHLD, before)
 
