@@ -9,6 +9,7 @@ import difflib
 import sys
 from collections.abc import Iterable
 from typing import ClassVar
+from urllib.parse import quote
 
 #: Longer words are like no other.
 LONGEST_WORD = 200
@@ -129,9 +130,9 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def hide(secret: str) -> None:
-    """From now on `masked` takes `secret` out of texts."""
+    """From now on `masked` takes `secret` out of texts, also as tracebacks and URLs quote it."""
     if len(secret) >= LEAST_LENGTH:
-        _secrets.add(secret)
+        _secrets.update((secret, repr(secret)[1:-1], quote(secret, safe="")))
 
 
 def masked(text: str) -> str:

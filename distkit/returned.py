@@ -16,6 +16,7 @@ from distkit.config import TrainConfig
 from distkit.errors import ConfigError, DataError, DistkitError, raised_inside, shorten
 from distkit.optim import ParamGroup, named_parameters
 from distkit.schedules import Schedule
+from distkit.tensors.spec import is_expanded
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -73,7 +74,7 @@ def check_model(model: object) -> nn.Module:
                               expected="a model on the CPU, with its initial weights",
                               fix="build_model without torch.device('meta')")  # fmt: skip
     for name, parameter in model.named_parameters():
-        if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        if is_expanded(parameter):
             raise ConfigError(f"build_model returned a model whose {name} is expanded: its elements share memory",
                               expected="a parameter with memory for each element",
                               fix="nn.Parameter(tensor.clone())")  # fmt: skip

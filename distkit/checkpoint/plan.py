@@ -28,7 +28,7 @@ from distkit.json_files import MAX_NAME, parse
 from distkit.tensors.buffers import extra_states, split_extra
 from distkit.tensors.flat_shard import FlatShard
 from distkit.tensors.shards import local_part
-from distkit.tensors.spec import dtype_name
+from distkit.tensors.spec import dtype_name, is_expanded
 
 #: Replicated tensors of at least this many bytes a rank are cut into rows; smaller ones go whole to some rank.
 SPREAD_BYTES = 2**18
@@ -102,8 +102,7 @@ def check_storable(tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"tensor name {name!a:.80} holds a character that cannot be printed, or is too long")
         if tensor.layout != torch.strided:
             raise CheckpointError(f"tensor {name} is {tensor.layout}, which a checkpoint cannot hold")
-        local = local_part(tensor)
-        if any(size > 1 and stride == 0 for size, stride in zip(local.shape, local.stride(), strict=True)):
+        if is_expanded(local_part(tensor)):
             raise CheckpointError(f"tensor {name} is expanded: several of its elements share memory")
 
 

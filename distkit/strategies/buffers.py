@@ -5,7 +5,6 @@ Buffers with persistent=False are their layer's business: it recomputes them, so
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distkit.checkpoint.digest import state_digest
 from distkit.errors import ConfigError
 from distkit.runtime.process import Runtime
 from distkit.tensors.buffers import BufferSlot, buffer_slots, extra_states
@@ -93,5 +93,5 @@ def _differs(what: str, got: str | None) -> ConfigError:
 
 def _digest(state: object) -> str:
     if isinstance(state, Tensor):
-        return hashlib.sha256(state.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        return state_digest({"": state})
     return json.dumps(state, sort_keys=True, default=repr)

@@ -29,3 +29,9 @@ def spec_of(tensor: Tensor) -> TensorSpec:
 def spec_text(spec: TensorSpec) -> str:
     """`float32 [3, 4]`."""
     return f"{spec[0]} {list(spec[1])}"
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements of a strided tensor share memory, so that it cannot be written in place."""
+    strided = tensor.layout is torch.strided
+    return strided and any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -166,3 +166,10 @@ def test_types() -> None:
 def test_texts_of_others_are_searched() -> None:
     Secret("long-enough-1"), Secret("long-enough-12"), Secret("abc")
     assert masked("401 for long-enough-12, then long-enough-1; abc") == f"401 for {MASK}, then {MASK}; abc"
+
+
+def test_a_secret_is_found_as_tracebacks_and_urls_quote_it() -> None:
+    value = "two\nlines+and/more="
+    Secret(value)
+    for text in (value, repr(value), "https://hub/?token=two%0Alines%2Band%2Fmore%3D"):
+        assert "lines" not in masked(f"403 for {text}"), text

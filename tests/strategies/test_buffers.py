@@ -103,7 +103,7 @@ def test_what_differs_later_is_rank_0s_from_the_save_on_with_a_word(strategy: st
     assert digests[0] == digests[1]
 
 
-def test_a_declaration_goes_with_the_module(tmp_path: Path) -> None:
+def test_a_declaration_goes_with_the_module() -> None:
     module = nn.Sequential(Carry(Config(num_steps=1)), nn.BatchNorm1d(4))
     for same in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert rank_buffers(same).keys() == {"0.mean", "0.scratch"}

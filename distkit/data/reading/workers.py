@@ -35,7 +35,7 @@ from distkit.data.dataset import Indexable
 from distkit.data.reading.fetchers import Batches, BatchMaker
 from distkit.data.reading.worker_process import end_workers, iterator_of, start_worker, take_over_signal, waiting_for
 from distkit.data.stream.requests import Request
-from distkit.errors import DataError, TrainingError, printable
+from distkit.errors import DataError, TrainingError, masked, printable
 
 logger = logging.getLogger(__name__)
 
@@ -344,7 +344,7 @@ class _WorkerBatches:
 
     def _count(self, replaced: tuple[str, ...]) -> None:
         for cause in replaced:
-            logger.warning("replaced an unreadable sample: %s", printable(str(cause)))
+            logger.warning("replaced an unreadable sample: %s", printable(masked(str(cause))))
         self._num_replaced += len(replaced)
         if self._num_replaced > self._fetcher.max_corrupt:
             raise DataError(
