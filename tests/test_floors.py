@@ -211,6 +211,14 @@ def test_contributing_shows_these_floors() -> None:
     assert table() in (ROOT / "CONTRIBUTING.md").read_text(), "paste what `python tests/test_floors.py` prints"
 
 
+def test_nothing_is_committed_beside_the_known_folders() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {name.split("/")[0] for name in tracked.splitlines() if "/" in name}
+    assert folders <= {".ci", "benchmarks", "distkit", "docs", "launch", "recipes", "slurm", "tests"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_of_more_than_500_lines_gives_a_reason(path: Path) -> None:
     """In its docstring, in a sentence with the word "lines"."""

@@ -39,7 +39,7 @@ def map_leaves(kind: type[K], function: Callable[[K], object], value: object) ->
         return function(value)
     if isinstance(value, dict):
         return {key: map_leaves(kind, function, item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):  # a union would be built in every step
         items = [map_leaves(kind, function, item) for item in value]
         made: Callable[..., object] = type(value)
         return made(*items) if hasattr(value, "_fields") else made(items)
@@ -79,7 +79,7 @@ def to_device(batch: T, device: torch.device, channels_last: bool = False) -> T:
     def move(tensor: Tensor) -> Tensor:
         if channels_last and tensor.ndim == 4:
             return tensor.to(device, non_blocking=True, memory_format=torch.channels_last)
-        return tensor.to(device, non_blocking=True)
+        return tensor if tensor.device == device else tensor.to(device, non_blocking=True)
 
     return map_tensors(move, batch)
 

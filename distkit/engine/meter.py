@@ -137,6 +137,7 @@ class Meter:
     def __init__(self, runtime: Runtime, *, copies: bool = False, drops_bad: bool = False) -> None:
         self._runtime, self._copies, self._drops_bad = runtime, copies, drops_bad
         self._dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
+        self._nothing = torch.zeros((), dtype=self._dtype, device=runtime.device)
         self._checked = False
         #: Norm of the last step's gradients (0-dim, on the device), where it was measured.
         self.grad_norm: Tensor | None = None
@@ -146,7 +147,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._loss, self._weight = self._zero(), self._zero()
+        self._loss = self._weight = self._nothing
         self._pending: list[Kept] = []
         self._samples = 0
         #: The sum of losses after so many samples, from time to time: near which a loss was not finite.
@@ -156,9 +157,6 @@ class Meter:
     def is_empty(self) -> bool:
         """True when nothing was counted since the last report."""
         return not (self._pending or self._samples)
-
-    def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=self._dtype, device=self._runtime.device)
 
     def add(self, output: LossOutput, samples: int) -> None:
         """Count one microbatch of `samples` samples. Never waits for the device."""
@@ -175,48 +173,54 @@ class Meter:
 
     def _fold(self) -> None:
         """Add up what is pending: one kernel or two a name, whatever the number of microbatches."""
-        if not self._pending:
-            return
         kept = self._pending
-        weighted = [(each.loss, each.weight) for each in kept if each.weight is not None]
-        if weighted:
-            weights = self._stack([weight for _, weight in weighted])
-            self._add_losses(self._stack([loss for loss, _ in weighted]), weights)
         # by size and on the host: a tensor of sizes would be a copy to the device that waits for it
-        for size in {each.samples for each in kept if each.weight is None}:
-            losses = [each.loss for each in kept if each.samples == size and each.weight is None]
-            self._add_losses(self._stack(losses), size)
+        groups: dict[int | None, list[Kept]] = {}
+        for each in kept:
+            groups.setdefault(each.samples if each.weight is None else None, []).append(each)
+            self._samples += each.samples
+        for size, alike in groups.items():
+            losses = torch.stack([each.loss for each in alike])
+            if size is None:
+                self._add_weighted(losses, torch.stack([each.weight for each in alike if each.weight is not None]))
+            else:
+                self._add_losses(losses, size)
         for name in sorted({name for each in kept for name in each.sums}):
             self._add_values(name, [each.sums[name] for each in kept if name in each.sums])
         for size in {each.samples for each in kept if each.means}:
-            alike = [each.means for each in kept if each.samples == size]
-            for name in sorted({name for means in alike for name in means}):
-                self._add_values(name, [means[name] for means in alike if name in means], size)
-        self._samples += sum(each.samples for each in kept)
-        self._folded.append((self._samples, self._loss))
-        self._pending.clear()
+            alike = [each for each in kept if each.samples == size]
+            for name in sorted({name for each in alike for name in each.means}):
+                self._add_values(name, [each.means[name] for each in alike if name in each.means], size)
+        if kept:
+            self._folded.append((self._samples, self._loss))
+        self._pending = []
+
+    # nothing is added in place: `_folded` keeps what the sums were
 
     def _add_values(self, name: str, parts: list[Tensor], times: int = 1) -> None:
         """Add `parts`, each so many `times`, to the sum `name`."""
-        values = self._stack(parts)
-        value = (torch.where(values.isfinite(), values, 0.0) if self._drops_bad else values).sum() * times
+        values = torch.stack(parts)
+        value = (torch.where(values.isfinite(), values, 0) if self._drops_bad else values).sum(dtype=self._dtype)
+        value = value if times == 1 else value * times
         self._sums[name] = value + self._sums[name] if name in self._sums else value
 
-    def _add_losses(self, losses: Tensor, weights: Tensor | int) -> None:
-        """Add `losses` times `weights`: of each, or one number for all."""
+    def _add_losses(self, losses: Tensor, size: int) -> None:
+        """Add `losses`, each the mean of `size` samples."""
+        weight: Tensor | int = size * len(losses)
         if self._drops_bad:
-            good = losses.isfinite() & (weights.isfinite() if isinstance(weights, Tensor) else True)
-            losses, weights = torch.where(good, losses, 0.0), torch.where(good, weights, 0)
-        # not in place: `_folded` keeps what the sums were
-        if isinstance(weights, Tensor):
-            self._loss = self._loss + (losses * weights).sum()
-            self._weight = self._weight + weights.sum()
-        else:
-            self._loss = self._loss + losses.sum() * weights
-            self._weight = self._weight + weights * len(losses)
+            good = losses.isfinite()
+            losses, weight = torch.where(good, losses, 0.0), good.sum() * size
+        self._loss = self._loss + losses.sum(dtype=self._dtype) * size
+        self._weight = self._weight + weight
 
-    def _stack(self, values: list[Tensor]) -> Tensor:
-        return torch.stack(values).to(self._dtype)
+    def _add_weighted(self, losses: Tensor, weights: Tensor) -> None:
+        """Add `losses`, of which each is a mean over one of `weights`."""
+        if self._drops_bad:
+            good = losses.isfinite() & weights.isfinite()
+            losses, weights = torch.where(good, losses, 0.0), torch.where(good, weights, 0)
+        weights = weights.to(self._dtype)
+        self._loss = self._loss + (losses * weights).sum()
+        self._weight = self._weight + weights.sum()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What was counted since the last report, on this rank; never waits for the device.
@@ -280,9 +284,9 @@ class Meter:
         names = seen[0] if seen else []
         if any(other != names for other in seen):
             raise TrainingError(f"compute_loss must return the same sums and means on every rank, here {seen}")
-        sums_here = [self._sums[name] if name in self._sums else self._zero() for name in names]
-        values = [self._loss, self._weight, self._zero() + self._samples, *sums_here]
-        loss, weight, samples, *sums = self._runtime.all_reduce_(torch.stack(values)).tolist()
+        values = [self._loss, self._weight, *(self._sums.get(name, self._nothing) for name in names)]
+        loss, weight, *sums = self._runtime.all_reduce_(torch.stack(values)).tolist()
+        samples = sum(here for _, here, _ in answers)
         if samples == 0:
             raise TrainingError("nothing to report: no sample was seen on any rank")
         all_finite = all(map(math.isfinite, (loss, weight, *sums)))
@@ -291,7 +295,7 @@ class Meter:
         metrics = {name: value / samples for name, value in zip(names, sums, strict=True)}
         mean = loss / weight if weight else float("nan")
         own_of_ranks = [told for *_, told in answers]
-        return Means(samples=round(samples), loss=mean, metrics=metrics, not_finite=not_finite, own=own_of_ranks)
+        return Means(samples=samples, loss=mean, metrics=metrics, not_finite=not_finite, own=own_of_ranks)
 
     def _sources(self, recent: Sequence[Kept]) -> tuple[NotFinite, ...]:
         """What is not finite on each rank; all ranks together. `recent` was pending before the last fold."""

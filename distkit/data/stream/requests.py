@@ -13,11 +13,14 @@ from distkit.config import BatchSplit
 from distkit.data.stream.permutation import Int64
 from distkit.data.stream.stream import SampleStream, microbatch_start
 
+#: Positions whose samples are computed at once, after those of the first microbatch: 1 MiB with what that takes, 1 ms.
+BLOCK = 16_384
+
 
 class Request(NamedTuple):
     """One batch to be read: samples `indices` (int64 [B]) at the positions `start` to `start + B - 1`.
 
-    Positions key every random draw (C1).
+    Positions key every random draw (C1). The indices are the caller's own.
     """
 
     start: int
@@ -32,13 +35,15 @@ def training_requests(
     stream: SampleStream, split: BatchSplit, rank: int, step: int, accum_index: int
 ) -> Iterator[Request]:
     """A rank's microbatches from microbatch `accum_index` of `step` on, without end."""
-    count = split.microbatch_size
+    count, stride = split.microbatch_size, split.world_size * split.microbatch_size
+    start, microbatches = microbatch_start(step, split, rank, accum_index), 1
     while True:
-        while accum_index < split.accum_steps:
-            start = microbatch_start(step, split, rank, accum_index)
-            yield Request(start, stream.indices(start, count))
-            accum_index += 1
-        step, accum_index = step + 1, 0
+        starts = start + stride * np.arange(microbatches)
+        positions = starts[:, None] + np.arange(count)
+        for indices in stream.indices_at(positions.ravel()).reshape(positions.shape):
+            yield Request(start, indices)
+            start += stride
+        microbatches = max(1, BLOCK // count)
 
 
 def evaluation_requests(samples: range, size: int) -> Iterator[Request]:

@@ -13,9 +13,6 @@ from distkit.config.check import require, require_number
 from distkit.data.stream.permutation import MAX_LENGTH, Int64, permute
 from distkit.errors import DataError
 
-#: Positions computed at a time once requests come in regular steps: 1 MiB with its temporaries, about 1 ms.
-BLOCK = 16_384
-
 
 def microbatch_start(step: int, split: BatchSplit, rank: int, accum_index: int) -> int:
     """First position of a microbatch, which is that position and the `split.microbatch_size - 1` after it.
@@ -34,10 +31,7 @@ def microbatch_start(step: int, split: BatchSplit, rank: int, accum_index: int) 
 
 
 class SampleStream:
-    """Sample indices by position. Memory does not grow with the data set.
-
-    Requests whose starts are a fixed distance apart, as a training loop makes them, are served from a block of
-    upcoming answers that is computed at once; any other request is computed alone. Both give the same indices.
+    """Sample indices by position. It keeps nothing: the same question always has the same answer.
 
     Args:
         seed: seed of the run, 0 to 2^63 - 1.
@@ -57,36 +51,22 @@ class SampleStream:
         self.seed = seed
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
-        self._last_start, self._last_stride = 0, 0
-        self._block_start, self._block_stride = 0, 1
-        self._block: Int64 = np.empty((0, 0), np.int64)
 
     def indices(self, start_position: int, count: int) -> Int64:
-        """Sample indices at the positions start_position .. start_position + count - 1, int64 [count], a fresh array.
+        """Sample indices at the positions start_position .. start_position + count - 1, int64 [count].
 
         The positions may span several epochs. `start_position` >= 0, start_position + count < 2^63.
         """
-        stride = start_position - self._last_start
-        regular = stride > 0 and stride == self._last_stride
-        self._last_start, self._last_stride = start_position, stride
-        row, rest = divmod(start_position - self._block_start, self._block_stride)
-        if rest == 0 and 0 <= row < len(self._block) and count == self._block.shape[1]:
-            return np.array(self._block[row])
-        if not regular or 2 * count > BLOCK:
-            return self._at(start_position + np.arange(count))
-        self._block_start, self._block_stride = start_position, stride
-        starts = start_position + stride * np.arange(BLOCK // count)
-        self._block = self._at((starts[:, None] + np.arange(count)).ravel()).reshape(-1, count)
-        return np.array(self._block[0])
+        return self.indices_at(start_position + np.arange(count))
 
-    def global_batch(self, step: int) -> Int64:
-        """Sample indices of one whole step, int64 [global_batch_size], over all ranks; tests compare with it."""
-        return self.indices(step * self.global_batch_size, self.global_batch_size)
-
-    def _at(self, positions: Int64) -> Int64:
-        """Sample indices at any positions, int64 [B], ascending."""
+    def indices_at(self, positions: Int64) -> Int64:
+        """Sample indices at any positions, int64 [N], ascending; int64 [N]."""
         if positions.size == 0:
             return positions
         epochs, places = np.divmod(positions, self.num_samples)
         first = int(epochs[0])
         return permute(self.seed, first if epochs[-1] == first else epochs, self.num_samples, places)
+
+    def global_batch(self, step: int) -> Int64:
+        """Sample indices of one whole step, int64 [global_batch_size], over all ranks; tests compare with it."""
+        return self.indices(step * self.global_batch_size, self.global_batch_size)

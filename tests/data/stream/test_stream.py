@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import tracemalloc
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from distkit.config import BatchSplit
 from distkit.data import SampleStream, microbatch_start
 from distkit.data.stream.permutation import permute
-from distkit.data.stream.stream import BLOCK
+from distkit.data.stream.requests import BLOCK, training_requests
 from distkit.errors import ConfigError, DataError
 
 
@@ -36,41 +37,37 @@ def test_every_epoch_has_every_sample_once():
     assert len(np.unique(seen, axis=0)) == len(seen)
 
 
-def test_sequential_strided_and_random_access_agree():
-    n, count = 1000, 24
-    plain = np.concatenate([SampleStream(1, n, 24).indices(start, 1000) for start in range(0, 120_000, 1000)])
-    rng = np.random.default_rng(0)
-    for stride in (24, 48, 24 * 13):
-        stream = SampleStream(1, n, 24)
-        for start in range(0, 119_000, stride):
-            assert (stream.indices(start, count) == plain[start : start + count]).all()
-        for start in rng.integers(0, 119_000, 200).tolist():
-            assert (stream.indices(start, count) == plain[start : start + count]).all()
+def test_requests_in_blocks_give_what_the_positions_say():
+    n, size = 1000, 24
+    for world_size, accum_steps in ((1, 1), (2, 1), (2, 6), (12, 2)):
+        split = BatchSplit(
+            global_batch_size=size, microbatch_size=size // world_size // accum_steps, world_size=world_size
+        )
+        stream = SampleStream(1, n, size)
+        for rank, step, accum_index in ((0, 0, 0), (world_size - 1, 7, accum_steps - 1)):
+            requests = training_requests(stream, split, rank, step, accum_index)
+            number = step * accum_steps + accum_index
+            # over the end of an epoch, and of the first block
+            for count, request in enumerate(islice(requests, 2 * BLOCK // split.microbatch_size)):
+                where = divmod(number + count, accum_steps)
+                assert request.start == microbatch_start(where[0], split, rank, where[1])
+                if count % 97 < 3:
+                    assert (request.indices == stream.indices(request.start, split.microbatch_size)).all()
 
 
-def test_a_change_of_count_or_direction_is_not_served_from_the_block():
-    stream = SampleStream(1, 1000, 10)
-    for start in range(0, 100, 10):
-        stream.indices(start, 10)
-    assert stream.indices(100, 9).tolist() == reference(1, 1000, 100, 9)
-    assert stream.indices(20, 10).tolist() == reference(1, 1000, 20, 10)
-    assert stream.indices(13, 10).tolist() == reference(1, 1000, 13, 10)
-
-
-def test_answers_belong_to_the_caller():
-    stream = SampleStream(1, 1000, 10)
-    for start in range(0, 50, 10):
-        stream.indices(start, 10)[:] = -1
-    assert stream.indices(40, 10).tolist() == reference(1, 1000, 40, 10)
+def test_indices_of_a_request_belong_to_the_caller():
+    stream, split = SampleStream(1, 1000, 10), BatchSplit(global_batch_size=10, microbatch_size=10, world_size=1)
+    for request in islice(training_requests(stream, split, 0, 0, 0), 200):
+        assert request.indices.tolist() == stream.indices(request.start, 10).tolist()
+        request.indices[:] = -1
 
 
 def test_batches_larger_than_the_block():
-    stream = SampleStream(1, 10**9, BLOCK * 2)
-    for step in range(4):
-        got = stream.global_batch(step)
-        some = np.arange(0, 2 * BLOCK, 5000)
-        positions = some + step * 2 * BLOCK
-        assert (got[some] == permute(1, 0, 10**9, positions)).all()
+    size = 2 * BLOCK
+    stream, split = SampleStream(1, 10**9, size), BatchSplit(global_batch_size=size, microbatch_size=size, world_size=1)
+    for step, request in enumerate(islice(training_requests(stream, split, 0, 0, 0), 4)):
+        some = np.arange(0, size, 5000)
+        assert (request.indices[some] == permute(1, 0, 10**9, some + step * size)).all()
 
 
 @pytest.mark.parametrize(("world_size", "microbatch_size"), [(1, 48), (1, 6), (2, 6), (3, 16), (4, 1), (8, 2), (16, 3)])
@@ -93,21 +90,21 @@ def test_the_global_batch_does_not_depend_on_how_it_is_split(world_size, microba
 def test_a_rank_among_many_reads_only_its_share_of_a_huge_set():
     split = BatchSplit(global_batch_size=16_384 * 64, microbatch_size=64, world_size=16_384)
     stream = SampleStream(0, 10**12, split.global_batch_size)
-    begin = time.perf_counter()
-    for step in range(200):
-        start = microbatch_start(step, split, 12_345, 0)
-        got = stream.indices(start, 64)
-    seconds = time.perf_counter() - begin
-    assert (got == permute(0, 0, 10**12, start + np.arange(64))).all()
-    assert seconds < 1.0
+    tracemalloc.start()
+    for request in islice(training_requests(stream, split, 12_345, 0, 0), 200):
+        assert (request.indices == permute(0, 0, 10**12, request.start + np.arange(64))).all()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 * 8 * BLOCK // 2
 
 
-def test_a_step_costs_next_to_nothing():
-    stream = SampleStream(0, 50_000, 128)
-    begin = time.perf_counter()
-    for step in range(2000):
-        stream.global_batch(step)
-    assert (time.perf_counter() - begin) / 2000 < 100e-6
+def test_positions_are_computed_once_a_block(monkeypatch):
+    calls = []
+    stream, split = SampleStream(0, 50_000, 128), BatchSplit(global_batch_size=128, microbatch_size=128, world_size=1)
+    real = stream.indices_at
+    monkeypatch.setattr(stream, "indices_at", lambda positions: calls.append(positions.size) or real(positions))
+    list(islice(training_requests(stream, split, 0, 0, 0), 1 + 2 * BLOCK // 128))
+    assert calls == [128, BLOCK, BLOCK]
 
 
 @pytest.mark.parametrize(
