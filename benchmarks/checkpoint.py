@@ -62,11 +62,24 @@ class Arms:
 
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         self.folder, self.runtime, self.state = folder, runtime, state()
-        self.snapshot = Snapshot(shared=self.state, own={}, values={"parts": {}})
         self.step = 0
         self.savers = {how: self._saver(how) for how in ("on", "off")}
         self.share = self._share()
         self.aligned = allocate(sum(map(len, self.share)) // BLOCK * BLOCK, runtime.device).fill_(1).numpy().data
+
+    def snapshot(self, step: int) -> Snapshot:
+        """The state, with the least that a run says of itself."""
+        weights = [name.removeprefix("model/") for name in self.state]
+        parts: dict[str, object] = {
+            "progress": {"step": step},
+            "trackers": {"last": None, "best": None},
+            "clock": {"seconds": 1.0, "samples": step, "open_seconds": 0.0},
+            "observers": {},
+            "optimizer": {"class": "SGD", "groups": [{"param_names": weights}], "state": {}},
+        }
+        values = {"version": 1, "recipe": "benchmark", "step": step, "num_samples": 1, "parts": parts,
+                  "config": {"seed": 0, "global_batch_size": 1}}  # fmt: skip
+        return Snapshot(shared=self.state, own={}, values=values)
 
     def _saver(self, how: str) -> Saver:
         config = CheckpointConfig(asynchronous=how)  # type: ignore[arg-type]
@@ -100,7 +113,7 @@ class Arms:
         """Seconds until the checkpoint stands, and seconds that the step was held up."""
         with self.fresh():
             saver, begin = self.savers[how], perf_counter()
-            outcomes = saver.save(self.step, self.snapshot)
+            outcomes = saver.save(self.step, self.snapshot(self.step))
             held = perf_counter() - begin
             outcomes += saver.finish()
             total = perf_counter() - begin
@@ -177,7 +190,7 @@ class Arms:
         self.runtime.gather(None)
         saver = Saver(self.folder / "kept", self.runtime, CheckpointConfig(asynchronous="off"), recipe="benchmark",
                       strategy="ddp", clean=lambda step: None)  # fmt: skip
-        saver.save(1, self.snapshot)
+        saver.save(1, self.snapshot(1))
         return self.folder / "kept" / step_name(1)
 
     def restore(self, directory: Path, targets: dict[str, Tensor]) -> float:

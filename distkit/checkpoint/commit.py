@@ -31,9 +31,11 @@ from distkit.checkpoint.format import (
     step_name,
 )
 from distkit.checkpoint.plan import Layout
+from distkit.checkpoint.saved_state import check_state, parse_state
 from distkit.checkpoint.write import write_file
 from distkit.errors import CheckpointError, NonFiniteError
 from distkit.files import sync_folder, write_bytes
+from distkit.json_files import JsonError
 from distkit.runtime.faults import fault
 from distkit.runtime.process import Runtime
 from distkit.version import __version__
@@ -269,6 +271,10 @@ def _publish(folder: Path, target: Path, job: Job, votes: list[Vote], point: Cal
         files=files,
         tensors=job.layout.tensors,
     )
+    try:
+        check_state(parse_state((target / STATE).read_bytes()), manifest)
+    except JsonError as error:
+        raise CheckpointError(f"{STATE} {error}: no run could go on from it") from None
     point("before_manifest")
     text = dump_manifest(manifest)
     _check_size(MANIFEST, text, MAX_MANIFEST_BYTES)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar, cast, get_args
 
@@ -285,7 +286,7 @@ class BatchSplit:
     microbatch_size: int
     world_size: int
 
-    @property
+    @cached_property
     def accum_steps(self) -> int:
         """Microbatches a rank does for one step."""
         return self.global_batch_size // (self.microbatch_size * self.world_size)

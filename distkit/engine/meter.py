@@ -165,8 +165,9 @@ class Meter:
             self._checked = True
         # detached, or the whole graph of the microbatch would be kept alive
         weight = None if output.weight is None else output.weight.detach()
+        sums = _detached(output.sums) if output.sums else output.sums
         means = _detached(output.means) if output.means else output.means
-        kept = Kept(output.loss.detach(), _detached(output.sums), weight, means, samples)
+        kept = Kept(output.loss.detach(), sums, weight, means, samples)
         self._pending.append(kept.copy() if self._copies else kept)
         if len(self._pending) == FOLD_EVERY:
             self._fold()

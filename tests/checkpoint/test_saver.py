@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.harness import run_ranks
+from support.writing import default_state, with_optimizer
 from torch import Tensor
 
 from distkit.checkpoint import commit
@@ -44,7 +45,13 @@ def runtime_here() -> Runtime:
 
 def saver_in(folder: Path, runtime: Runtime, **options: object) -> Saver:
     config = CheckpointConfig(**options)  # type: ignore[arg-type]
-    return Saver(folder, runtime, config, recipe="r", strategy="fsdp", clean=lambda step: None)
+    return Saver(folder, runtime, config, recipe="tiny", strategy="fsdp", clean=lambda step: None)
+
+
+def at(step: int, snapshot: Snapshot) -> Snapshot:
+    """`snapshot` with the values that a run has at `step`."""
+    values = with_optimizer(default_state(step, 1), snapshot.shared)
+    return dataclasses.replace(snapshot, values={name: value for name, value in values.items() if name != "ranks"})
 
 
 def sharded(layout: str, world_size: int) -> dict[str, Tensor]:
@@ -68,7 +75,7 @@ def save_sharded(folder: str, layout: str) -> None:
     runtime = runtime_here()
     own = {f"rng/{runtime.rank:05d}/torch": torch.full((3,), runtime.rank)}
     saver = saver_in(Path(folder), runtime, asynchronous="on")
-    saver.save(5, Snapshot(shared=sharded(layout, runtime.world_size), own=own, values={"parts": {}}))
+    saver.save(5, at(5, Snapshot(shared=sharded(layout, runtime.world_size), own=own, values={})))
     assert [outcome.error for outcome in saver.finish()] == [None]
     runtime.close()
 
@@ -109,11 +116,11 @@ def outcomes_of(folder: str, how: str, break_rank: int) -> list[tuple[int, str |
     runtime = runtime_here()
     saver = saver_in(Path(folder), runtime, asynchronous=how)
     own = {f"rng/{runtime.rank:05d}/torch": torch.zeros(3)}  # so that each rank has a file to write
-    snapshot = Snapshot(shared={"model/w": torch.arange(10.0)}, own=own, values={"parts": {}})
+    snapshot = Snapshot(shared={"model/w": torch.arange(10.0)}, own=own, values={})
     told = []
     for step in (1, 2, 3):
         os.environ["DISTKIT_FAULT"] = f"half_shard:{break_rank}:2:enospc"
-        told += saver.save(step, snapshot)
+        told += saver.save(step, at(step, snapshot))
         saver.check()
     told += saver.finish()
     saver.check(last=True)
@@ -144,12 +151,12 @@ def saves_of(folder: str, how: str, bad_rank: int) -> list[tuple[int, str | None
     weights, mask = torch.zeros(5), torch.full((3,), -torch.inf)
     shared = {"model/w": weights, "model/mask": mask, "optimizer/w/m": moments, "extra/x": torch.tensor(torch.nan)}
     judged = {"model/w": False, "model/mask": True, "optimizer/w/m": False}
-    snapshot = Snapshot(shared=shared, own={}, values={"parts": {}}, judged=judged)
+    snapshot = Snapshot(shared=shared, own={}, values={}, judged=judged)
     told = []
     for step in (1, 2, 3, 4):
         moments.to_local().fill_(torch.inf if step in (2, 3) and runtime.rank == bad_rank else 0.0)
         weights[1] = torch.nan if step == 3 else 0.0
-        told += saver.save(step, snapshot)
+        told += saver.save(step, at(step, snapshot))
     told += saver.finish()
     saver.check(last=True)
     runtime.close()
@@ -175,7 +182,7 @@ def test_the_state_is_that_of_the_boundary_and_not_of_later_steps(tmp_path: Path
     weights = torch.zeros(1_000_000)
     for step in (1, 2, 3):
         weights.fill_(step)
-        saver.save(step, Snapshot(shared={"model/w": weights}, own={}, values={"parts": {}}))
+        saver.save(step, at(step, Snapshot(shared={"model/w": weights}, own={}, values={})))
         weights.fill_(-1)
     saver.finish()
     for step in (1, 2, 3):
@@ -190,12 +197,12 @@ def test_at_most_one_save_is_in_flight(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv(faults.VARIABLE, "before_vote:0:1:slow")
     faults.check_faults()
     saver = saver_in(tmp_path, runtime_here(), asynchronous="on")
-    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={"parts": {}})
+    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={})
     begin = time.monotonic()
-    assert saver.save(1, snapshot) == []
+    assert saver.save(1, at(1, snapshot)) == []
     assert time.monotonic() - begin < 1
     assert saver.poll() == []
-    assert [outcome.step for outcome in saver.save(2, snapshot)] == [1]
+    assert [outcome.step for outcome in saver.save(2, at(2, snapshot))] == [1]
     assert time.monotonic() - begin > 1.9
     assert [outcome.step for outcome in saver.finish()] == [2]
     monkeypatch.delenv(faults.VARIABLE)
@@ -206,7 +213,7 @@ def test_a_tensor_that_changes_its_form_is_planned_anew(tmp_path: Path) -> None:
     saver = saver_in(tmp_path, runtime_here(), asynchronous="off")
     for step, size in ((1, 3), (2, 5)):
         state = {"model/w": torch.ones(size), **({"optimizer/w/m": torch.ones(size)} if step == 2 else {})}
-        assert saver.save(step, Snapshot(shared=state, own={}, values={"parts": {}}))[0].error is None
+        assert saver.save(step, at(step, Snapshot(shared=state, own={}, values={})))[0].error is None
         assert {n: e.shape for n, e in verify(tmp_path / step_name(step)).tensors.items()} == dict.fromkeys(
             state, (size,)
         )
@@ -214,24 +221,24 @@ def test_a_tensor_that_changes_its_form_is_planned_anew(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_a_save_is_no_obstacle(tmp_path: Path) -> None:
     saver = saver_in(tmp_path, runtime_here(), asynchronous="off")
-    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={"parts": {}})
+    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={})
     (tmp_path / ".tmp-step-000000001").write_text("a file")
     (tmp_path / ".tmp-step-000000002").symlink_to(tmp_path)
-    assert [saver.save(step, snapshot)[0].error for step in (1, 2)] == [None, None]
+    assert [saver.save(step, at(step, snapshot))[0].error for step in (1, 2)] == [None, None]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001", "step-000000002"]
 
 
 def test_failures_in_a_row_end_the_run_and_others_do_not(tmp_path: Path) -> None:
     saver = saver_in(tmp_path / "missing", runtime_here(), asynchronous="off", max_failures=2)
-    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={"parts": {}})
-    assert "No such file" in str(saver.save(1, snapshot)[0].error)
+    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={})
+    assert "No such file" in str(saver.save(1, at(1, snapshot))[0].error)
     saver.check()
     (tmp_path / "missing").mkdir()
-    assert saver.save(2, snapshot)[0].error is None
+    assert saver.save(2, at(2, snapshot))[0].error is None
     saver.check(last=True)
     (tmp_path / "missing").rename(tmp_path / "gone")
     for step in (3, 4):
-        saver.save(step, snapshot)
+        saver.save(step, at(step, snapshot))
         with pytest.raises(CheckpointError, match="last checkpoint was not saved: rank 0: No such file"):
             saver.check(last=True)
     assert not dist.is_initialized()
@@ -244,11 +251,28 @@ def test_what_no_resume_would_read_is_not_saved(
     limit: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = saver_in(tmp_path, runtime_here(), asynchronous="off")
-    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={"parts": {}})
-    assert saver.save(1, snapshot)[0].error is None
+    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={})
+    assert saver.save(1, at(1, snapshot))[0].error is None
     monkeypatch.setattr(commit, limit, 20)
-    assert f"{file} would have " in str(saver.save(2, snapshot)[0].error)
+    assert f"{file} would have " in str(saver.save(2, at(2, snapshot))[0].error)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"seed": -1}, "config.seed: -1 is not"),
+        ({"seed": 0, "global_batch_size": 8, "optim": 5}, "config.optim: 5 is not"),
+    ],
+)
+def test_a_state_that_no_resume_would_take_is_not_saved(change: dict[str, object], why: str, tmp_path: Path) -> None:
+    saver = saver_in(tmp_path, runtime_here(), asynchronous="off")
+    good = at(1, Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={}))
+    (outcome,) = saver.save(1, dataclasses.replace(good, values={**good.values, "config": change}))
+    assert str(outcome.error).startswith("rank 0: state.json ")
+    assert why in str(outcome.error)
+    assert not list(tmp_path.iterdir())
+    assert saver.save(1, good)[0].error is None
 
 
 def test_a_disk_that_does_not_answer_does_not_hold_its_rank_for_ever(
@@ -257,10 +281,10 @@ def test_a_disk_that_does_not_answer_does_not_hold_its_rank_for_ever(
     from distkit.runtime import faults
 
     saver = saver_in(tmp_path, runtime_here(), asynchronous="on")
-    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={"parts": {}})
+    snapshot = Snapshot(shared={"model/w": torch.zeros(3)}, own={}, values={})
     monkeypatch.setenv(faults.VARIABLE, "before_vote:0:1:slow")
     faults.check_faults()
-    assert saver.save(1, snapshot) == []
+    assert saver.save(1, at(1, snapshot)) == []
     # as on one of several ranks: alone it waits
     group = dist.ProcessGroup(0, 2)
     saver._runtime = dataclasses.replace(saver._runtime, cpu_group=group, timeout=datetime.timedelta(seconds=0.01))
