@@ -47,6 +47,15 @@ def test_asking_whether_to_stop_costs_nothing_that_is_seen(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.alone
+def test_the_batch_before_the_first_step_costs_little(tmp_path: Path) -> None:
+    run_benchmark("probe.py", "--rounds", "3", "--json", str(tmp_path / "r.json"))
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    # 50 ms are for `--check` on a quiet machine
+    assert all(results[f"{recipe}, added"]["median"] < 150 for recipe in ("cifar10", "gpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.alone
 def test_the_data_path_runs_at_memory_speed(tmp_path: Path) -> None:
     out = run_benchmark("data.py", "--rounds", "3", "--json", str(tmp_path / "r.json"))
     assert "distkit's pixels are PIL's for the same draws" in out

@@ -25,6 +25,10 @@ from distkit.runtime.seeding import capture_rng, restore_rng
 from distkit.strategies.buffers import refuse_unlike
 from distkit.tensors.buffers import buffer_slots, extra_states, set_extra_states
 
+#: Of the test set; an evaluation's last batch may have as few. Of the training set it is a whole microbatch, whose size
+#: a loss may rely on.
+TEST_SAMPLES = 4
+
 
 def probe(run: Run) -> None:
     """Compute the loss of one microbatch of the training set and of one batch of the test set; all ranks together.
@@ -45,7 +49,7 @@ def probe(run: Run) -> None:
         return
     with run.runtime.raise_on_all_ranks("reading the first batch of the test set"):
         with calling("the data set of build_dataset"):
-            batch = test.first(run.config.eval_batch_size or run.split.microbatch_size)
+            batch = test.first(min(run.config.eval_batch_size or run.split.microbatch_size, TEST_SAMPLES))
         batch_size(batch)
     with untouched(run), torch.no_grad():
         run.strategy.module.eval()
