@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import unicodedata
 from collections.abc import Iterable
 from typing import ClassVar
 from urllib.parse import quote
@@ -125,14 +126,13 @@ def printable(text: str, keep: str = "") -> str:
         return text
     if "\n" in keep:  # most lines are printable as a whole
         return "\n".join(printable(line, keep.replace("\n", "")) for line in text.split("\n"))
-    return "".join(each if each.isprintable() or each in keep else each.encode("unicode_escape").decode()
-                   for each in text)  # fmt: skip
+    return "".join(each if each.isprintable() or each in keep or unicodedata.category(each) == "Zs"
+                   else each.encode("unicode_escape").decode() for each in text)  # fmt: skip
 
 
 def hide(secret: str) -> None:
     """From now on `masked` takes `secret` out of texts, also as tracebacks and URLs quote it."""
-    if len(secret) >= LEAST_LENGTH:
-        _secrets.update((secret, repr(secret)[1:-1], quote(secret, safe="")))
+    _secrets.update((secret, repr(secret)[1:-1], quote(secret, safe="")))
 
 
 def masked(text: str) -> str:

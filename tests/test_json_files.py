@@ -146,7 +146,7 @@ def test_what_is_known_is_kept() -> None:
 
 
 def test_text_for_a_terminal() -> None:
-    assert printable("é 中 \U0001f600") == "é 中 \U0001f600"
+    assert printable("é 中\u00a0\u3000\U0001f600") == "é 中\u00a0\u3000\U0001f600"
     assert printable("\x1b[31m\x07\x9b\u202e\u2066\ud800\udcff\n") == r"\x1b[31m\x07\x9b\u202e\u2066\ud800\udcff\n"
     assert printable("a\tb\n\r", keep="\n\t") == "a\tb\n\\r"
 

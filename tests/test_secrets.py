@@ -11,7 +11,8 @@ from support.launching import environment, run
 from distkit.commands import run as command
 from distkit.commands.trial import without_secrets
 from distkit.commands.verify_resume import Trial
-from distkit.config.secret import variable
+from distkit.config.secret import Secret, variable
+from distkit.errors import ConfigError
 
 RECIPE = ROOT / "tests" / "support" / "secretive.py"
 TOKEN, OTHER = "hf_Zq81neverShown", "hf_other77Zq81"
@@ -109,6 +110,23 @@ def test_flags_that_are_shown(tmp_path: Path) -> None:
     assert without_secrets(flags, tmp_path) == [
         "--a.key-b", "<secret>", "--a.key_b=<secret>", "--keys", "<secret>", "<secret>", "--c", "2", "w",
     ]  # fmt: skip
+    assert without_secrets(["--c", "2", "--d=3"], tmp_path / "other") == ["--c", "<secret>", "--d=<secret>"]
+
+
+def test_a_short_secret_is_refused() -> None:
+    with pytest.raises(ConfigError, match="too short to be masked"):
+        Secret("abc")
+
+
+def test_a_misspelt_variable_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("slurm").symlink_to(ROOT / "slurm")
+    monkeypatch.setenv(VARIABLE, TOKEN)
+    monkeypatch.setenv(f"{VARIABLE}S", OTHER)
+    assert command(["submit", str(RECIPE), "--dry-run", "--", "--run-dir", "run"]) == 0
+    assert f"{VARIABLE}S in the environment is no secret of this recipe: {VARIABLE}?" in capsys.readouterr().err
 
 
 def test_a_job_gets_it_from_the_environment(

@@ -93,7 +93,10 @@ def load_pickled(file: Path) -> object:
 def unwrap(content: Mapping[object, object], live: Mapping[str, Tensor]) -> tuple[dict[str, object], list[str]]:
     """The entries by the names that the model uses, where wrappers added to them, and what was taken off, as notes."""
     notes, values = [], {str(name): value for name, value in content.items()}
-    while key := next((key for key in KEYS if isinstance(values.get(key), Mapping)), None):
+    for _ in KEYS:  # more of them lie in each other only where one holds itself
+        key = next((key for key in KEYS if isinstance(values.get(key), Mapping)), None)
+        if key is None:
+            break
         values = {str(name): value for name, value in values[key].items()}  # type: ignore[attr-defined]
         notes.append(f"the weights are those under {key!r} in that file")
     while values and not values.keys() & live.keys():

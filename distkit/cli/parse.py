@@ -25,9 +25,9 @@ from distkit.config import CHOICES, TrainConfig
 from distkit.config.check import flag
 from distkit.config.choice import carry_over, from_values
 from distkit.config.schedule import PAIRS
-from distkit.config.secret import Secret, is_secret, lacks, leaves, variable
+from distkit.config.secret import PREFIX, Secret, is_secret, lacks, leaves, variable
 from distkit.config.strategy import TAKEN_BY
-from distkit.errors import MASK, ConfigError, nearest
+from distkit.errors import MASK, ConfigError, nearest, say
 from distkit.json_files import JsonError, read_object
 
 C = TypeVar("C", bound=TrainConfig)
@@ -196,7 +196,12 @@ def check_switch(typed: str, name: str, value: str, *, given: bool) -> None:
 
 def read_secrets(options: Mapping[str, Option], env: Mapping[str, str]) -> Values:
     """The secrets that the environment holds, by option; an empty variable holds none."""
-    secrets = {name: option for name, option in options.items() if is_secret(option.kind) and env.get(variable(name))}
+    known = {variable(name): name for name, option in options.items() if is_secret(option.kind)}
+    for name in sorted(env.keys() - known.keys()):
+        if name.startswith(PREFIX):
+            meant = nearest(name, known)
+            say(f"distkit: {name} in the environment is no secret of this recipe" + (f": {meant}?" if meant else ""))
+    secrets = {name: options[name] for value, name in known.items() if env.get(value)}
     return {
         name: read(option, [env[variable(name)]] if num_words(option.kind) == 1 else env[variable(name)].split())
         for name, option in secrets.items()

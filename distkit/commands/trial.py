@@ -171,7 +171,10 @@ def events(run_dir: Path) -> Iterator[dict[str, object]]:
 
 
 def without_secrets(flags: Sequence[str], run_dir: Path) -> list[str]:
-    """`flags` to be shown: `<secret>` in place of the values that config.json of a run does not hold either."""
+    """`flags` to be shown: `<secret>` in place of the values that config.json of a run does not hold either.
+
+    Where it cannot be read, no value is shown.
+    """
 
     def secret(section: Mapping[str, object], prefix: str) -> Iterator[str]:
         for name, value in section.items():
@@ -180,11 +183,12 @@ def without_secrets(flags: Sequence[str], run_dir: Path) -> list[str]:
             elif value == MASK or (isinstance(value, list) and MASK in value):
                 yield flag(prefix + name)
 
-    hidden, shown, hides = set(secret(object_in(run_dir / "config.json"), "")), list[str](), False
+    config = object_in(run_dir / "config.json")
+    hidden, shown, hides = set(secret(config, "")), list[str](), not config
     for word in flags:
         name, equals, _ = word.partition("=")
         if name.startswith("--"):
-            hides = name.replace("_", "-") in hidden
+            hides = not config or name.replace("_", "-") in hidden
             shown.append(f"{name}={MASK}" if hides and equals else word)
         else:
             shown.append(MASK if hides else word)

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
 
 from distkit.config.check import flag
-from distkit.errors import MASK, ConfigError, hide
+from distkit.errors import LEAST_LENGTH, MASK, ConfigError, hide
 
 #: In the environment, `DISTKIT_SECRET_HUB_TOKEN` is the value of `--hub-token`.
 PREFIX = "DISTKIT_SECRET_"
@@ -20,7 +20,7 @@ class Secret:
     line, which other users of the machine can see. config.json says `<secret>`: taking it back needs the value again.
 
     Raises:
-        ConfigError: `value` is no text.
+        ConfigError: `value` is no text, or too short to be told from other text where it is masked.
     """
 
     __slots__ = ("_value",)
@@ -28,6 +28,9 @@ class Secret:
     def __init__(self, value: str) -> None:
         if not isinstance(value, str):
             raise ConfigError("a Secret holds text", expected="a str", got=type(value).__name__)
+        if len(value) < LEAST_LENGTH:
+            raise ConfigError("a Secret is too short to be masked", expected=f"at least {LEAST_LENGTH} characters",
+                              got=f"{len(value)}")  # fmt: skip
         self._value = value
         if self.is_known:
             hide(value)

@@ -51,6 +51,8 @@ def die_with_owner(owner: int) -> None:
         descriptor = os.pidfd_open(owner)
     except ProcessLookupError:
         os.kill(os.getpid(), signal.SIGKILL)
+    except OSError:  # a kernel before 5.3, or a container that forbids it: torch's own look at the owner is left
+        return
     else:
         threading.Thread(target=_outlive_nobody, args=(descriptor,), name="distkit-owner", daemon=True).start()
 

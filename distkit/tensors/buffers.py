@@ -104,23 +104,27 @@ class BufferCopies:
 
     def __init__(self, module: nn.Module) -> None:
         self._slots = list(buffer_slots(module))
-        self._copies: list[tuple[BufferSlot, Tensor]] = []
+        self._copies: list[tuple[BufferSlot, Tensor | None]] = []
 
     @torch.no_grad()
     def take(self) -> None:
         """Copy what is there now."""
-        self._copies = [(slot, slot.tensor.clone()) for slot in self._slots if slot.tensor is not None]
+        tensors = [(slot, slot.tensor) for slot in self._slots]
+        self._copies = [(slot, None if tensor is None else tensor.clone()) for slot, tensor in tensors]
 
     @torch.no_grad()
     def put_back_(self, when: Tensor) -> None:
-        """Where `when` (bool, 0-dim), every buffer has its old values again; nothing waits for it.
+        """Where `when` (bool, 0-dim), every buffer has its old values again; nothing waits for it, with one exception.
 
-        One that a layer has made or given another shape in between stays: such a buffer is a cache.
+        Of one that a layer has made or given another shape in between: if it is a rank's own, the host reads `when`;
+        else it stays, because it is a cache.
         """
         for slot, copy in self._copies:
             tensor = slot.tensor
-            if tensor is not None and spec_of(tensor) == spec_of(copy):
+            if tensor is not None and copy is not None and spec_of(tensor) == spec_of(copy):
                 tensor.copy_(torch.where(when, copy, tensor))
+            elif slot.rank_own and tensor is not copy and when:
+                slot.owner._buffers[slot.key] = copy
         self._copies = []
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import stat
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -283,7 +284,7 @@ def attempt(what: str, action: Callable[[], object]) -> Ended:
             code = error.code
     text = out.text() + err.text()
     assert "Traceback" not in text, f"{what}: {text}"
-    bad = {each for each in text if not (each.isprintable() or each in "\n\t")}
+    bad = {each for each in text if not (each.isprintable() or each in "\n\t" or unicodedata.category(each) == "Zs")}
     assert not bad, f"{what}: {bad!a} in {text!a}"
     assert len(text) < 100_000, f"{what} prints {len(text):,} characters"
     return Ended(code if isinstance(code, int) else 0, text)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import distkit
 from distkit.tensors.buffers import BufferCopies, nan_buffers
 from distkit.tensors.finite import CHUNK, is_finite, largest_magnitude, magnitudes
 
@@ -68,3 +69,18 @@ def test_buffers_are_put_back_only_when_told() -> None:
         copies.put_back_(torch.tensor(when))
     assert module.count == 1
     assert module.grown.shape == (2,)  # a cache of another size stays
+
+
+def test_a_ranks_own_buffers_are_put_back_in_their_old_shape() -> None:
+    module = nn.Module()
+    distkit.register_rank_buffer(module, "hidden", torch.zeros(2))
+    distkit.register_rank_buffer(module, "memory", None)
+    buffers, copies = module._buffers, BufferCopies(module)
+    for bad, shape in ((True, (2,)), (False, (3,))):
+        copies.take()
+        buffers["hidden"], buffers["memory"] = torch.full((3,), math.nan), torch.ones(1)
+        copies.put_back_(torch.tensor(bad))
+        hidden, memory = buffers["hidden"], buffers["memory"]
+        assert hidden is not None
+        assert hidden.shape == shape
+        assert (memory is None) == bad

@@ -152,7 +152,7 @@ def waiting_for(iterator: object, reading: Callable[[int], str] = nothing) -> It
         raise told from error
     except (OSError, EOFError, ProcessError) as error:
         # one that dies leaves messages whose tensors it can no longer hand over, a moment before it is known to be dead
-        end, death = time.monotonic() + DYING_SECONDS, None
+        end, death = time.monotonic() + (DYING_SECONDS if getattr(iterator, "_workers", None) else 0), None
         while death is None and time.monotonic() < end:
             time.sleep(0.02)
             death = death_in(iterator, reading)
@@ -194,8 +194,11 @@ def in_words(error: RuntimeError, death: tuple[str, int] | None) -> TrainingErro
     shared_memory = "shared memory" in text or "No space left" in text or "Bus error" in text
     if not is_death and not shared_memory:
         return None
-    who, code = (text.splitlines()[-1], -signal.SIGKILL) if death is None else death
-    return died(who, code, shared_memory=shared_memory)
+    if death is not None:
+        return died(*death, shared_memory=shared_memory)
+    # of a DataLoader of the recipe's own
+    return died(text.splitlines()[-1], -signal.SIGKILL if "killed by signal" in text else 1,
+                shared_memory=shared_memory)  # fmt: skip
 
 
 def died(who: str, code: int, *, shared_memory: bool = False) -> TrainingError:
