@@ -293,6 +293,7 @@ def open_loop(
         loader=train.loader if utilization is None else FirstBatch(train.loader, utilization.see),
         test_loader=None if test is None else EvaluationLoader(test.fetcher, len(test.dataset)),
         compute_loss=partial(recipe.compute_loss, config),
+        compute_metrics=recipe.compute_metrics,
         schedule=schedule,
         plateau=config.schedule.tracker(),
         ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay, strategy.model_tensors()),
@@ -307,7 +308,7 @@ def open_loop(
         | ({"schedule": "build_schedule of the recipe"} if recipe.build_schedule is not None else {})
         | describe_guard(config, strategy)
         | describe_peak(config, runtime),
-        meter=Meter(runtime, copies=strategy.reuses_outputs, drops_bad=guard is not None),
+        meter=Meter(runtime, recipe.compute_metrics, copies=strategy.reuses_outputs, drops_bad=guard is not None),
         guard=guard,
         trackers=Trackers(best),
         saver=build_saver(directory.checkpoints, runtime, config.checkpoint, recipe=recipe.name, strategy=strategy.name,

@@ -31,7 +31,8 @@ class LossOutput:
     """0-dim, differentiable: the mean over the samples of this microbatch, or over `weight` where that is set."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Name -> 0-dim tensor, already summed over the samples (`{"correct": ...}`), without gradient; reported as
-    sum / samples, over all ranks and microbatches."""
+    sum / samples, over all ranks and microbatches. Of any shape (a confusion matrix) where `Recipe.compute_metrics`
+    makes numbers of them."""
     weight: Tensor | None = None
     """0-dim, without gradient: what `loss` is the mean over where that is not samples, such as the number of tokens.
     The engine divides by the sum of the weights of the whole global batch (C2). None: the number of samples."""

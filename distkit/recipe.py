@@ -10,7 +10,7 @@ from distkit.config import Split, TrainConfig
 from distkit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.utils.data import Dataset as TorchDataset
 
     from distkit.data import Dataset
@@ -34,6 +34,8 @@ class Recipe(Generic[C]):
             an IterableData); None where there is no test set.
         compute_loss: config, model, batch (what `fetch` and `augment` of the data set give) -> LossOutput.
         presets: named starting points; the first one is the default.
+        compute_metrics: (sums of all samples by name, float64 on the CPU; number of samples) -> the metrics that are
+            reported, such as F1 out of a confusion matrix; default: each sum / samples.
         build_param_groups: config, model -> parameter groups; default: no weight decay on norms and biases.
         build_schedule: config, number of steps -> `step -> multiplier`; default: config.schedule.
         init_model_: config, model, training set -> None; for weights that depend on data.
@@ -49,6 +51,7 @@ class Recipe(Generic[C]):
     build_dataset: Callable[[C, Split], Dataset | TorchDataset[object] | IterableData | None]
     compute_loss: Callable[..., LossOutput]
     presets: Mapping[str, C]
+    compute_metrics: Callable[[dict[str, Tensor], int], dict[str, float]] | None = None
     build_param_groups: Callable[[C, nn.Module], list[ParamGroup]] | None = None
     build_schedule: Callable[[C, int], Schedule] | None = None
     init_model_: Callable[..., None] | None = None

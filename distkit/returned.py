@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from distkit.config import TrainConfig
 from distkit.errors import ConfigError, DataError, DistkitError, raised_inside, shorten
+from distkit.losses import LossOutput
 from distkit.optim import ParamGroup, named_parameters
 from distkit.schedules import Schedule
 from distkit.tensors.spec import is_expanded
@@ -193,3 +194,70 @@ def _kind(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+#: Names of an event's own fields, which a sum may not take.
+RESERVED = frozenset({"event", "step", "epoch", "loss", "lr", "samples", "samples_per_second", "data_wait_seconds",
+                      "mfu", "grad_norm", "loss_scale", "skipped_updates", "best"})  # fmt: skip
+
+
+def check_output(output: LossOutput, any_shape: bool = False) -> None:
+    """Refuse what cannot be trained on or reported; costs nothing on the device.
+
+    Args:
+        output: what compute_loss returned.
+        any_shape: of the sums, as the recipe has a compute_metrics.
+
+    Raises:
+        ConfigError: naming what compute_loss returned, or the field of LossOutput, and what it should be.
+    """
+    if not isinstance(output, LossOutput):
+        raise ConfigError("compute_loss returned no LossOutput", expected="LossOutput(loss), and what else it holds",
+                          got=type(output).__name__, fix="return LossOutput(loss)")  # fmt: skip
+    fields: dict[str, object] = {"loss": output.loss}
+    for what, values in (("sums", output.sums), ("means", output.means)):
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise ConfigError(f"compute_loss: {what} must be a dict", expected='{"correct": tensor}',
+                              got=repr(values)[:80])  # fmt: skip
+        fields |= {f"{what}[{name!r}]": value for name, value in values.items()}
+    if output.weight is not None:
+        fields["weight"] = output.weight
+    for name, value in fields.items():
+        if any_shape and name.startswith("sums[") and isinstance(value, Tensor):
+            continue
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            got = list(value.shape) if isinstance(value, Tensor) else repr(value)[:60]
+            raise ConfigError(f"compute_loss: {name} must be a tensor without dims",
+                              expected="one number a microbatch, as a tensor: mean() for loss and means, sum() for "
+                                       "sums (of any shape with Recipe.compute_metrics)",
+                              got=f"{type(value).__name__} {got}")  # fmt: skip
+    if taken := RESERVED & (output.sums.keys() | output.means.keys()):
+        raise ConfigError(f"compute_loss: sums and means must not be named {', '.join(sorted(taken))}",
+                          expected="names that events do not have already")  # fmt: skip
+    if both := output.sums.keys() & output.means.keys():
+        raise ConfigError(f"compute_loss: {', '.join(sorted(both))} is among the sums and among the means",
+                          expected="each name once")  # fmt: skip
+
+
+def check_metrics(metrics: object, taken: Iterable[str]) -> dict[str, float]:
+    """What compute_metrics returned, numbers as floats.
+
+    Args:
+        metrics: it.
+        taken: names of means, which are reported beside it.
+
+    Raises:
+        ConfigError: no dict of numbers, or a name that events have already.
+    """
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+        raise ConfigError("compute_metrics returned no dict of numbers", expected='{"f1": 0.5}', got=_kind(metrics))
+    checked = {}
+    for name, value in metrics.items():
+        number = value.item() if isinstance(value, Tensor | np.generic) and math.prod(value.shape) == 1 else value
+        if isinstance(number, bool | complex) or not isinstance(number, int | float):
+            raise ConfigError(f"compute_metrics: {name} is no number", expected="a float", got=repr(value)[:60])
+        checked[name] = float(number)
+    if odd := sorted(checked.keys() & (RESERVED | set(taken))):
+        raise ConfigError(f"compute_metrics: {', '.join(odd)} is the name of something else in an event",
+                          expected="other names")  # fmt: skip
+    return checked

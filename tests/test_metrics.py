@@ -2,11 +2,22 @@ import math
 
 import pytest
 import torch
+import torchmetrics.functional.image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics.functional import classification as reference
 
 from distkit.errors import ConfigError
 from distkit.losses import mixup_cross_entropy, token_cross_entropy
-from distkit.metrics import expected_initial_loss, topk_correct
+from distkit.metrics import (
+    calibration_bins,
+    class_scores,
+    confusion_matrix,
+    expected_calibration_error,
+    expected_initial_loss,
+    peak_signal_to_noise,
+    perplexity,
+    topk_correct,
+)
 
 
 def test_topk_counts_by_hand() -> None:
@@ -63,3 +74,79 @@ def test_expected_initial_loss() -> None:
     assert expected_initial_loss(1) == 0
     with pytest.raises(ConfigError, match=">= 1"):
         expected_initial_loss(0)
+
+
+def scores_and_labels(*shape: int, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    batch, *rest = shape
+    return (torch.randn(batch, classes, *rest, generator=generator),
+            torch.randint(0, classes - 1, shape, generator=generator))  # fmt: skip  # the last class is never a label
+
+
+@pytest.mark.parametrize("shape", [(40,), (3, 6, 7)])
+@pytest.mark.parametrize("ignore_index", [None, 2])
+def test_confusion_and_scores_are_those_of_torchmetrics(shape: tuple[int, ...], ignore_index: int | None) -> None:
+    scores, labels = scores_and_labels(*shape)
+    matrix = confusion_matrix(scores, labels, 5, ignore_index)
+    expected = reference.multiclass_confusion_matrix(scores, labels, 5, ignore_index=ignore_index)
+    assert matrix.tolist() == expected.tolist()
+    assert confusion_matrix(scores.argmax(1), labels, 5, ignore_index).tolist() == expected.tolist()
+    got = class_scores(matrix)
+    given = {"num_classes": 5, "ignore_index": ignore_index, "average": "none"}
+    for name, function in (("precision", reference.multiclass_precision), ("recall", reference.multiclass_recall),
+                           ("f1", reference.multiclass_f1_score),
+                           ("iou", reference.multiclass_jaccard_index)):  # fmt: skip
+        torch.testing.assert_close(getattr(got, name).float(), function(scores, labels, **given), equal_nan=True,
+                                   rtol=1e-6, atol=1e-6, msg=name)  # fmt: skip
+
+
+def test_sums_of_batches_give_the_scores_of_the_whole() -> None:
+    scores, labels = scores_and_labels(101)
+    parts = [confusion_matrix(scores[i : i + 7], labels[i : i + 7], 5) for i in range(0, 101, 7)]
+    assert class_scores(sum(parts)).macro() == class_scores(confusion_matrix(scores, labels, 5)).macro()  # type: ignore[arg-type]
+
+
+def test_a_class_that_does_not_occur_has_no_score_and_one_that_is_missed_has_0() -> None:
+    got = class_scores(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 0]]))
+    assert got.precision.tolist()[:2] == [1.0, 0.0]
+    assert got.dice.isnan().tolist() == [False, False, True]
+    assert got.macro()["recall"] == pytest.approx((0.75 + 0) / 2)
+
+
+def test_labels_out_of_range_are_left_out_and_predictions_are_an_error() -> None:
+    labels = torch.tensor([0, 1, -100, 255])
+    assert confusion_matrix(torch.tensor([0, 0, 0, 0]), labels, 2).tolist() == [[1, 0], [1, 0]]
+    with pytest.raises(IndexError):
+        confusion_matrix(torch.tensor([0, 7, 0, 0]), labels, 2)
+    with pytest.raises(ConfigError, match="shapes do not fit"):
+        confusion_matrix(torch.zeros(4, 3), labels, 2)
+
+
+def test_calibration_is_that_of_torchmetrics() -> None:
+    scores, labels = scores_and_labels(500)
+    bins = sum(calibration_bins(scores[i : i + 33], labels[i : i + 33]) for i in range(0, 500, 33))
+    expected = reference.multiclass_calibration_error(scores.softmax(1), labels, 5, n_bins=15)
+    assert expected_calibration_error(bins) == pytest.approx(expected.item(), abs=1e-6)  # type: ignore[arg-type]
+
+
+def test_perplexity_and_signal_to_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, guesses = torch.rand(2, 3, 1, 8, 8, generator=generator)
+    error = ((images - guesses) ** 2).sum()
+    expected = torchmetrics.functional.image.peak_signal_noise_ratio(guesses, images, data_range=1.0)
+    assert peak_signal_to_noise(error, images.numel()) == pytest.approx(expected.item())
+    assert peak_signal_to_noise(torch.tensor(0.0), 5) == math.inf
+    assert perplexity(torch.tensor(10 * math.log(7.0)), torch.tensor(10)) == pytest.approx(7)
+
+
+class Reads(TorchDispatchMode):
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:  # type: ignore[type-arg]
+        assert not any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "bincount", "unique")), func
+        return func(*args, **(kwargs or {}))  # type: ignore[operator]
+
+
+def test_what_makes_sums_never_waits() -> None:
+    scores, labels = scores_and_labels(40)
+    with Reads():
+        confusion_matrix(scores, labels, 5, 1)
+        calibration_bins(scores, labels)

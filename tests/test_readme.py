@@ -9,8 +9,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from support.harness import ROOT, run_recipe_cli
 
@@ -178,8 +180,15 @@ def test_make_targets_exist(command: str) -> None:
     call([*command.split(), "--dry-run"], ROOT)
 
 
+def test_the_metrics_in_the_readme_are_computed() -> None:
+    _, source, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    assert names["compute_metrics"]({"confusion": torch.eye(10)}, 10)["f1"] == 1
+
+
 def test_the_recipe_in_the_readme_trains_on_the_command_line_and_from_python(tmp_path: Path) -> None:
-    recipe, search = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    recipe, _, search = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "mine.py").write_text(recipe)
     (tmp_path / "search.py").write_text(search)
     call(

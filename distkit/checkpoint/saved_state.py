@@ -32,7 +32,7 @@ from distkit.json_files import (
 )
 
 VERSION = 1
-#: What every rank's meter has, besides the recipe's sums.
+#: What every rank's meter has, besides the recipe's sums and means.
 METER = frozenset({"loss", "weight", "samples"})
 _BYTES_OF_FLOAT = re.compile("float64:[0-9a-f]{16}")
 _RANK = re.compile("(rng|meter|buffer)/([0-9]{5})/(.+)")
@@ -196,11 +196,12 @@ def _check_ranks(manifest: Manifest) -> None:
     for name, entry in manifest.tensors.items():
         if name.startswith(("rng/", "meter/", "buffer/")):
             found = _RANK.fullmatch(name)
-            if found is None or int(found[2]) >= manifest.world_size or (found[1] == "meter" and entry.shape):
+            odd_shape = found and found[1] == "meter" and entry.shape and not found[3].startswith("sums/")
+            if found is None or int(found[2]) >= manifest.world_size or odd_shape:
                 raise JsonError(f"is of {manifest.world_size} ranks, and the manifest has a tensor {name[:80]}")
             if found[1] == "meter":
                 meters[int(found[2])].add(found[3])
     for rank, names in meters.items() if any(meters.values()) else ():
-        odd = METER - names or {name for name in names - METER if not name.startswith("sums/")}
+        odd = METER - names or {name for name in names - METER if not name.startswith(("sums/", "means/"))}
         if odd:
             raise JsonError(f"and the manifest differ in the sums of rank {rank}: {shorten(sorted(odd))}")

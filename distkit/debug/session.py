@@ -15,11 +15,11 @@ from distkit.data import Batch
 from distkit.data.batch import Microbatches
 from distkit.debug.explain import explain, summarize
 from distkit.debug.watch import ModuleWatch, count_nonfinite, range_line
-from distkit.engine.meter import check_output
 from distkit.engine.run import Run
 from distkit.engine.train_step import train_step
 from distkit.errors import NonFiniteError, TrainingError
 from distkit.losses import LossOutput
+from distkit.returned import check_output
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def debug_step(run: Run, watch: ModuleWatch) -> float:
             if "not finite" in line:
                 raise NonFiniteError(f"step {watch.step}: the batch itself is not finite: {name} is {line}")
         output = compute_loss(model, batch)
-        check_output(output)
+        check_output(output, run.compute_metrics is not None)
         phase = "running the backward pass or the update"
         if count_nonfinite(output.loss):
             raise NonFiniteError(

@@ -31,7 +31,7 @@ def evaluate(run: Run, loader: EvaluationLoader) -> Means:
         StopRequested: it was broken off; the random generators are as they were before.
     """
     strategy, generators = run.strategy, capture_rng(run.runtime.device)
-    meter = Meter(run.runtime, copies=strategy.reuses_outputs)
+    meter = Meter(run.runtime, run.compute_metrics, copies=strategy.reuses_outputs)
     run.synchronize_buffers_()
     modes = {module: module.training for module in strategy.module.modules()}
     own = {name: tensor.clone() for name, tensor in rank_buffers(strategy.module).items()}

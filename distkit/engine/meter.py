@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from distkit.engine.stragglers import Own
-from distkit.errors import ConfigError, TrainingError
+from distkit.errors import TrainingError
 from distkit.losses import LossOutput
+from distkit.returned import calling, check_metrics, check_output
 from distkit.runtime.process import Runtime
 
-#: Microbatches whose scalars are kept before they are added up; bounds the memory of long report intervals.
-FOLD_EVERY = 256
+#: Microbatches whose values are kept before they are added up, and elements of all of them together: both bound the
+#: memory of long report intervals.
+FOLD_EVERY, FOLD_ELEMENTS = 256, 1 << 20
+#: A recipe's compute_metrics: (sums over all samples by name, number of samples) -> metrics by name.
+ComputeMetrics = Callable[[dict[str, Tensor], int], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class NotFinite:
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """Values of one report: `loss` (the weighted mean), each of the recipe's sums / samples, every rank's `own`.
+    """Values of one report: `loss` (the weighted mean), the recipe's metrics, every rank's `own`.
 
     `not_finite` says where those come from that are not finite.
     """
@@ -51,51 +55,14 @@ class Means:
     own: list[Own] = field(default_factory=list)
 
 
-#: Names of an event's own fields, which a sum may not take.
-RESERVED = frozenset({"event", "step", "epoch", "loss", "lr", "samples", "samples_per_second", "data_wait_seconds",
-                      "mfu", "grad_norm", "loss_scale", "skipped_updates", "best"})  # fmt: skip
-
-
-def check_output(output: LossOutput) -> None:
-    """Refuse what cannot be trained on or reported; costs nothing on the device.
-
-    Raises:
-        ConfigError: naming what compute_loss returned, or the field of LossOutput, and what it should be.
-    """
-    if not isinstance(output, LossOutput):
-        raise ConfigError("compute_loss returned no LossOutput", expected="LossOutput(loss), and what else it holds",
-                          got=type(output).__name__, fix="return LossOutput(loss)")  # fmt: skip
-    fields: dict[str, object] = {"loss": output.loss}
-    for what, values in (("sums", output.sums), ("means", output.means)):
-        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
-            raise ConfigError(f"compute_loss: {what} must be a dict", expected='{"correct": tensor}',
-                              got=repr(values)[:80])  # fmt: skip
-        fields |= {f"{what}[{name!r}]": value for name, value in values.items()}
-    if output.weight is not None:
-        fields["weight"] = output.weight
-    for name, value in fields.items():
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            got = list(value.shape) if isinstance(value, Tensor) else repr(value)[:60]
-            raise ConfigError(f"compute_loss: {name} must be a tensor without dims",
-                              expected="one number a microbatch, as a tensor: mean() for loss and means, sum() for "
-                                       "sums",
-                              got=f"{type(value).__name__} {got}")  # fmt: skip
-    if taken := RESERVED & (output.sums.keys() | output.means.keys()):
-        raise ConfigError(f"compute_loss: sums and means must not be named {', '.join(sorted(taken))}",
-                          expected="names that events do not have already")  # fmt: skip
-    if both := output.sums.keys() & output.means.keys():
-        raise ConfigError(f"compute_loss: {', '.join(sorted(both))} is among the sums and among the means",
-                          expected="each name once")  # fmt: skip
-
-
-#: Before the name of a recipe's sum, in the names of a meter's state.
-_SUMS = "sums/"
+#: Before the name of a recipe's sum, and of its mean times samples, in the names of a meter's state.
+_SUMS, _MEANS = "sums/", "means/"
 
 
 def _check_names(tensors: Mapping[str, Tensor]) -> None:
     fields = {"loss", "weight", "samples"}
     missing = sorted(fields - tensors.keys())
-    unknown = sorted(name for name in tensors.keys() - fields if not name.startswith(_SUMS))
+    unknown = sorted(name for name in tensors.keys() - fields if not name.startswith((_SUMS, _MEANS)))
     if missing or unknown:
         raise KeyError(f"not the state of a meter: missing {missing}, not known {unknown}")
 
@@ -124,21 +91,30 @@ class Kept(NamedTuple):
 class Meter:
     """Collects LossOutputs of microbatches; `reduce` gives their means over all ranks.
 
-    A microbatch only leaves references to its 0-dim tensors: adding each up at once would cost a kernel a value in
-    every step (6 to 10 µs on a CPU). Sums are float64 where the device has it: float32 stops
-    counting exactly at 2^24.
+    A microbatch only leaves references to its tensors: adding each up at once would cost a kernel a value in every step
+    (6 to 10 µs on a CPU). Sums are float64 where the device has it: float32 stops counting exactly at 2^24.
 
     Args:
         runtime: this process.
+        compute_metrics: makes the metrics out of the sums of all ranks, float64 on the CPU; None: sum / samples.
         copies: copy them instead, because the next forward writes over them (Strategy.reuses_outputs).
         drops_bad: leave values that are not finite out of the sums, and such losses out of their mean.
     """
 
-    def __init__(self, runtime: Runtime, *, copies: bool = False, drops_bad: bool = False) -> None:
-        self._runtime, self._copies, self._drops_bad = runtime, copies, drops_bad
+    def __init__(
+        self,
+        runtime: Runtime,
+        compute_metrics: ComputeMetrics | None = None,
+        *,
+        copies: bool = False,
+        drops_bad: bool = False,
+    ) -> None:
+        self._runtime, self._compute_metrics = runtime, compute_metrics
+        self._copies, self._drops_bad = copies, drops_bad
         self._dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
         self._nothing = torch.zeros((), dtype=self._dtype, device=runtime.device)
-        self._checked = False
+        #: Microbatches that may be pending; 0 before the first.
+        self._fold_every = 0
         #: Norm of the last step's gradients (0-dim, on the device), where it was measured.
         self.grad_norm: Tensor | None = None
         #: Seconds that steps have waited for data since the last report.
@@ -146,6 +122,7 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
+        #: By `sums/NAME` and `means/NAME`.
         self._sums: dict[str, Tensor] = {}
         self._loss = self._weight = self._nothing
         self._pending: list[Kept] = []
@@ -160,16 +137,17 @@ class Meter:
 
     def add(self, output: LossOutput, samples: int) -> None:
         """Count one microbatch of `samples` samples. Never waits for the device."""
-        if not self._checked:
-            check_output(output)
-            self._checked = True
+        if not self._fold_every:
+            check_output(output, any_shape=self._compute_metrics is not None)
+            largest = max((value.numel() for value in output.sums.values()), default=1)
+            self._fold_every = max(1, min(FOLD_EVERY, FOLD_ELEMENTS // largest))
         # detached, or the whole graph of the microbatch would be kept alive
         weight = None if output.weight is None else output.weight.detach()
         sums = _detached(output.sums) if output.sums else output.sums
         means = _detached(output.means) if output.means else output.means
         kept = Kept(output.loss.detach(), sums, weight, means, samples)
         self._pending.append(kept.copy() if self._copies else kept)
-        if len(self._pending) == FOLD_EVERY:
+        if len(self._pending) == self._fold_every:
             self._fold()
 
     def _fold(self) -> None:
@@ -187,11 +165,8 @@ class Meter:
             else:
                 self._add_losses(losses, size)
         for name in sorted({name for each in kept for name in each.sums}):
-            self._add_values(name, [each.sums[name] for each in kept if name in each.sums])
-        for size in {each.samples for each in kept if each.means}:
-            alike = [each for each in kept if each.samples == size]
-            for name in sorted({name for each in alike for name in each.means}):
-                self._add_values(name, [each.means[name] for each in alike if name in each.means], size)
+            self._add_values(_SUMS + name, [each.sums[name] for each in kept if name in each.sums])
+        self._add_means([each for each in kept if each.means])
         if kept:
             self._folded.append((self._samples, self._loss))
         self._pending = []
@@ -200,10 +175,22 @@ class Meter:
 
     def _add_values(self, name: str, parts: list[Tensor], times: int = 1) -> None:
         """Add `parts`, each so many `times`, to the sum `name`."""
-        values = torch.stack(parts)
-        value = (torch.where(values.isfinite(), values, 0) if self._drops_bad else values).sum(dtype=self._dtype)
+        try:
+            values = torch.stack(parts)
+        except RuntimeError as error:
+            shapes = ", ".join(sorted({str(list(part.shape)) for part in parts}))
+            what, _, name = name.partition("/")
+            raise TrainingError(f"compute_loss returned {what}[{name!r}] in several shapes: {shapes}") from error
+        value = (torch.where(values.isfinite(), values, 0) if self._drops_bad else values).sum(0, dtype=self._dtype)
         value = value if times == 1 else value * times
         self._sums[name] = value + self._sums[name] if name in self._sums else value
+
+    def _add_means(self, kept: list[Kept]) -> None:
+        """Add each mean times its samples, where there are any."""
+        for size in {each.samples for each in kept}:
+            alike = [each.means for each in kept if each.samples == size]
+            for name in sorted({name for means in alike for name in means}):
+                self._add_values(_MEANS + name, [means[name] for means in alike if name in means], size)
 
     def _add_losses(self, losses: Tensor, size: int) -> None:
         """Add `losses`, each the mean of `size` samples."""
@@ -227,13 +214,12 @@ class Meter:
         """What was counted since the last report, on this rank; never waits for the device.
 
         Returns:
-            `loss` and `weight` (sums), `samples` (int64, on the CPU), and `sums/NAME`; all 0-dim, and all but
-            `samples` the live ones, float64 on the device (float32 where it has no float64).
+            `loss` and `weight` (sums), `samples` (int64, on the CPU), `means/NAME` (times samples), all 0-dim, and
+            `sums/NAME`; all but `samples` the live ones, float64 on the device (float32 where it has no float64).
         """
         self._fold()
         samples = torch.tensor(self._samples, dtype=torch.int64, device="cpu")
-        sums = {f"{_SUMS}{name}": value for name, value in self._sums.items()}
-        return {"loss": self._loss, "weight": self._weight, "samples": samples, **sums}
+        return {"loss": self._loss, "weight": self._weight, "samples": samples, **self._sums}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from copies of `state_tensors`, from any device: the next report is the same to the bit.
@@ -248,7 +234,7 @@ class Meter:
         }
         self._reset()
         self._loss, self._weight, self._samples = own.pop("loss"), own.pop("weight"), int(tensors["samples"])
-        self._sums = {name.removeprefix(_SUMS): value for name, value in own.items()}
+        self._sums = own
         self._folded.append((self._samples, self._loss))
 
     @staticmethod
@@ -264,7 +250,7 @@ class Meter:
             _check_names(state)
             for name, value in state.items():
                 # what a rank has not seen is 0 there
-                total = merged.setdefault(name, torch.zeros((), dtype=torch.float64))
+                total = merged.setdefault(name, torch.zeros(value.shape, dtype=torch.float64))
                 total += value.detach().to("cpu", total.dtype)
         return merged
 
@@ -277,33 +263,45 @@ class Meter:
         Raises:
             TrainingError: ranks reported different names, or nothing was counted.
         """
-        recent = self._pending[:]
+        recent = self._pending
         self._fold()
         # a rank may have had no sample to evaluate, and then knows no names
-        answers = self._runtime.gather((sorted(self._sums), self._samples, own))
-        seen = [names for names, samples, _ in answers if samples]
-        names = seen[0] if seen else []
-        if any(other != names for other in seen):
+        here = sorted((name, tuple(value.shape)) for name, value in self._sums.items())
+        answers = self._runtime.gather((here, self._samples, own))
+        seen = [shapes for shapes, samples, _ in answers if samples]
+        shapes = seen[0] if seen else []
+        if any(other != shapes for other in seen):
             raise TrainingError(f"compute_loss must return the same sums and means on every rank, here {seen}")
-        values = [self._loss, self._weight, *(self._sums.get(name, self._nothing) for name in names)]
-        loss, weight, *sums = self._runtime.all_reduce_(torch.stack(values)).tolist()
-        samples = sum(here for _, here, _ in answers)
+        sums = [self._sums.get(name, self._nothing.expand(shape)) for name, shape in shapes]
+        flat = torch.cat([value.flatten() for value in (self._loss, self._weight, *sums)])
+        flat = self._runtime.all_reduce_(flat).cpu()
+        loss, weight, *parts = torch.split(flat, [1, 1, *(value.numel() for value in sums)])
+        samples = sum(counted for _, counted, _ in answers)
         if samples == 0:
             raise TrainingError("nothing to report: no sample was seen on any rank")
-        all_finite = all(map(math.isfinite, (loss, weight, *sums)))
-        not_finite = () if all_finite else self._sources(recent)
+        not_finite = () if flat.isfinite().all() else self._sources(recent)
         self._reset()
-        metrics = {name: value / samples for name, value in zip(names, sums, strict=True)}
-        mean = loss / weight if weight else float("nan")
-        own_of_ranks = [told for *_, told in answers]
-        return Means(samples=samples, loss=mean, metrics=metrics, not_finite=not_finite, own=own_of_ranks)
+        totals = {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
+        mean = (loss / weight).item() if weight else float("nan")
+        return Means(samples=samples, loss=mean, metrics=self._metrics(totals, samples), not_finite=not_finite,
+                     own=[told for *_, told in answers])  # fmt: skip
+
+    def _metrics(self, totals: Mapping[str, Tensor], samples: int) -> dict[str, float]:
+        """The metrics out of the sums over all ranks, `sums/NAME` and `means/NAME`."""
+        sums = {name.removeprefix(_SUMS): value for name, value in totals.items() if name.startswith(_SUMS)}
+        means = {name.removeprefix(_MEANS): (value / samples).item() for name, value in totals.items()
+                 if name.startswith(_MEANS)}  # fmt: skip
+        if self._compute_metrics is None:
+            return {name: (value / samples).item() for name, value in sums.items()} | means
+        with calling("compute_metrics"):
+            return check_metrics(self._compute_metrics(sums, samples), means) | means
 
     def _sources(self, recent: Sequence[Kept]) -> tuple[NotFinite, ...]:
         """What is not finite on each rank; all ranks together. `recent` was pending before the last fold."""
         here = [] if math.isfinite(loss := self._loss.item()) else [("loss", *self._first_bad_loss(recent, loss))]
-        here += [
-            (name, value.item(), 0, self._samples) for name, value in self._sums.items() if not value.isfinite().item()
-        ]
+        for name, value in self._sums.items():
+            if (bad := value[~value.isfinite()]).numel():
+                here.append((name.partition("/")[2], bad[0].item(), 0, self._samples))
         return tuple(
             NotFinite(rank=rank, name=name, value=value, begin=begin, end=end, seen=seen)
             for rank, (found, seen) in enumerate(self._runtime.gather((here, self._samples)))

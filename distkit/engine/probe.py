@@ -16,11 +16,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from distkit.data import Batch, batch_size
-from distkit.engine.meter import check_output
+from distkit.engine.meter import Meter
 from distkit.engine.run import Run
 from distkit.errors import ConfigError, nearest
 from distkit.losses import LossOutput
-from distkit.returned import calling
+from distkit.returned import calling, check_output
 from distkit.runtime.seeding import capture_rng, restore_rng
 from distkit.strategies.buffers import refuse_unlike
 from distkit.tensors.buffers import buffer_slots, extra_states, set_extra_states
@@ -55,7 +55,7 @@ def probe(run: Run) -> None:
         run.strategy.module.eval()
         with run.strategy.evaluating():
             output = loss_of(run, batch)
-        check_metrics(run, output)
+        check_metrics(run, output, batch_size(batch))
     run.strategy.skip_compiler_notes()  # compiled once more without gradients
 
 
@@ -63,7 +63,7 @@ def loss_of(run: Run, batch: Batch) -> LossOutput:
     """The checked loss of `batch`."""
     with run.strategy.precision(), calling("compute_loss"):
         output = run.compute_loss(run.strategy.module, batch)
-    check_output(output)
+    check_output(output, run.compute_metrics is not None)
     check_values(output)
     return output
 
@@ -88,7 +88,9 @@ def check_training(run: Run, batch: Batch) -> None:
     with noting_calls(modules) as (called, own), run.strategy.evaluating():
         output = loss_of(run, batch)
     refuse_unlike(root, run.runtime)
-    run.resume.warnings.extend(run.runtime.broadcast(odd_sums(output, batch_size(batch))))
+    metrics_of(run, output, batch_size(batch))
+    if run.compute_metrics is None:
+        run.resume.warnings.extend(run.runtime.broadcast(odd_sums(output, batch_size(batch))))
     if run.strategy.needs_forward and called and root not in called:
         raise ConfigError("compute_loss calls parts of the model and never the model itself, which alone exchanges "
                           "gradients", expected="model(...) in compute_loss",
@@ -172,9 +174,16 @@ def odd_sums(output: LossOutput, samples: int) -> list[str]:
             f"{samples}; a mean belongs into LossOutput(loss, means={{{name!r}: ...}})" for name in odd]  # fmt: skip
 
 
-def check_metrics(run: Run, output: LossOutput) -> None:
+def metrics_of(run: Run, output: LossOutput, samples: int) -> dict[str, float]:
+    """The metrics that a report of this batch of every rank would have."""
+    meter = Meter(run.runtime, run.compute_metrics)
+    meter.add(output, samples)
+    return meter.reduce().metrics
+
+
+def check_metrics(run: Run, output: LossOutput, samples: int) -> None:
     """Refuse choices of the recipe and the configuration that name a metric which is not reported."""
-    names = ["loss", *output.sums, *output.means]
+    names = ["loss", *metrics_of(run, output, samples)]
     wanted = {"the recipe's best": run.trackers.rule.metric}
     if run.plateau is not None:
         wanted["--schedule.metric"] = run.plateau.metric

@@ -25,7 +25,7 @@ from distkit.engine.flops import Utilization
 from distkit.engine.forward_timer import ForwardTimer
 from distkit.engine.guard import Guard
 from distkit.engine.ledger import Ledger
-from distkit.engine.meter import Meter
+from distkit.engine.meter import ComputeMetrics, Meter
 from distkit.engine.run_dir import RunDirectory
 from distkit.engine.stragglers import Stragglers
 from distkit.engine.watch import Watch
@@ -210,6 +210,7 @@ class Run:
     schedule: Schedule
     directory: RunDirectory
     meter: Meter
+    compute_metrics: ComputeMetrics | None = None
     plateau: PlateauTracker | None = None
     ema: Ema | None = None
     data_state: DataState | None = None

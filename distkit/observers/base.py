@@ -13,8 +13,8 @@ Scalar = str | int | float | bool | None
 Event = Mapping[str, Scalar]
 """One thing that happened. Always has `event` (its kind) and `step`; the rest depends on the kind:
 
-train: loss, lr, grad_norm, samples, samples_per_second, data_wait_seconds, mfu, the recipe's sums as fractions.
-eval: loss, samples, the recipe's metrics by name, as fractions; nonfinite_ranks where one is NaN or infinite.
+train: loss, lr, grad_norm, samples, samples_per_second, data_wait_seconds, mfu, the recipe's metrics by name.
+eval: loss, samples, the recipe's metrics by name (sums as fractions); nonfinite_ranks where one is NaN or infinite.
 skip: a step that was left out because of NaN or infinity: rank where it is one's, message, back_to after a rollback.
 note: message.
 checkpoint: bytes and seconds, or error.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distkit.engine.clock import Clock
-from distkit.engine.meter import FOLD_EVERY, Meter
+from distkit.engine.meter import FOLD_ELEMENTS, FOLD_EVERY, Meter
 from distkit.engine.run import Progress, Trackers
 from distkit.engine.run_dir import RunDirectory, check_usable
 from distkit.errors import ConfigError, TrainingError
@@ -93,6 +93,67 @@ def test_meter_means_of_means_are_those_over_samples() -> None:
     again = Meter(RUNTIME)
     again.load_state_tensors(state)
     assert again.reduce().metrics == {"accuracy": 0.25}
+
+
+def confusion_metrics(sums: dict[str, torch.Tensor], num_samples: int) -> dict[str, float]:
+    matrix = sums["confusion"]
+    assert matrix.dtype == torch.float64
+    return {"accuracy": (matrix.trace() / num_samples).item(), "precision": matrix[1, 1] / matrix[:, 1].sum()}
+
+
+def test_meter_makes_metrics_of_sums_of_any_shape() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, guesses = torch.randint(0, 3, (2, FOLD_EVERY + 30, 8), generator=generator)
+    meter, again = Meter(RUNTIME, confusion_metrics), Meter(RUNTIME, confusion_metrics)
+    for index, (label, guess) in enumerate(zip(labels, guesses, strict=True)):
+        if index == 200:
+            again.load_state_tensors(meter.state_tensors())
+        matrix = torch.bincount(3 * label + guess, minlength=9).view(3, 3)
+        for each in (meter, again)[: 1 + (index >= 200)]:
+            each.add(LossOutput(torch.tensor(1.0), {"confusion": matrix}, means={"half": torch.tensor(0.5)}), 8)
+    expected = {
+        "accuracy": (labels == guesses).double().mean().item(),
+        "precision": ((labels == 1) & (guesses == 1)).sum().item() / (guesses == 1).sum().item(),
+        "half": 0.5,
+    }
+    assert meter.reduce().metrics == expected
+    assert again.reduce().metrics == expected
+
+
+def test_large_sums_are_added_up_early() -> None:
+    meter = Meter(RUNTIME, lambda sums, _: {"sum": sums["large"].sum()})
+    for _ in range(3):
+        meter.add(LossOutput(torch.tensor(0.0), {"large": torch.ones(FOLD_ELEMENTS)}), 1)
+        assert not meter._pending
+    assert meter.reduce().metrics == {"sum": 3.0 * FOLD_ELEMENTS}
+
+
+def test_a_sum_that_changes_its_shape_is_named() -> None:
+    meter = Meter(RUNTIME, lambda sums, _: {})
+    for size in (2, 3):
+        meter.add(LossOutput(torch.tensor(0.0), {"counts": torch.ones(size)}), 1)
+    with pytest.raises(TrainingError, match=r"sums\['counts'\] in several shapes: \[2\], \[3\]"):
+        meter.reduce()
+
+
+@pytest.mark.parametrize(("returned", "words"), [
+    (None, "compute_metrics returned no dict of numbers"),
+    ({"f1": "high"}, "f1 is no number"),
+    ({"f1": torch.ones(2)}, "f1 is no number"),
+    ({"lr": 1.0}, "lr is the name of something else"),
+    ({"half": 1.0}, "half is the name of something else"),
+])  # fmt: skip
+def test_metrics_that_cannot_be_reported(returned: object, words: str) -> None:
+    meter = Meter(RUNTIME, lambda sums, num_samples: returned)  # type: ignore[arg-type, return-value]
+    meter.add(LossOutput(torch.tensor(0.0), means={"half": torch.tensor(0.5)}), 1)
+    with pytest.raises(ConfigError, match=words):
+        meter.reduce()
+
+
+def test_a_matrix_needs_a_function_that_makes_numbers_of_it() -> None:
+    with pytest.raises(ConfigError, match=r"sums\['confusion'\] must be a tensor without dims") as caught:
+        Meter(RUNTIME).add(LossOutput(torch.tensor(0.0), {"confusion": torch.ones(2, 2)}), 1)
+    assert "Recipe.compute_metrics" in str(caught.value)
 
 
 @pytest.mark.parametrize(("output", "words"), [
