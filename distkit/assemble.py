@@ -25,6 +25,7 @@ from distkit.data.reading.loader import EvaluationLoader
 from distkit.data.reading.placement import Placed, Reading, TrainSource, notes_of, open_training, place, summary_of
 from distkit.data.sets.fingerprint import fingerprint_of
 from distkit.ema import Ema
+from distkit.engine.early_stop import EarlyStop
 from distkit.engine.flops import FirstBatch, describe_peak, outline_utilization
 from distkit.engine.forward_timer import ForwardTimer
 from distkit.engine.guard import Guard, describe_guard
@@ -219,6 +220,10 @@ def check_evaluation(config: TrainConfig, test_set: Dataset | None) -> None:
         raise ConfigError(f"--schedule.name {config.schedule.name} acts on evaluations, and the recipe has no test set",
                           expected="a test set from build_dataset, or another schedule", got="no test set",
                           fix="--schedule.name constant --eval-every None")  # fmt: skip
+    if config.stop.enabled and (test_set is None or config.eval_every is None) and not config.debug.enabled:
+        raise ConfigError("--stop acts on evaluations", expected="a test set, and --eval-every; or no option of --stop",
+                          got="no test set" if test_set is None else "--eval-every None",
+                          fix=None if test_set is None else "--eval-every 500")  # fmt: skip
     if test_set is None and config.eval_every is not None and not config.debug.enabled:
         raise ConfigError("--eval-every is set, but the recipe has no test set",
                           expected="a test set from build_dataset", got=f"--eval-every {config.eval_every}",
@@ -296,6 +301,7 @@ def open_loop(
         compute_metrics=recipe.compute_metrics,
         schedule=schedule,
         plateau=config.schedule.tracker(),
+        early_stop=EarlyStop(config.stop) if config.stop.enabled and not config.debug.enabled else None,
         ema=None if config.ema_decay is None else Ema(strategy.module, config.ema_decay, strategy.model_tensors()),
         directory=directory,
         resume=resume,

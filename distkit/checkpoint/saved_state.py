@@ -92,6 +92,7 @@ _PARTS = record(
     },
     may_have={
         "plateau": record({"factor": an_amount, "num_bad": a_count}, may_have={"best": _real, "rule": a_text}),
+        "early_stop": record({"num_bad": a_count, "rule": a_text}, may_have={"last": _metric, "best": _metric}),
         "skips": record({"skips": list_of(_SKIP)}),
         "extra": an_object,
     },

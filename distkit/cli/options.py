@@ -17,7 +17,7 @@ from typing import Literal, Union, cast, get_args, get_origin, get_type_hints
 from distkit.config import CHOICES
 from distkit.config.check import flag
 from distkit.config.secret import Secret, is_secret
-from distkit.errors import MASK, ConfigError, nearest
+from distkit.errors import LEAST_LENGTH, MASK, ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,8 @@ def convert(words: Sequence[str], kind: object) -> object:
         raise ValueError(word)
     if kind is int and abs(int(word)) >= 2**63:
         raise ValueError(word)
+    if kind is Secret and len(word) < LEAST_LENGTH:
+        raise ValueError
     if kind in (int, float, str, Path, Secret):
         return cast(type, kind)(word)
     raise TypeError(kind)
@@ -189,5 +191,5 @@ def describe(kind: object) -> str:
         count = num_words(kind)
         return f"{'any number' if count is None else count} of: {describe(args[0])}"
     names = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "True or False",
-             Secret: "a secret text"}  # fmt: skip
+             Secret: f"a secret text of {LEAST_LENGTH} characters or more"}  # fmt: skip
     return names.get(cast(type, kind), "None" if kind is NoneType else str(kind))

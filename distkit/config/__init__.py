@@ -38,6 +38,7 @@ from distkit.config.schedule import (
     WarmupStableDecay,
 )
 from distkit.config.secret import Secret
+from distkit.config.stop import StopConfig
 from distkit.config.strategy import (
     ActivationCheckpointingConfig,
     DDPConfig,
@@ -113,6 +114,7 @@ __all__ = [
     "Secret",
     "SparseAdam",
     "Split",
+    "StopConfig",
     "StrategyName",
     "TrainConfig",
     "WarmupStableDecay",

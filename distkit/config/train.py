@@ -17,6 +17,7 @@ from distkit.config.choice import Choice, describe, from_values
 from distkit.config.data import DataConfig
 from distkit.config.optim import OPTIMIZERS, SGD, OptimConfig
 from distkit.config.schedule import SCHEDULES, Constant, ScheduleConfig
+from distkit.config.stop import StopConfig
 from distkit.config.strategy import (
     ActivationCheckpointingConfig,
     DDPConfig,
@@ -174,6 +175,8 @@ class TrainConfig:
     """The data."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the state is saved, and what is kept."""
+    stop: StopConfig = field(default_factory=StopConfig)
+    """When the run ends early."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     """Where the run starts from."""
     observe: ObserveConfig = field(default_factory=ObserveConfig)

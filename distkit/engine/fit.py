@@ -64,7 +64,7 @@ def fit(run: Run) -> Summary:
 def train(run: Run) -> None:
     """All steps that are left; report, evaluate and save when due."""
     config, progress = run.config, run.progress
-    while progress.step < run.num_steps:
+    while not run.is_done():
         run.runtime.heartbeat.next_unit()
         train_step(run)
         if faults.armed:
@@ -75,6 +75,8 @@ def train(run: Run) -> None:
             if progress.step == run.num_steps and run.test_loader is not None:
                 save(run)  # an evaluation that fails must not take the last steps with it
             evaluate_now(run)
+            if run.is_done() and not run.meter.is_empty:  # early, between two reports
+                report(run)
         if save_due(run):
             save(run)
 
@@ -206,7 +208,7 @@ def report_compiler(run: Run) -> None:
 
 
 def report_evaluation(run: Run) -> None:
-    """One eval line; remembers the best one and lets plateau see it."""
+    """One eval line; remembers the best one, and lets the plateau schedule and early stopping see it."""
     if run.test_loader is None:
         return
     report_compiler(run)
@@ -217,17 +219,28 @@ def report_evaluation(run: Run) -> None:
     values = {"step": float(run.progress.step), "loss": means.loss, **means.metrics}
     is_best = run.trackers.update(values)
     if run.plateau is not None:
-        metric = run.plateau.metric
-        if metric not in values:
-            raise TrainingError(
-                f"--schedule.metric {metric} is not reported; there are {', '.join(means.metrics)}, loss"
-            )
-        run.plateau.update(values[metric])
+        run.plateau.update(reported(values, run.plateau.metric, "--schedule.metric"))
+    stop = run.early_stop
+    if stop is not None:
+        stop.update(reported(values, stop.config.metric, "--stop.metric"))
     line: dict[str, float | str] = {name: value for name, value in values.items() if name != "step"}
     if means.not_finite:
         run.note(evaluation_note(run, means, len(run.test_loader)))
         line["nonfinite_ranks"] = ", ".join(sorted({str(source.rank) for source in means.not_finite}))
     run.tell({"event": "eval", "step": run.progress.step, **line, "samples": means.samples, "best": is_best})
+    if stop is not None and stop.reason is not None and run.progress.step < run.num_steps:
+        run.note(f"stopped early: {stop.reason}")
+
+
+def reported(values: Mapping[str, float], metric: str, option: str) -> float:
+    """The value of `metric` in an evaluation, which `option` asks for.
+
+    Raises:
+        TrainingError: it is not reported.
+    """
+    if metric not in values:
+        raise TrainingError(f"{option} {metric} is not reported; there are {', '.join(sorted(values))}")
+    return values[metric]
 
 
 def finish(run: Run) -> Summary:
@@ -251,6 +264,8 @@ def finish(run: Run) -> Summary:
         "state_digest": run.runtime.broadcast(state_digest(run.learned_tensors())),
         **run.facts,
     }
+    if run.early_stop is not None and run.early_stop.reason is not None:
+        summary["stopped_early"] = run.early_stop.reason
     if run.ledger.skips:
         summary["skipped_steps"] = ", ".join(str(skip.step) for skip in run.ledger.skips)
     if run.utilization is not None:

@@ -187,10 +187,12 @@ def check_metrics(run: Run, output: LossOutput, samples: int) -> None:
     wanted = {"the recipe's best": run.trackers.rule.metric}
     if run.plateau is not None:
         wanted["--schedule.metric"] = run.plateau.metric
+    if run.early_stop is not None:
+        wanted["--stop.metric"] = run.early_stop.config.metric
     for who, metric in wanted.items():
         if metric not in names:
             close = nearest(metric, names) or "loss"
-            fix = f"--schedule.metric {close}" if who.startswith("--") else f'best=("{close}", …)'
+            fix = f"{who} {close}" if who.startswith("--") else f'best=("{close}", …)'
             raise ConfigError(f"{who} is {metric}, which compute_loss does not report for the test set",
                               expected=f"one of {', '.join(names)}", got=metric, fix=fix)  # fmt: skip
 

@@ -41,7 +41,7 @@ from distkit.tensors.spec import spec_of
 #: Fields that decide which samples a step reads: with another value it would be another run.
 FIXED = ("seed", "global_batch_size")
 #: Parts that a checkpoint may lack: a schedule may have been changed for one with history; ledgers are younger.
-ADDED = ("plateau", "skips")
+ADDED = ("plateau", "early_stop", "skips")
 
 
 def choose_checkpoint(config: TrainConfig, runtime: Runtime, directory: RunDirectory) -> ResumePoint:
@@ -387,6 +387,9 @@ def resume_notes(run: Run) -> list[str]:
     if run.plateau is not None and run.plateau.metric_before is not None:
         notes.append(f"the schedule follows {run.plateau.metric}, and followed {run.plateau.metric_before}: it counts "
                      "from 0 again, at the learning rate it had reached")  # fmt: skip
+    if run.early_stop is not None and run.early_stop.rule_before is not None:
+        notes.append(f"early stopping follows {run.early_stop.rule}, and followed {run.early_stop.rule_before}: it "
+                     "begins again")  # fmt: skip
     changed = _changed(run, checkpoint)
     if changed:
         notes.append(f"changed since: {shorten(changed)}")

@@ -21,6 +21,7 @@ from distkit.data.reading.iterable import IterableData
 from distkit.data.reading.loader import EvaluationLoader
 from distkit.ema import Ema
 from distkit.engine.clock import Clock
+from distkit.engine.early_stop import EarlyStop
 from distkit.engine.flops import Utilization
 from distkit.engine.forward_timer import ForwardTimer
 from distkit.engine.guard import Guard
@@ -185,6 +186,7 @@ class Run:
     Attributes:
         recipe: its name.
         schedule, plateau: step -> multiplier of the learning rate, and the factor that follows a metric.
+        early_stop: ends the run before `num_steps`; None where nothing does.
         data_state: the position in an iterable data set; None for other data, whose position is the step.
         buffer_specs: dtype and shape of the persistent buffers, as the model was built.
         nan_buffers: names of buffers that the model was built with NaN in.
@@ -212,6 +214,7 @@ class Run:
     meter: Meter
     compute_metrics: ComputeMetrics | None = None
     plateau: PlateauTracker | None = None
+    early_stop: EarlyStop | None = None
     ema: Ema | None = None
     data_state: DataState | None = None
     buffer_specs: Mapping[str, TensorSpec] = field(default_factory=dict)
@@ -251,6 +254,11 @@ class Run:
     def finished(self) -> bool:
         """True when this directory holds the run with all its steps already."""
         return self.resume.completed_steps >= self.num_steps
+
+    def is_done(self) -> bool:
+        """Nothing is left to train."""
+        stop = self.early_stop
+        return self.progress.step >= self.num_steps or (stop is not None and stop.reason is not None)
 
     def lr_multiplier(self) -> float:
         """What the peak learning rates are multiplied by at the current step."""

@@ -2,8 +2,9 @@
 
 Tensors: model/NAME, extra/MODULE, optimizer/PARAMETER/KEY, ema/NAME, scaler/NAME, and for each rank rng/RANK/NAME,
 meter/RANK/NAME and buffer/RANK/NAME (those that are each rank's own). Values: progress, trackers, clock, skips (the
-ledger), plateau, observers, extra states that are not tensors, and the structure of the optimizer's state. Data and
-learning rate have no state: both are functions of the step. Only an iterable data set has a position, one a rank.
+ledger), plateau, early_stop, observers, extra states that are not tensors, and the structure of the optimizer's state.
+Data and learning rate have no state: both are functions of the step. Only an iterable data set has a position, one a
+rank.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def parts(run: Run) -> dict[str, Part]:
     named["skips"] = run.ledger
     if run.plateau is not None:
         named["plateau"] = run.plateau
+    if run.early_stop is not None:
+        named["early_stop"] = run.early_stop
     return cast(dict[str, Part], named)
 
 

@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 
 from distkit import Secret as PublicSecret
+from distkit import errors
 from distkit.cli import parse
 from distkit.config import Constant, TrainConfig, to_json
 from distkit.config.secret import Secret, check_secrets, is_secret, secrets_of, variable
 from distkit.errors import MASK, ConfigError, masked
 
 TOKEN = "hf_Zq81-never-shown"
+
+
+@pytest.fixture(autouse=True)
+def _other_tests_see_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of other tests may have these words."""
+    monkeypatch.setattr(errors, "_secrets", set(errors._secrets))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +77,17 @@ def test_only_text_is_taken() -> None:
 
 def test_flags_the_environment_and_presets_give_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parsed("--hub-token", TOKEN).hub_token == Secret(TOKEN)
-    assert parsed("--keys", "one", "two").keys == (Secret("one"), Secret("two"))
-    assert parsed("--store.key=k").store.key == Secret("k")
+    assert parsed("--keys", "key-one", "key-two").keys == (Secret("key-one"), Secret("key-two"))
+    assert parsed("--store.key=stored").store.key == Secret("stored")
     preset = replace(BASE, hub_token=Secret("preset"))
     assert parsed(presets={"default": preset}).hub_token == Secret("preset")
     assert parsed("--hub-token", "None", presets={"default": preset}).hub_token is None
     monkeypatch.setenv(variable("hub_token"), "environment")
     monkeypatch.setenv("DISTKIT_SECRET_STORE_KEY", "store")
-    monkeypatch.setenv("DISTKIT_SECRET_KEYS", "a b")
+    monkeypatch.setenv("DISTKIT_SECRET_KEYS", "first second")
     config = parsed(presets={"default": preset})
     assert (config.hub_token, config.store.key) == (Secret("environment"), Secret("store"))
-    assert config.keys == (Secret("a"), Secret("b"))
+    assert config.keys == (Secret("first"), Secret("second"))
     assert parsed("--hub-token", "typed").hub_token == Secret("typed")
 
 
@@ -99,13 +106,13 @@ def test_a_file_leaves_it_out_and_it_is_given_again(tmp_path: Path, monkeypatch:
         check_secrets(config)
     with pytest.raises(ConfigError, match="--keys is a secret"):
         check_secrets(parsed(*flags, "--hub-token", TOKEN))
-    again = parsed(*flags, "--hub-token", TOKEN, "--keys", "a", "b")
+    again = parsed(*flags, "--hub-token", TOKEN, "--keys", "first", "second")
     check_secrets(again)
     assert again.hub_token == Secret(TOKEN)
     monkeypatch.setenv(variable("hub_token"), TOKEN)
     assert parsed(*flags).hub_token == Secret(TOKEN)
     monkeypatch.delenv(variable("hub_token"))
-    assert parsed(*flags, presets={"default": replace(BASE, hub_token=Secret("p"))}).hub_token == Secret("p")
+    assert parsed(*flags, presets={"default": replace(BASE, hub_token=Secret("preset"))}).hub_token == Secret("preset")
 
 
 WRONG = {
@@ -154,17 +161,17 @@ def test_types() -> None:
         True, True, True, False, False,
     ]  # fmt: skip
 
-    X = Secret("x")  # noqa: N806
+    X = Secret("inner")  # noqa: N806
 
     @dataclass(frozen=True, kw_only=True)
     class Inner(TrainConfig):
         token: "Secret | Nowhere" = X  # type: ignore[name-defined]  # noqa: F821
 
-    assert list(secrets_of(Inner(num_steps=1))) == [("token", Secret("x"))]
+    assert list(secrets_of(Inner(num_steps=1))) == [("token", Secret("inner"))]
 
 
 def test_texts_of_others_are_searched() -> None:
-    Secret("long-enough-1"), Secret("long-enough-12"), Secret("abc")
+    Secret("long-enough-1"), Secret("long-enough-12")
     assert masked("401 for long-enough-12, then long-enough-1; abc") == f"401 for {MASK}, then {MASK}; abc"
 
 
