@@ -155,7 +155,7 @@ def engine(run: Run) -> Arm:
                 raise AssertionError("a fault is set")
             if due(run.config.report_every, run.progress.step, run.num_steps):
                 report(run)
-            if due(run.config.eval_every, run.progress.step, run.num_steps):
+            if due(run.eval_every, run.progress.step, run.num_steps):
                 raise AssertionError("nothing to evaluate")
             if save_due(run):
                 save(run)

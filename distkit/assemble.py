@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distkit.config import BatchSplit, CheckpointConfig, Constant, TrainConfig, split_batch, to_json
+from distkit.config import BatchSplit, CheckpointConfig, Constant, Epochs, TrainConfig, split_batch, to_json
 from distkit.config.secret import check_secrets
 from distkit.data import Dataset, as_dataset
 from distkit.data.reading.iterable import IterableData, IterableSource
@@ -42,6 +42,7 @@ from distkit.observers import build_observers
 from distkit.optim import build_optimizer, default_param_groups, skips_on_device
 from distkit.recipe import Recipe
 from distkit.returned import (
+    asked_for,
     calling,
     check_config,
     check_dataset,
@@ -240,13 +241,17 @@ def build_model(recipe: Recipe[C], config: C, train_set: Dataset | IterableData 
     Args:
         recipe, config: of the run.
         train_set: for a recipe whose initial weights depend on data (`init_model_`); without it these are left out.
+            Where `build_model` asks for it, it is built.
 
     Raises:
         ConfigError: the model has no parameter to train.
     """
+    more = asked_for(recipe.build_model, train_set=train_set)
+    if more and train_set is None:
+        more["train_set"], _ = build_datasets(recipe, config, ALONE)
     with seeded(derive_seed(config.seed, "init")):
         with calling("build_model"):
-            model = check_model(recipe.build_model(config))
+            model = check_model(recipe.build_model(config, **more))
         if recipe.init_model_ is not None and train_set is not None:
             with calling("init_model_"):
                 check_nothing(recipe.init_model_(config, model, train_set))
@@ -329,8 +334,9 @@ def build_schedule(recipe: Recipe[C], config: C, num_steps: int, steps_per_epoch
     """The recipe's own schedule where it has one, else that of the configuration."""
     if recipe.build_schedule is None:
         return config.schedule.build(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    more = asked_for(recipe.build_schedule, steps_per_epoch=steps_per_epoch)
     with calling("build_schedule"):
-        return check_schedule(recipe.build_schedule(config, num_steps), num_steps)
+        return check_schedule(recipe.build_schedule(config, num_steps, **more), num_steps)
 
 
 def build_forward_timer(config: TrainConfig, runtime: Runtime, strategy: Strategy) -> ForwardTimer:
@@ -424,7 +430,9 @@ def describe(
 
 def describe_saves(config: CheckpointConfig) -> str:
     """When a run saves, and which checkpoints are kept."""
-    when = "at the end" if config.save_every is None else f"every {config.save_every:,} steps and at the end"
+    every = config.save_every
+    interval = f"{every.number:g} epochs" if isinstance(every, Epochs) else f"{every or 0:,} steps"
+    when = "at the end" if every is None else f"every {interval} and at the end"
     kept = "all are kept" if config.keep_last is None else f"the last {config.keep_last} are kept"
     best = "" if config.keep_best is None else f", and the best {config.keep_best}"
     return f"{when}; {kept}{best}" + ("" if config.keep_every is None else f", and every {config.keep_every:,}th step")

@@ -29,7 +29,8 @@ class Recipe(Generic[C]):
     Args:
         name: the first folder under `runs/`.
         config: the configuration class, a frozen dataclass that inherits from TrainConfig.
-        build_model: config -> the model, on the CPU; called under one seed on every rank.
+        build_model: config -> the model, on the CPU; called under one seed on every rank. A parameter named `train_set`
+            is given the training set, also when a run is loaded later, which then takes the data.
         build_dataset: config, "train" or "test" -> a distkit Dataset or any map-style torch dataset (for training also
             an IterableData); None where there is no test set.
         compute_loss: config, model, batch (what `fetch` and `augment` of the data set give) -> LossOutput.
@@ -37,7 +38,8 @@ class Recipe(Generic[C]):
         compute_metrics: (sums of all samples by name, float64 on the CPU; number of samples) -> the metrics that are
             reported, such as F1 out of a confusion matrix; default: each sum / samples.
         build_param_groups: config, model -> parameter groups; default: no weight decay on norms and biases.
-        build_schedule: config, number of steps -> `step -> multiplier`; default: config.schedule.
+        build_schedule: config, number of steps -> `step -> multiplier`; default: config.schedule. A parameter named
+            `steps_per_epoch` is given the steps of an epoch, a float.
         init_model_: config, model, training set -> None; for weights that depend on data.
         best: the evaluation metric that decides what is best, and whether it should fall or rise.
         expected_initial_loss: config -> the loss of an untrained model, which debug mode checks.
@@ -47,13 +49,13 @@ class Recipe(Generic[C]):
 
     name: str
     config: type[C]
-    build_model: Callable[[C], nn.Module]
+    build_model: Callable[..., nn.Module]
     build_dataset: Callable[[C, Split], Dataset | TorchDataset[object] | IterableData | None]
     compute_loss: Callable[..., LossOutput]
     presets: Mapping[str, C]
     compute_metrics: Callable[[dict[str, Tensor], int], dict[str, float]] | None = None
     build_param_groups: Callable[[C, nn.Module], list[ParamGroup]] | None = None
-    build_schedule: Callable[[C, int], Schedule] | None = None
+    build_schedule: Callable[..., Schedule] | None = None
     init_model_: Callable[..., None] | None = None
     best: tuple[str, Literal["min", "max"]] = ("loss", "min")
     expected_initial_loss: Callable[[C], float] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,15 @@ def calling(function: str) -> Iterator[None]:
         if not isinstance(error, DistkitError):
             error.add_note(f"in {function} of the recipe")
         raise
+
+
+def asked_for(function: Callable[..., object], **offered: object) -> dict[str, object]:
+    """Those of `offered` that `function` has a parameter for, by name."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # what is no function is refused when it is called
+        return {}
+    return {name: value for name, value in offered.items() if name in parameters}
 
 
 def check_config(config: object, kind: type[C]) -> C:

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 from support.harness import run_ranks, run_recipe_cli
-from support.tiny import BASE, RECIPE, TinyConfig
+from support.tiny import BASE, CLASSES, RECIPE, TinyConfig, Vectors
+from torch import nn
 
 import distkit
 from distkit import load_run, train
@@ -186,3 +187,14 @@ def test_the_public_face() -> None:
     assert distkit.TrainConfig in TinyConfig.__mro__
     with pytest.raises(ConfigError, match=r"main\(recipe\)"):
         RECIPE.main()
+
+
+def test_a_model_may_ask_for_the_training_set(tmp_path: Path) -> None:
+    def build_model(config: TinyConfig, train_set: Vectors) -> nn.Module:
+        return nn.Sequential(nn.Linear(train_set.inputs.shape[1], 5), nn.Linear(5, int(train_set.labels.max()) + 1))
+
+    recipe = replace(RECIPE, build_model=build_model)
+    train(recipe, replace(BASE, run_dir=tmp_path / "run"))
+    config, model = load_run(tmp_path / "run", recipe=recipe)
+    assert config.num_steps == BASE.num_steps
+    assert model[1].weight.shape == (CLASSES, 5)  # type: ignore[index]

@@ -9,6 +9,7 @@ import itertools
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,6 +17,7 @@ from typing import Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from distkit.config import CHOICES
 from distkit.config.check import flag
+from distkit.config.every import Epochs
 from distkit.config.secret import Secret, is_secret
 from distkit.errors import LEAST_LENGTH, MASK, ConfigError, nearest
 
@@ -158,8 +160,11 @@ def convert(words: Sequence[str], kind: object) -> object:
     if origin in (Union, UnionType):
         if NoneType in args and list(words) == ["None"]:
             return None
-        (kind,) = members_of(kind)
-        return convert(words, kind)
+        *others, last = members_of(kind)
+        for member in others:
+            with suppress(ValueError):
+                return convert(words, member)
+        return convert(words, last)
     if origin is tuple:
         kinds = args[:1] * len(words) if num_words(kind) is None else args
         return tuple(convert([word], member) for word, member in zip(words, kinds, strict=True))
@@ -175,6 +180,8 @@ def convert(words: Sequence[str], kind: object) -> object:
         raise ValueError(word)
     if kind is Secret and len(word) < LEAST_LENGTH:
         raise ValueError
+    if kind is Epochs:
+        return Epochs.parse(word)
     if kind in (int, float, str, Path, Secret):
         return cast(type, kind)(word)
     raise TypeError(kind)
@@ -191,5 +198,6 @@ def describe(kind: object) -> str:
         count = num_words(kind)
         return f"{'any number' if count is None else count} of: {describe(args[0])}"
     names = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "True or False",
+             Epochs: "epochs, such as 1e",
              Secret: f"a secret text of {LEAST_LENGTH} characters or more"}  # fmt: skip
     return names.get(cast(type, kind), "None" if kind is NoneType else str(kind))

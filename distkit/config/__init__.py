@@ -3,6 +3,7 @@
 from distkit.config.checkpoint import CheckpointConfig, ResumeConfig
 from distkit.config.choice import carry_over, from_values
 from distkit.config.data import Color, DataConfig, Placement
+from distkit.config.every import Epochs
 from distkit.config.optim import (
     ASGD,
     LBFGS,
@@ -93,6 +94,7 @@ __all__ = [
     "DataConfig",
     "DebugConfig",
     "Device",
+    "Epochs",
     "Exponential",
     "FSDPConfig",
     "Linear",

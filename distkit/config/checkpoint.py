@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from distkit.config.check import require, require_number
+from distkit.config.every import Epochs
 
 Saving = Literal["auto", "on", "off"]
 
@@ -16,8 +17,8 @@ class CheckpointConfig:
 
     enabled: bool = True
     """Save checkpoints; without them a run that is killed starts over."""
-    save_every: int | None = 500
-    """Steps between saves, >= 1; None: only at the end and when keep_best calls for one."""
+    save_every: int | Epochs | None = 500
+    """Steps between saves, >= 1, or epochs, as 1e; None: only at the end and when keep_best calls for one."""
     asynchronous: Saving = "auto"
     """Copy the state at the step boundary and write it in the background (`--checkpoint.async` for short). auto: on
     if the copy fits into half of the free memory."""
@@ -33,7 +34,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name, example in (("save_every", "500"), ("keep_last", "3"), ("keep_best", "1"), ("keep_every", "5000"),
                               ("max_failures", "3")):  # fmt: skip
-            require_number(f"checkpoint.{name}", getattr(self, name), least=1, example=example)
+            if not isinstance(getattr(self, name), Epochs):
+                require_number(f"checkpoint.{name}", getattr(self, name), least=1, example=example)
         if self.keep_last is None:
             need = "None, where --checkpoint.keep-last None keeps all"
             require(self.keep_every is None, "checkpoint.keep_every", need, self.keep_every, "None")

@@ -15,6 +15,7 @@ from distkit.config.check import flag, require, require_number
 from distkit.config.checkpoint import CheckpointConfig, ResumeConfig
 from distkit.config.choice import Choice, describe, from_values
 from distkit.config.data import DataConfig
+from distkit.config.every import Epochs
 from distkit.config.optim import OPTIMIZERS, SGD, OptimConfig
 from distkit.config.schedule import SCHEDULES, Constant, ScheduleConfig
 from distkit.config.stop import StopConfig
@@ -147,8 +148,8 @@ class TrainConfig:
     """Steps that --on-nan skip or rollback may leave out in the whole run before it ends, >= 1."""
     report_every: int = 50
     """Steps between train lines, >= 1."""
-    eval_every: int | None = None
-    """Steps between evaluations, >= 1; None: only at the end."""
+    eval_every: int | Epochs | None = None
+    """Steps between evaluations, >= 1, or epochs, as 1e; None: only at the end."""
     eval_batch_size: int | None = None
     """Samples per evaluation batch on one rank, >= 1; None: the microbatch size."""
     timeout_seconds: float = 1800.0
@@ -198,7 +199,8 @@ class TrainConfig:
         examples = {"num_steps": "1000", "global_batch_size": "128", "microbatch_size": "64", "report_every": "50",
                     "eval_every": "500", "max_skips": "10"}  # fmt: skip
         for name, example in examples.items():
-            require_number(name, getattr(self, name), least=1, example=example)
+            if not isinstance(getattr(self, name), Epochs):
+                require_number(name, getattr(self, name), least=1, example=example)
         require_number("global_batch_size", self.global_batch_size, most=2**40, example="128")
         require_number("eval_batch_size", self.eval_batch_size, least=1, example="256")
         require_number("num_threads", self.num_threads, least=1, most=512, example="2")

@@ -71,7 +71,7 @@ def train(run: Run) -> None:
             faults.fault("step", run.runtime.rank, progress.step)
         if due(config.report_every, progress.step, run.num_steps):
             report(run)
-        if due(config.eval_every, progress.step, run.num_steps):
+        if due(run.eval_every, progress.step, run.num_steps):
             if progress.step == run.num_steps and run.test_loader is not None:
                 save(run)  # an evaluation that fails must not take the last steps with it
             evaluate_now(run)
@@ -92,7 +92,7 @@ def evaluate_now(run: Run) -> None:
 def evaluation_is_owed(run: Run) -> bool:
     """True when the run was stopped in the evaluation of its present step."""
     step, last = run.progress.step, run.trackers.last
-    is_due = step > 0 and run.test_loader is not None and due(run.config.eval_every, step, run.num_steps)
+    is_due = step > 0 and run.test_loader is not None and due(run.eval_every, step, run.num_steps)
     return is_due and (last is None or last["step"] != step)
 
 

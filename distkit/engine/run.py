@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
@@ -15,6 +16,7 @@ from distkit.checkpoint.digest import state_digest
 from distkit.checkpoint.saver import Saver
 from distkit.checkpoint.verify import VerifiedCheckpoint
 from distkit.config import BatchSplit, TrainConfig
+from distkit.config.every import in_steps
 from distkit.data import Dataset
 from distkit.data.batch import Microbatches
 from distkit.data.reading.iterable import IterableData
@@ -254,6 +256,16 @@ class Run:
     def finished(self) -> bool:
         """True when this directory holds the run with all its steps already."""
         return self.resume.completed_steps >= self.num_steps
+
+    @cached_property
+    def eval_every(self) -> float | None:
+        """Steps between evaluations, which need not be a whole number; None: only after the last."""
+        return in_steps(self.config.eval_every, self.steps_per_epoch)
+
+    @cached_property
+    def save_every(self) -> float | None:
+        """The same between saves."""
+        return in_steps(self.config.checkpoint.save_every, self.steps_per_epoch)
 
     def is_done(self) -> bool:
         """Nothing is left to train."""

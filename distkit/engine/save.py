@@ -64,7 +64,7 @@ def save_due(run: Run) -> bool:
         return False
     config, step, best = run.config.checkpoint, run.progress.step, run.trackers.best
     is_best = config.keep_best is not None and best is not None and best["step"] == step
-    if is_best or run.is_done() or due(config.save_every, step, run.num_steps):
+    if is_best or run.is_done() or due(run.save_every, step, run.num_steps):
         return True
     return due(run.config.report_every, step, run.num_steps) and run.runtime.any_rank(run.watch.wants_save)()
 
