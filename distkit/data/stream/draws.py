@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ GAMMA = _signed(0x9E3779B97F4A7C15)
 GAMMA_DRAW = _signed(0xD1342543DE82EF95)
 MIX_1 = _signed(0xBF58476D1CE4E5B9)
 MIX_2 = _signed(0x94D049BB133111EB)
+#: A float64 has 52 bits of mantissa behind its exponent; the first of them say which part of an octave it is in.
+SEGMENT_BITS = 7
+SEGMENT_SHIFT, FIRST_SEGMENT = 52 - SEGMENT_BITS, 1023 << SEGMENT_BITS
 
 
 class Draws:
@@ -75,6 +79,22 @@ class Draws:
             raise ConfigError(f"the draw {name!r} has an impossible probability", expected="0 <= p <= 1", got=p)
         return _top_bits_(self._mixed(name, count), 32) < round(p * 2**32)
 
+    def normal(self, name: str, count: int | None = None) -> Tensor:
+        """Standard normal: float32 [B], or [B, count]; quantiles are right to 1e-5, and end at +-7.1.
+
+        Logarithms and cosines differ between devices in their last bits, so there are none here: the quantile function
+        is a table, finer towards the tails, read with linear interpolation.
+        """
+        bits = self.bits(name, count)
+        # an odd number below 2^41, exact in float64, whose bits are octave, segment and the place in the segment
+        place = (bits >> 22).bitwise_and_((1 << 41) - 1).bitwise_or_(1).to(torch.float64).view(torch.int64)
+        quantiles, steps = _quantiles(place.device)
+        segment = (place >> SEGMENT_SHIFT).sub_(FIRST_SEGMENT)
+        within = place.bitwise_and_((1 << SEGMENT_SHIFT) - 1).to(torch.float64).mul_(2.0**-SEGMENT_SHIFT)
+        # product and sum apart: fused, they would round otherwise
+        size = steps[segment].mul_(within).add_(quantiles[segment])
+        return torch.where(bits < 0, -size, size).to(torch.float32)
+
     def _mixed(self, name: str, count: int | None) -> Tensor:
         """Fresh int64 [B] or [B, count]: splitmix64 without its last xor-shift, which leaves the top 31 bits alone."""
         counter = self.positions.mul(GAMMA).add_(_key(self.seed, name))
@@ -82,6 +102,18 @@ class Draws:
             counter = counter.unsqueeze(1) + torch.arange(count, device=counter.device).mul_(GAMMA_DRAW)
         _xor_shift_(counter, 30).mul_(MIX_1)
         return _xor_shift_(counter, 27).mul_(MIX_2)
+
+
+@lru_cache(maxsize=8)
+def _quantiles(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of |z| at the first place of each segment, and the way to that of the next: float64 [octaves x segments] each.
+
+    A place x stands for the upper tail's probability x / 2^42, in (0, 0.5).
+    """
+    segments = 1 << SEGMENT_BITS
+    places = [2.0**octave * (1 + part / segments) for octave in range(41) for part in range(segments)] + [2.0**41]
+    sizes = torch.tensor([-NormalDist().inv_cdf(place * 2.0**-42) for place in places], dtype=torch.float64)
+    return sizes[:-1].to(device), sizes.diff().to(device)
 
 
 @lru_cache(maxsize=1024)

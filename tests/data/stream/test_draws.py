@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distkit.data import Draws
+from distkit.data.stream.draws import FIRST_SEGMENT, SEGMENT_SHIFT, _quantiles
 from distkit.errors import ConfigError
 
 MASK = 2**64 - 1
@@ -14,6 +15,7 @@ POSITIONS = torch.arange(2**15)
 GOLDEN_BITS = [-3634062263259020639, 9031464119636976179, -2169378783683895139]
 GOLDEN_INTEGERS = [[3, 2], [0, 2], [3, 0]]
 GOLDEN_UNIFORM = [476137.0, 8450177.0, 10263970.0]
+GOLDEN_NORMAL = [-1.2861355543136597, -1.1885693073272705, 1.0424644947052002]
 GOLDEN_BERNOULLI = [True, True, False]
 
 
@@ -163,3 +165,29 @@ def test_the_global_generator_is_left_alone():
     before = torch.random.get_rng_state()
     Draws(0, POSITIONS[:10]).uniform("x", 2)
     assert torch.random.get_rng_state().equal(before)
+
+
+def test_normal_draws_are_normal_to_the_tails():
+    drawn = Draws(3, torch.arange(2**20)).normal("noise")
+    assert drawn.dtype == torch.float32
+    assert Draws(3, POSITIONS).normal("noise", 3)[:, 0].equal(drawn[: len(POSITIONS)])
+    moments = [(drawn.double() ** k).mean().item() for k in (1, 2, 3, 4)]
+    assert moments == pytest.approx([0, 1, 0, 3], abs=0.02)
+    # the distribution function of what is drawn is uniform
+    cells = (torch.special.ndtr(drawn.double()) * 1024).long()
+    assert even(cells, 1024)
+    assert independent(cells[: len(POSITIONS)] // 32, Draws(3, POSITIONS).integers("crop", 0, 32))
+
+
+def test_quantiles_between_the_places_of_the_table():
+    place = torch.cat([torch.arange(1, 4001, 2), 2 ** torch.arange(1, 41) + 1, 2**41 - 1 - 2 * torch.arange(4000)])
+    quantiles, steps = _quantiles(torch.device("cpu"))
+    bits = place.double().view(torch.int64)
+    segment = (bits >> SEGMENT_SHIFT) - FIRST_SEGMENT
+    got = quantiles[segment] + steps[segment] * (bits & ((1 << SEGMENT_SHIFT) - 1)).double() * 2.0**-SEGMENT_SHIFT
+    torch.testing.assert_close(got, -torch.special.ndtri(place.double() * 2.0**-42), atol=1e-5, rtol=0)
+
+
+def test_normal_values_of_old_runs_never_change():
+    draws = Draws(42, torch.tensor([0, 1, 2**40]))
+    assert draws.normal("noise").tolist() == GOLDEN_NORMAL
