@@ -183,30 +183,82 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*(saved * gradient for saved in ctx.saved_tensors), None, None, None)
 
 
-def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0) -> Tensor:
-    """1 - (2 Σ p t + smooth) / (Σ p + Σ t + smooth) with p = sigmoid(logits), summed per sample, mean over samples.
+def dice_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0, ignore_index: int | None = None) -> Tensor:
+    """1 - (2 Σ p t + smooth) / (Σ p + Σ t + smooth), summed per sample and class, mean over both.
 
     Per sample rather than over the batch, so that the mean of a global batch does not depend on how it is split.
     Source: Milletari et al. 2016 (V-Net), arXiv:1606.04797, with plain sums below as in Sudre et al. 2017.
 
     Args:
-        logits: [B, ...] float, one class against the background.
-        targets: same shape, bool, integer or float in [0, 1].
+        logits: [B, ...] float, one class, p = sigmoid(logits); or [B, C, ...], p = softmax(logits, 1).
+        targets: of the same shape, bool, integer or float in [0, 1]; or [B, ...] integer, the classes in [0, C).
         smooth: > 0, keeps the loss 0 for an empty target that is predicted empty.
+        ignore_index: a class whose elements are left out, such as 255.
 
     Returns:
         0-dim float32, or float64 for float64 logits.
 
     Raises:
-        ConfigError: shapes differ, or smooth is not > 0.
+        ConfigError: shapes do not fit, or smooth is not > 0.
     """
-    _require_same_shape("dice_loss", logits, targets)
-    if not smooth > 0:
-        raise ConfigError("dice_loss: smooth has an invalid value", expected="> 0", got=smooth, fix="smooth=1.0")
-    p = torch.sigmoid(_widen(logits)).flatten(1)
-    t = targets.to(p.dtype).flatten(1)
-    ratio = (2 * (p * t).sum(1) + smooth) / (p.sum(1) + t.sum(1) + smooth)
+    return tversky_loss(logits, targets, 0.5, 0.5, smooth / 2, ignore_index)
+
+
+def jaccard_loss(logits: Tensor, targets: Tensor, smooth: float = 1.0, ignore_index: int | None = None) -> Tensor:
+    """1 - (Σ p t + smooth) / (Σ p + Σ t - Σ p t + smooth), the soft intersection over union; else as `dice_loss`.
+
+    Source: Rahman and Wang 2016, Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation.
+    """
+    return tversky_loss(logits, targets, 1.0, 1.0, smooth, ignore_index)
+
+
+def tversky_loss(
+    logits: Tensor,
+    targets: Tensor,
+    alpha: float = 0.3,
+    beta: float = 0.7,
+    smooth: float = 1.0,
+    ignore_index: int | None = None,
+) -> Tensor:
+    """1 - (TP + smooth) / (TP + alpha FP + beta FN + smooth), summed per sample and class, mean over both.
+
+    TP = Σ p t, FP = Σ p (1 - t), FN = Σ (1 - p) t. 0.5 and 0.5 give the Dice loss, 1 and 1 that of Jaccard.
+    Source: Salehi et al. 2017, arXiv:1706.05721.
+
+    Args:
+        logits, targets, ignore_index: as in `dice_loss`.
+        alpha, beta: >= 0, the price of what is found wrongly and of what is missed.
+        smooth: > 0.
+
+    Raises:
+        ConfigError: shapes do not fit, or a number is out of range.
+    """
+    if not (alpha >= 0 and beta >= 0 and smooth > 0):
+        raise ConfigError("an overlap loss has a number out of range", expected="alpha >= 0, beta >= 0, smooth > 0",
+                          got=f"alpha={alpha}, beta={beta}, smooth={smooth}", fix="smooth=1.0")  # fmt: skip
+    p, t = _memberships(logits, targets, ignore_index)
+    true = (p * t).sum(2)
+    ratio = (true + smooth) / (true + alpha * (p.sum(2) - true) + beta * (t.sum(2) - true) + smooth)
     return 1 - ratio.mean()
+
+
+def _memberships(logits: Tensor, targets: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Predicted and true shares of each class, float [B, C, N] each; C is 1 for one class against the background."""
+    wide = _widen(logits)
+    if targets.shape == logits.shape:
+        p, t = torch.sigmoid(wide).flatten(1)[:, None], targets.to(wide.dtype).flatten(1)[:, None]
+        counts = None if ignore_index is None else (targets != ignore_index).flatten(1)[:, None]
+    elif targets.shape == logits.shape[:1] + logits.shape[2:] and not targets.is_floating_point():
+        counts = None if ignore_index is None else (targets != ignore_index).flatten(1)[:, None]
+        labels = targets.long() if ignore_index is None else torch.where(targets == ignore_index, 0, targets).long()
+        p = wide.softmax(1).flatten(2)
+        t = F.one_hot(labels.flatten(1), logits.shape[1]).movedim(2, 1).to(wide.dtype)
+    else:
+        classes = list(logits.shape[:1] + logits.shape[2:])
+        raise ConfigError("an overlap loss: shapes do not fit",
+                          expected=f"targets {list(logits.shape)}, or classes {classes}",
+                          got=f"{targets.dtype} {list(targets.shape)}")  # fmt: skip
+    return (p, t) if counts is None else (p * counts, t * counts)
 
 
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,8 +12,10 @@ from distkit.losses import (
     chunked_cross_entropy,
     dice_loss,
     focal_loss,
+    jaccard_loss,
     mixup_cross_entropy,
     token_cross_entropy,
+    tversky_loss,
 )
 
 
@@ -168,6 +172,38 @@ def test_dice_is_zero_when_right_and_for_an_empty_target() -> None:
     assert dice_loss(torch.where(target, -50.0, 50.0), target).item() > 0.8
 
 
+OVERLAPS = {dice_loss: lambda tp, fp, fn: (2 * tp + 1) / (2 * tp + fp + fn + 1),
+            jaccard_loss: lambda tp, fp, fn: (tp + 1) / (tp + fp + fn + 1),
+            tversky_loss: lambda tp, fp, fn: (tp + 1) / (tp + 0.3 * fp + 0.7 * fn + 1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", OVERLAPS, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("ignore_index", [None, 255])
+def test_overlap_of_classes_matches_a_plain_loop(loss: Callable[..., Tensor], ignore_index: int | None) -> None:
+    logits, labels = doubles(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    if ignore_index is not None:
+        labels[:, 1] = ignore_index
+    values = []
+    for x, row in zip(logits, labels, strict=True):
+        p = x.exp() / x.exp().sum(0)
+        for c in range(3):
+            counts = torch.ones_like(p[c]) if ignore_index is None else (row != ignore_index).double()
+            t = (row == c).double()
+            tp, fp, fn = ((a * b * counts).sum() for a, b in ((p[c], t), (p[c], 1 - t), (1 - p[c], t)))
+            values.append(1 - OVERLAPS[loss](tp, fp, fn))
+    torch.testing.assert_close(loss(logits, labels, ignore_index=ignore_index), torch.stack(values).mean())
+    assert torch.autograd.gradcheck(lambda x: loss(x, labels, ignore_index=ignore_index), logits)
+
+
+def test_overlap_of_batches_is_that_of_their_samples() -> None:
+    logits, labels = doubles(6, 3, 8), torch.randint(3, (6, 8))
+    parts = torch.stack([dice_loss(logits[i : i + 2], labels[i : i + 2]) for i in range(0, 6, 2)])
+    torch.testing.assert_close(dice_loss(logits, labels), parts.mean())
+    half = dice_loss(logits.detach().bfloat16(), labels)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), dice_loss(logits, labels).detach(), atol=1e-2, rtol=0)
+
+
 def test_focal_matches_the_equation() -> None:
     logits, targets = doubles(3, 4), (torch.rand(3, 4) > 0.5).to(torch.int64)
     p = torch.sigmoid(logits)
@@ -218,6 +254,10 @@ def test_shapes_and_ranges_are_checked() -> None:
         dice_loss(logits, torch.zeros(4, 5))
     with pytest.raises(ConfigError, match="smooth"):
         dice_loss(logits, logits, smooth=0)
+    with pytest.raises(ConfigError, match="or classes"):
+        jaccard_loss(logits, labels.float())
+    with pytest.raises(ConfigError, match="alpha >= 0"):
+        tversky_loss(logits, logits, alpha=-1)
     with pytest.raises(ConfigError, match="gamma"):
         focal_loss(logits, logits, gamma=-1)
 
