@@ -25,6 +25,10 @@ from distkit.errors import say
 TEMPORARY = ".tmp-"
 
 
+#: What a full disk answers.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """An open file, for writing and reading, that becomes `path` when the block ends without an exception.
@@ -118,6 +122,28 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
         TypeError: `value` holds something that JSON does not have either; `path` stays as it is.
     """
     write_bytes(path, json.dumps(_without_nan(value), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def overwrite_json(path: Path, value: Mapping[str, object]) -> None:
+    """As `write_json`; on a full disk into the blocks that `path` has, where a kill can leave a part of it.
+
+    Raises:
+        OSError: there is no room in them either; or as `write_json`.
+    """
+    try:
+        write_json(path, value)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        data = json.dumps(_without_nan(value), indent=2, allow_nan=False).encode() + b"\n"
+        descriptor = open_regular(path, os.O_WRONLY)
+        try:
+            if os.pwrite(descriptor, data, 0) != len(data):
+                raise
+            os.ftruncate(descriptor, len(data))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def open_regular(path: Path, flags: int, mode: int = 0o666, *, follow: bool = False) -> int:

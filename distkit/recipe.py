@@ -62,10 +62,24 @@ class Recipe(Generic[C]):
     resolve_config: Callable[[C], C] | None = None
 
     def __post_init__(self) -> None:
-        if not self.presets:
-            raise ConfigError(
-                f"recipe {self.name} has no presets", expected="at least one", fix='{"default": Config()}'
-            )
+        name, best = self.name, self.best
+        if not isinstance(name, str) or not name or name != name.strip(". ") or not set(name).isdisjoint("/\\\0\n"):
+            raise ConfigError("a recipe has a name that is no folder's", expected="a word, such as cifar10",
+                              got=repr(name)[:60])  # fmt: skip
+        if not (isinstance(self.config, type) and issubclass(self.config, TrainConfig)):
+            raise ConfigError(f"recipe {name} has no configuration class", got=repr(self.config)[:60],
+                              expected="a class that inherits from TrainConfig")  # fmt: skip
+        if not isinstance(self.presets, Mapping) or not self.presets:
+            raise ConfigError(f"recipe {name} has no presets", expected="at least one", fix='{"default": Config()}')
+        for preset, config in self.presets.items():
+            if not isinstance(config, self.config):
+                raise ConfigError(f"the preset {preset} of recipe {name} is no configuration",
+                                  expected=f"a {self.config.__name__}", got=repr(config)[:60])  # fmt: skip
+        pair = best if isinstance(best, tuple) and len(best) == 2 else (None, None)
+        if not isinstance(pair[0], str) or pair[1] not in ("min", "max"):
+            raise ConfigError(f"best of recipe {name} does not say which evaluation is best",
+                              expected="a metric, and whether it should fall or rise", got=repr(best)[:60],
+                              fix='best=("loss", "min")')  # fmt: skip
 
     def __getattr__(self, name: str) -> Never:
         """Tells a recipe file written for `recipe.main()` what to write instead."""

@@ -24,6 +24,7 @@ try:
     from distkit.commands.slurm.outcome import GO_ON, decide, read_before
     from distkit.errors import ConfigError, Stopped
     from distkit.runtime.local_ranks import free_port, rank_environment, without_launcher
+    from distkit.runtime.signals import block_stop_signals
 except ModuleNotFoundError as error:
     message = f"{sys.executable} has no {error.name}\n  type:     PYTHON=.venv/bin/python launch/local.sh -n 2 RECIPE"
     print(f"launch/local.sh: {message}", file=sys.stderr)
@@ -33,6 +34,8 @@ USAGE = "launch/local.sh -n 2 recipes/gpt.py --preset tiny --text FILE"
 RESTARTING = "launch/local.sh -n 2 --max-restarts 3 recipes/gpt.py --preset tiny --text FILE --run-dir runs/NAME"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 ORPHANS_SECONDS = 2.0
+#: A shell's exit code for a process that was ended by a signal is above it.
+KILLED = 128
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
@@ -75,7 +78,8 @@ def restart(attempt: Callable[[], int], signals: Signals, run_dir: Path, max_res
         signals.wait(0)
         if code in (0, ConfigError.exit_code, Stopped.exit_code) or signals.told:
             return code
-        decision = decide(run_dir, before, job=job or None, num_requeues=number - 1, max_requeues=max_restarts)
+        decision = decide(run_dir, before, job=job or None, num_requeues=number - 1, max_requeues=max_restarts,
+                          killed=code > KILLED)  # fmt: skip
         say(f"attempt {number} of {max_restarts + 1}: {decision.why}")
         if decision.exit_code != GO_ON:
             return code
@@ -190,7 +194,8 @@ class Ranks:
             for rank, environment in enumerate(environments):
                 environment = {**environment, "TORCHELASTIC_ERROR_FILE": str(self.error_files[rank])}
                 # a session of its own: it can be ended with all that it started, and a terminal's Ctrl-C comes once
-                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
+                                           preexec_fn=None if "-m" in command[:2] else block_stop_signals)  # fmt: skip
                 guardian.watch(process.pid)
                 self.processes.append(process)
                 self.running[rank] = process

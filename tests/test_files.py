@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +79,24 @@ def test_data_then_name_then_folder_reach_the_disk(
 
 
 @pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.geteuid() != 0, reason="needs to mount a file system")
+def test_what_must_be_said_is_written_over_on_a_full_disk(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)], check=True)
+    try:
+        status = tmp_path / "status.json"
+        files.overwrite_json(status, {"state": "running", "reason": "x" * 200})
+        with pytest.raises(OSError, match="No space left"):
+            (tmp_path / "fill").write_bytes(bytes(2**20))
+        with pytest.raises(OSError, match="No space left"):
+            files.write_json(status, {"state": "failed"})
+        for value in ({"state": "failed"}, {"state": "failed", "reason": "y" * 900}):
+            files.overwrite_json(status, value)
+            assert json.loads(status.read_text()) == value
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["fill", "status.json"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 def test_a_full_disk_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, bytes], None]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shlex
 import shutil
@@ -115,7 +116,7 @@ def prepare(typed: argparse.Namespace, flags: Sequence[str]) -> Submission:
     earlier = submissions(run_dir)
     folder = run_dir / FOLDER / str(int(earlier[-1].name) + 1 if earlier else 1)
     job = Job(nodes=typed.nodes, gpus=typed.gpus_per_node, ranks=ranks, time=typed.time, options=typed.sbatch,
-              name=f"{recipe.name}-{run_dir.name}", output=run_dir / "job-%j.out")  # fmt: skip
+              name=job_name(recipe.name, run_dir), output=run_dir / "job-%j.out")  # fmt: skip
     if (typed.chain or 1) > 1 and site.continuation != "chain":
         raise ConfigError(f"--chain {typed.chain}, but jobs of this site requeue themselves",
                           expected=f'continuation = "chain" in {typed.site}', fix="leave --chain out")  # fmt: skip
@@ -141,6 +142,11 @@ def prepare(typed: argparse.Namespace, flags: Sequence[str]) -> Submission:
         files={**modules_beside(typed.recipe), "site.toml": typed.site.resolve()}, links=typed.chain or 1,
         script=write_script(template, job.directives(site), setup, arguments),
     )  # fmt: skip
+
+
+def job_name(recipe: str, run_dir: Path) -> str:
+    """Jobs of one name wait for each other in a chain, so that the name tells run directories apart."""
+    return f"{recipe}-{run_dir.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:6]}"
 
 
 def read_template(path: Path) -> str:

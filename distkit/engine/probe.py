@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,16 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from distkit.data import Batch, batch_size
+from distkit.data.batch import tensors
 from distkit.engine.meter import Meter
 from distkit.engine.run import Run
-from distkit.errors import ConfigError, nearest
+from distkit.errors import ConfigError, nearest, shorten
 from distkit.losses import LossOutput
 from distkit.returned import calling, check_output
 from distkit.runtime.seeding import capture_rng, restore_rng
-from distkit.strategies.buffers import refuse_unlike
+from distkit.strategies.buffers import refuse_unlike, unlike_rank_0
 from distkit.tensors.buffers import buffer_slots, extra_states, set_extra_states
+from distkit.tensors.written import Written
 
 #: Of the test set; an evaluation's last batch may have as few. Of the training set it is a whole microbatch, whose size
 #: a loss may rely on.
@@ -81,12 +84,16 @@ def check_values(output: LossOutput) -> None:
 
 def check_training(run: Run, batch: Batch) -> None:
     """Refuse a loss that does not depend on the model's parameters, or depends on others, and buffers that differ."""
-    # hooks would be compiled into the forward
     root = run.strategy.module
-    modules = [] if run.config.compile else list(root.modules())
+    # hooks would be compiled into the forward
+    modules = {} if run.config.compile else dict(root.named_modules())
     # ranks that did not gather the same have said so when this ends, before they ask each other for more
-    with noting_calls(modules) as (called, own), run.strategy.evaluating():
+    with noting_calls(root, modules) as (called, own, written), refusing_gradients(root), run.strategy.evaluating():
         output = loss_of(run, batch)
+    try:
+        check_changes(run, written)
+    finally:
+        written.put_back_()
     refuse_unlike(root, run.runtime)
     metrics_of(run, output, batch_size(batch))
     if run.compute_metrics is None:
@@ -99,13 +106,77 @@ def check_training(run: Run, batch: Batch) -> None:
         raise ConfigError("compute_loss returned a loss without a gradient",
                           expected="a loss computed from model(...), without detach, item or no_grad",
                           got=f"a {output.loss.dtype} tensor that does not require one")  # fmt: skip
-    if not run.config.compile:
-        check_parameters(run, output.loss, own)
+    check_parameters(run, output.loss, own)
+    check_tensors(run, output.loss, batch)
+
+
+def check_changes(run: Run, written: Written) -> None:
+    """Refuse parameters that the forward changes in place where the change would be lost, or differ between ranks."""
+    changed = written.changed()
+    names = sorted({name for names in run.runtime.gather(changed) for name in names})
+    if not names:
+        return
+    if not run.strategy.keeps_changes:
+        raise ConfigError(f"the forward changes the parameter {names[0]} in place, which {run.strategy.name} loses",
+                          expected="parameters that only the optimizer changes, and buffers",
+                          fix="self.register_buffer(...), or --strategy ddp")  # fmt: skip
+    now = dict(run.strategy.module.named_parameters())
+    if unlike := unlike_rank_0({name: now[name].detach() for name in names if name in now}, run.runtime):
+        raise ConfigError(f"the forward changes the parameter {unlike[0]} in place, and differently on each rank",
+                          expected="the same parameters on all ranks",
+                          fix="average the change over the ranks, or distkit.register_rank_buffer")  # fmt: skip
+    run.resume.warnings.append(f"the forward changes parameters in place: {shorten(names)}")
+
+
+@contextmanager
+def refusing_gradients(root: nn.Module) -> Iterator[None]:
+    """Refuse a compute_loss that makes or drops gradients itself; afterwards there are none."""
+    trained = [parameter for parameter in root.parameters() if parameter.requires_grad and parameter.numel()]
+    smallest = min(trained, key=lambda parameter: parameter.numel(), default=None)
+    if smallest is not None:
+        smallest.grad = torch.zeros_like(smallest)
+    try:
+        zeros = None if smallest is None else smallest.grad
+        yield
+        touched = smallest is not None and smallest.grad is not zeros
+        if touched or any(each.grad is not None for each in trained if each is not smallest) or \
+                (zeros is not None and zeros.any()):  # fmt: skip
+            raise ConfigError("compute_loss changes the gradients itself (backward, zero_grad)",
+                              expected="a loss: the engine calls backward, and drops gradients in time",
+                              fix="return LossOutput(loss)")  # fmt: skip
+    finally:
+        for parameter in trained:
+            parameter.grad = None
+
+
+def check_tensors(run: Run, loss: Tensor, batch: Batch) -> None:
+    """Refuse a loss that trains tensors which are no parameters: nothing would move them."""
+
+    def others(loss: Tensor) -> list[Tensor]:
+        read = {id(tensor) for _, tensor in tensors(batch)}
+        return [leaf for leaf in leaves(loss) if not isinstance(leaf, nn.Parameter) and id(leaf) not in read]
+
+    before = [] if run.config.compile else others(loss)
+    if not run.runtime.any_rank(bool(before))():
+        return
+    # what compute_loss makes (the input of a gradient penalty) is another tensor each time
+    with run.strategy.evaluating():
+        again = {id(leaf) for leaf in others(loss_of(run, batch).loss)}
+    lasting = [leaf for leaf in before if id(leaf) in again]
+    if run.runtime.any_rank(bool(lasting))():
+        raise ConfigError(
+            f"compute_loss trains {len(lasting) or 'some'} tensors that are no parameters: they would never move",
+            expected="every parameter in what build_model returns",
+            got=", ".join(f"one of shape {list(leaf.shape)}" for leaf in lasting[:3]) or "another rank's",
+            fix="self.log_variance = nn.Parameter(...) in the model",
+        )
 
 
 def check_parameters(run: Run, loss: Tensor, own: Mapping[int, nn.Parameter]) -> None:
     """Refuse a `loss` that trains others than the model's `own` parameters, or not all of them where it must."""
     used = list(leaves(loss))
+    if run.config.compile and not any(id(leaf) in own for leaf in used):
+        return  # gathered ones, which nobody has noted
     foreign = [leaf for leaf in used if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
     if foreign:
         raise ConfigError(
@@ -122,18 +193,28 @@ def check_parameters(run: Run, loss: Tensor, own: Mapping[int, nn.Parameter]) ->
 
 
 @contextmanager
-def noting_calls(modules: list[nn.Module]) -> Iterator[tuple[set[nn.Module], dict[int, nn.Parameter]]]:
-    """The modules that are called, and their parameters then, by id: fsdp has the gathered ones only then."""
+def noting_calls(
+    root: nn.Module, modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[set[nn.Module], dict[int, nn.Parameter], Written]]:
+    """The modules that are called, their parameters then, by id, and what is written to these.
+
+    fsdp has the gathered ones only then. Afterwards parameters are as before.
+    """
     called: set[nn.Module] = set()
-    own = {id(parameter): parameter for module in modules[:1] for parameter in module.parameters()}
+    own = {id(parameter): parameter for parameter in root.parameters()}
+    written = Written()
+    written.watch(root.named_parameters() if modules else ())
 
-    def note(module: nn.Module, _args: object) -> None:
+    def note(name: str, module: nn.Module, _args: object) -> None:
         called.add(module)
-        own.update({id(parameter): parameter for parameter in module.parameters()})
+        parameters = dict(module.named_parameters(name))
+        own.update({id(parameter): parameter for parameter in parameters.values()})
+        written.watch(parameters.items())
 
-    handles = [module.register_forward_pre_hook(note) for module in modules]
+    handles = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
     try:
-        yield called, own
+        with written if modules else nullcontext():
+            yield called, own, written
     finally:
         for handle in handles:
             handle.remove()

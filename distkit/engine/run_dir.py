@@ -7,7 +7,7 @@ import hashlib
 import os
 import shlex
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -20,7 +20,7 @@ from distkit.engine.attempts import append_ended, clock_time, last_number, objec
 from distkit.engine.lease import Lease
 from distkit.engine.submission import original_of
 from distkit.errors import CheckpointError, ConfigError, Stopped, TrainingError
-from distkit.files import TEMPORARY, remove_temporaries, sync_folder, write_bytes, write_json
+from distkit.files import TEMPORARY, overwrite_json, remove_temporaries, sync_folder, write_bytes, write_json
 
 State = Literal["running", "completed", "preempted", "failed"]
 #: In recipe/: where the file beside it was copied from, and its sha256.
@@ -180,7 +180,7 @@ class RunDirectory:
             self._from_step = step
         status = {"state": state, "step": step, "reason": reason, "retryable": retryable, "cause": None,
                   "exit_code": EXIT_CODES.get(state)}  # fmt: skip
-        self._write("status.json", {**status, **self._facts(ended=state != "running")})
+        self._write("status.json", {**status, **self._facts(ended=state != "running")}, overwrite_json)
         if self.writes and state != "running":
             append_ended(self.path)
 
@@ -213,7 +213,8 @@ class RunDirectory:
         facts = self._facts() | ({name: before[name] for name in self._facts() if name in before} if mine else {})
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "status.json", {**status, **facts, "failed_on": failed_on, "ended": clock_time()})
+            overwrite_json(self.path / "status.json",
+                           {**status, **facts, "failed_on": failed_on, "ended": clock_time()})  # fmt: skip
         except OSError as error:
             raise TrainingError(f"cannot write {self.path / 'status.json'}: {error.strerror or error}") from error
         self._failure_told = True
@@ -242,10 +243,15 @@ class RunDirectory:
         """
         self._write("summary.json", summary)
 
-    def _write(self, name: str, value: Mapping[str, object]) -> None:
+    def _write(
+        self,
+        name: str,
+        value: Mapping[str, object],
+        write: Callable[[Path, Mapping[str, object]], None] = write_json,
+    ) -> None:
         if self.writes:
             try:
-                write_json(self.path / name, value)
+                write(self.path / name, value)
             except OSError as error:
                 raise TrainingError(f"cannot write {self.path / name}: {error.strerror or error}") from error
 

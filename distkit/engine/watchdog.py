@@ -27,6 +27,8 @@ from distkit.runtime.position import PHASE, Phase
 
 #: Looks in the time after which a rank hangs, and the longest time between two.
 LOOKS, LONGEST_SECONDS = 8, 5.0
+#: Of a run that was told to stop: launchers kill what has not ended half a minute later.
+STOPPING_SECONDS = 10.0
 
 
 @contextmanager
@@ -59,12 +61,19 @@ def watch(ending: Ending, seconds: float, done: threading.Event) -> None:
         if rings:
             # for the case that Python's lock is held and this thread cannot look; it ends nothing
             faulthandler.dump_traceback_later(seconds, file=sys.__stderr__ or 2)
-        if still >= seconds and may_hang(ending):
+        if (still >= seconds and may_hang(ending)) or waits_in_vain(ending, still):
             break
     if rings:
         faulthandler.cancel_dump_traceback_later()
     if not done.is_set():
         end_the_hang(ending)
+
+
+def waits_in_vain(ending: Ending, still: float) -> bool:
+    """The run was told to stop, and this rank has not got on for `still` seconds beside one that gives no sign."""
+    runtime = ending.runtime
+    is_late = runtime.heartbeat.stopping and still >= STOPPING_SECONDS
+    return is_late and look_for_the_silent(runtime, late=False) is not None
 
 
 def may_hang(ending: Ending) -> bool:

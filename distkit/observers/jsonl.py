@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from distkit.errors import TrainingError
-from distkit.files import atomic_file, open_regular, remove_temporaries
+from distkit.files import FULL, atomic_file, open_regular, remove_temporaries
 from distkit.json_files import JsonError, is_number, parse_object
 from distkit.observers.base import Event, Observer, RunInfo
 
 TAIL_BYTES = 65536
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 UNWRITTEN_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 20
 #: A longer line is none of ours, and a larger file is not searched: it holds 10 million lines.

@@ -14,9 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+#: Names a file in the environment: where it is, the ranks were told to stop before they could hear a signal.
+STOP_FILE = "DISTKIT_STOP_FILE"
 #: The same signal sooner than this is the same request: SLURM and launchers send one to a rank twice, at once.
 REPEAT_SECONDS = 1.0
 
@@ -46,6 +49,11 @@ class StopSignals:
         os.register_at_fork(after_in_child=self._leave_to_parent)
         self._thread = threading.Thread(target=self._listen, name="distkit-signals", daemon=True)
         self._thread.start()
+        if os.environ.get(STOP_FILE) and Path(os.environ[STOP_FILE]).exists():
+            # the signal itself may still come, and is no second one
+            self._begin_to_stop(signal.SIGUSR1)
+        # those that came since the launcher started this process
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def call(self, on_first: Callable[[int], None], on_second: Callable[[int], NoReturn]) -> None:
         """From now on, call these in the thread with the number of the signal; the first may have come already."""
@@ -78,16 +86,19 @@ class StopSignals:
                 if number in STOPPING:  # libraries have handlers of other signals
                     self._note(number, time.monotonic())
 
+    def _begin_to_stop(self, number: int) -> None:
+        self.first = number
+        if self._announces:
+            name = signal.Signals(number).name
+            print(f"distkit: {name}: the run stops after this step and saves; {name} again ends it at once",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        if self._on_first is not None:
+            self._on_first(number)
+
     def _note(self, number: int, now: float) -> None:
-        name = signal.Signals(number).name
         if self.first is None:
-            self.first = number
             self._seen[number] = now
-            if self._announces:
-                print(f"distkit: {name}: the run stops after this step and saves; {name} again ends it at once",
-                      file=sys.stderr, flush=True)  # fmt: skip
-            if self._on_first is not None:
-                self._on_first(number)
+            self._begin_to_stop(number)
             return
         # SIGUSR1 as a warning and SIGTERM at the limit are one request
         earlier = self._seen.setdefault(number, now)
@@ -103,6 +114,11 @@ def end_at_once(number: int) -> NoReturn:
     """What the second signal does."""
     print(f"distkit: {signal.Signals(number).name} again: ended at once", file=sys.stderr, flush=True)
     os._exit(128 + number)
+
+
+def block_stop_signals() -> None:
+    """For a launcher, in the process that becomes a rank: what comes before the run listens waits for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 
 def ignore_stop_signals() -> None:

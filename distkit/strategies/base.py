@@ -38,6 +38,7 @@ class Strategy(ABC):
         scaler: fp16's gradient scaler; does nothing in the other precisions.
         skipped: updates that fp16 skipped, a 0-dim float32 tensor on the device.
         needs_forward: only a call of the whole model exchanges gradients or gathers parameters.
+        keeps_changes: what a forward writes to parameters stays; False where it writes to gathered copies.
         reuses_outputs: a forward overwrites what the one before returned, as CUDA graphs do.
     """
 
@@ -47,6 +48,7 @@ class Strategy(ABC):
     eval_model: nn.Module
     optimizer: Optimizer
     needs_forward: bool = True
+    keeps_changes: bool = True
 
     def __init__(self, config: TrainConfig, runtime: Runtime) -> None:
         self.config, self.runtime = config, runtime

@@ -6,7 +6,7 @@ Buffers with persistent=False are their layer's business: it recomputes them, so
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ def refuse_unlike(module: nn.Module, runtime: Runtime) -> None:
             if name is not None:
                 got = f"{mine.get(name)} on rank 0, {theirs.get(name)} on rank {rank}"
                 raise _differs(what.format(name or "the model"), got if "buffer" in what else None)
-    if unlike := _unlike_rank_0(_compared(module), runtime):
+    if unlike := unlike_rank_0(_values(_compared(module)), runtime):
         raise _differs(f"buffer {unlike[0]}", "other values than on rank 0")
 
 
@@ -53,7 +53,7 @@ def share_buffers_(module: nn.Module, averages: Sequence[Tensor], runtime: Runti
     if runtime.world_size == 1:
         return []
     compared = _compared(module)
-    unlike = _unlike_rank_0(compared, runtime)
+    unlike = unlike_rank_0(_values(compared), runtime)
     sent = [slot.tensor for slot in buffer_slots(module) if slot.statistic]
     sent += [slot.tensor for slot in compared if slot.name in unlike]
     for tensor in [*(tensor for tensor in sent if tensor is not None), *averages]:
@@ -66,9 +66,14 @@ def _compared(module: nn.Module) -> list[BufferSlot]:
     return [slot for slot in slots if slot.tensor is not None and slot.tensor.layout is torch.strided]
 
 
-def _unlike_rank_0(slots: Sequence[BufferSlot], runtime: Runtime) -> list[str]:
-    """Names of the buffers, of one dtype and shape on all ranks, that some rank has otherwise than by rounding."""
-    named = {slot.name: slot.tensor.detach() for slot in slots if slot.tensor is not None and slot.tensor.numel()}
+def _values(slots: Sequence[BufferSlot]) -> dict[str, Tensor]:
+    return {slot.name: slot.tensor.detach() for slot in slots if slot.tensor is not None}
+
+
+@torch.no_grad()
+def unlike_rank_0(tensors: Mapping[str, Tensor], runtime: Runtime) -> list[str]:
+    """Names of `tensors`, of one dtype and shape on all ranks, that some rank has otherwise than by rounding."""
+    named = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
     if runtime.world_size == 1 or not named:
         return []
     unlike = []

@@ -37,6 +37,7 @@ class FullySharded(Sharded):
     """
 
     name = "fsdp"
+    keeps_changes = False
     mesh: DeviceMesh
     _shared_use: SharedUse | None = None
 

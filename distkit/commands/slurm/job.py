@@ -14,7 +14,8 @@ from distkit.errors import ConfigError
 #: sbatch(1): minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]].
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 #: Options of sbatch that follow from those of `distkit submit`.
-OWN = ("nodes", "ntasks", "ntasks-per-node", "array", "time", "job-name", "output", "chdir", "gpus-per-node")
+OWN = ("nodes", "N", "ntasks", "n", "ntasks-per-node", "array", "a", "time", "t", "job-name", "J", "output", "o",
+       "chdir", "D", "gpus-per-node", "wrap", "test-only", "wait", "W", "parsable", "help", "version")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +47,31 @@ class Job:
         if self.time is not None:
             seconds_of(self.time)
         for option in self.options:
-            name = option.removeprefix("--").partition("=")[0]
             if not option.startswith("--") or any(letter.isspace() for letter in option):
                 raise ConfigError(f"--sbatch={option} is no option of sbatch", expected="--NAME=VALUE in one word",
                                   got=option, fix="--sbatch=--mem=64G")  # fmt: skip
-            if name in OWN:
-                raise ConfigError(f"--sbatch={option} contradicts what distkit submit writes itself",
-                                  expected="another option", got=option,
-                                  fix="--nodes, --time, --gpus-per-node, --ranks")  # fmt: skip
+            refuse_own(option, f"--sbatch={option}")
 
     def directives(self, site: Site) -> list[str]:
         """The options for #SBATCH lines."""
         own = {"job-name": self.name, "nodes": self.nodes, "time": self.time, "chdir": Path.cwd(),
                "output": self.output}  # fmt: skip
         words = [f"--{name}={shlex.quote(str(value))}" for name, value in own.items() if value is not None]
+        for option in site.options:
+            refuse_own(option, f"{option} in the site's options")
         return [*words, *sbatch_options(site, self.gpus), *self.options]
+
+
+def refuse_own(option: str, said: str) -> None:
+    """Refuse an option that a submission has decided already.
+
+    Raises:
+        ConfigError: quoting `said`.
+    """
+    name = option.lstrip("-").partition("=")[0]
+    if name in OWN or (not option.startswith("--") and name[:1] in OWN):
+        raise ConfigError(f"{said} contradicts what distkit submit writes itself", expected="another option",
+                          got=option, fix="--nodes, --time, --gpus-per-node, --ranks")  # fmt: skip
 
 
 def seconds_of(time: str) -> int:

@@ -53,7 +53,14 @@ def read_before(run_dir: Path) -> Before:
 
 
 def decide(
-    run_dir: Path, before: Before, *, job: str | None, num_requeues: int, max_requeues: int, told: str = ""
+    run_dir: Path,
+    before: Before,
+    *,
+    job: str | None,
+    num_requeues: int,
+    max_requeues: int,
+    told: str = "",
+    killed: bool = False,
 ) -> Decision:
     """Whether a job, or a launcher on one machine, whose ranks have ended, goes on with its run.
 
@@ -64,6 +71,7 @@ def decide(
         num_requeues: how often the job was requeued, or the ranks were started again, so far.
         max_requeues: at most.
         told: the signal that told the batch script to stop, if any.
+        killed: the first rank that ended was killed.
 
     Raises:
         ConfigError: the run's files cannot be read.
@@ -75,7 +83,11 @@ def decide(
     if last is None or last.attempt <= before.attempt:
         if told:
             return _go_on(run_dir, f"was not begun yet when {told} came", now, num_requeues, max_requeues)
+        if killed:
+            return _go_on(run_dir, "was not begun yet when a rank was killed", now, num_requeues, max_requeues)
         return Decision(FAILED, f"{run_dir} was not begun by this job: its output says why")
+    if job is not None and last.job is not None and last.job != job:
+        return Decision(FAILED, f"{run_dir} is the business of job {last.job} by now")
     holder = object_in(run_dir / "lease.json").get("job", job)
     if last.state == "killed" and holder != job:
         return Decision(FAILED, f"{run_dir} is running in job {holder}")

@@ -22,7 +22,8 @@ from distkit.json_files import MAX_BYTES
 #: What ranks inherit of the batch script's environment. SLURM adds its own variables.
 ENVIRONMENT = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TMPDIR", "XDG_*", "LD_LIBRARY_PATH",
-    "VIRTUAL_ENV", "CONDA_*", "PYTHON*", "CUDA_*", "NVIDIA_*", "ROCR_*", "HIP_*", "ROCM_*", "NCCL_*", "RCCL_*",
+    "CC", "CXX", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_*", "PYTHON*",
+    "CUDA_*", "NVIDIA_*", "ROCR_*", "HIP_*", "ROCM_*", "NCCL_*", "RCCL_*",
     "GLOO_*", "UCX_*", "FI_*", "TORCH_*", "TORCHINDUCTOR_*", "PYTORCH_*", "TRITON_*", "OMP_*", "MKL_*", "KMP_*",
     "PET_SIGNALS_TO_HANDLE", "DISTKIT_*", "HF_*", "WANDB_*", "SSL_CERT_*", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
     "http_proxy", "https_proxy", "no_proxy", "APPTAINER*", "SINGULARITY*", "ENROOT_*",

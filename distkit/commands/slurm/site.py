@@ -57,8 +57,20 @@ class Site:
             raise _wrong("continuation", " or ".join(CONTINUATIONS), self.continuation, '"requeue"')
         if self.max_requeues < 0:
             raise _wrong("max_requeues", "a whole number, 0 or more", self.max_requeues, "100")
-        if self.gpus and "{gpus}" not in self.gpus:
+        if self.gpus and not _asks_for_gpus(self.gpus):
             raise _wrong("gpus", "an option with {gpus} in it, or nothing", self.gpus, '"--gres=gpu:{gpus}"')
+        for name, words in (("options", self.options), ("srun", self.srun)):
+            if odd := [word for word in words if not word.startswith("-")]:
+                raise _wrong(name, "options that begin with --", odd[0], f'["--{odd[0].strip()}"]')
+        if odd := [name for name in self.environment if not name.removesuffix("*").isidentifier()]:
+            raise _wrong("environment", "names of variables, or NAME*", odd[0], '["MY_*"]')
+
+
+def _asks_for_gpus(option: str) -> bool:
+    try:
+        return "{gpus}" in option and option.startswith("-") and "8" in option.format(gpus=8)
+    except (LookupError, ValueError):
+        return False
 
 
 def read_site(path: Path) -> Site:

@@ -41,6 +41,7 @@ class DeepSpeed(Sharded):
         super().__init__(config, runtime)
         self.name = config.strategy
         self.stage = int(config.strategy[-1])
+        self.keeps_changes = self.stage < 3
         self._found_inf: Tensor | None = None
 
     def prepare(self, module: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> None:
