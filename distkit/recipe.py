@@ -63,7 +63,8 @@ class Recipe(Generic[C]):
 
     def __post_init__(self) -> None:
         name, best = self.name, self.best
-        if not isinstance(name, str) or not name or name != name.strip(". ") or not set(name).isdisjoint("/\\\0\n"):
+        is_word = isinstance(name, str) and 0 < len(name) <= 100 and name == name.strip(". ")
+        if not is_word or not set(name).isdisjoint("/\\\0\n"):
             raise ConfigError("a recipe has a name that is no folder's", expected="a word, such as cifar10",
                               got=repr(name)[:60])  # fmt: skip
         if not (isinstance(self.config, type) and issubclass(self.config, TrainConfig)):

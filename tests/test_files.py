@@ -78,7 +78,6 @@ def test_data_then_name_then_folder_reach_the_disk(
     assert events == ["file", "rename", "folder"]
 
 
-@pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.skipif(not sys.platform.startswith("linux") or os.geteuid() != 0, reason="needs to mount a file system")
 def test_what_must_be_said_is_written_over_on_a_full_disk(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)], check=True)
@@ -97,6 +96,7 @@ def test_what_must_be_said_is_written_over_on_a_full_disk(tmp_path: Path) -> Non
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+@pytest.mark.parametrize("write", WRITERS)
 def test_a_full_disk_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, bytes], None]
 ) -> None:

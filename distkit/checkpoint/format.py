@@ -23,7 +23,18 @@ from dataclasses import dataclass
 from typing import cast
 
 from distkit.errors import CheckpointError
-from distkit.json_files import JsonError, a_count, a_text, is_count, list_of, mapping_of, parse_object, record, refuse
+from distkit.json_files import (
+    MAX_NAME,
+    JsonError,
+    a_count,
+    a_text,
+    is_count,
+    list_of,
+    mapping_of,
+    parse_object,
+    record,
+    refuse,
+)
 
 FORMAT = "distkit-checkpoint"
 VERSION = 1
@@ -200,6 +211,10 @@ def _sha256(value: object) -> None:
         refuse(value, "a sha256")
 
 
+#: Characters of a recipe's name, a version, a time.
+MAX_WORD = 256
+
+
 def _file_name(value: object) -> None:
     if not (isinstance(value, str) and (value == STATE or _SHARD_NAME.fullmatch(value))):
         refuse(value, "a file name of ours")
@@ -215,15 +230,29 @@ def _counts(value: object) -> None:
         refuse(value, "a list of counts")
 
 
+def _a_word(value: object) -> None:
+    """A short text, which commands print."""
+    a_text(value)
+    if len(cast(str, value)) > MAX_WORD:
+        refuse(value, f"at most {MAX_WORD} characters")
+
+
+def _a_key(value: object) -> None:
+    """The name of a tensor in a shard."""
+    a_text(value)
+    if len(cast(str, value)) > MAX_NAME:
+        refuse(value, f"at most {MAX_NAME} characters")
+
+
 #: What a manifest must hold, besides names that are checked below.
 _KIND = record(
     {
-        "step": a_count, "recipe": a_text, "strategy": a_text, "world_size": a_count, "created": a_text,
-        "versions": mapping_of(a_text),
+        "step": a_count, "recipe": _a_word, "strategy": _a_word, "world_size": a_count, "created": _a_word,
+        "versions": mapping_of(_a_word),
         "files": mapping_of(record({"bytes": a_count, "sha256": _sha256})),
         "tensors": mapping_of(record({
             "dtype": _dtype, "shape": _counts,
-            "shards": list_of(record({"file": _file_name, "key": a_text, "offsets": _counts, "shape": _counts})),
+            "shards": list_of(record({"file": _file_name, "key": _a_key, "offsets": _counts, "shape": _counts})),
         })),
     }
 )  # fmt: skip

@@ -50,6 +50,13 @@ def _real(value: object) -> None:
         refuse(value, "a number")
 
 
+def _at_least_one(value: object) -> None:
+    """A whole number above 0."""
+    a_count(value)
+    if value == 0:
+        refuse(value, "1 or more")
+
+
 def _class_name(value: object) -> None:
     if not (isinstance(value, str) and value.isidentifier()):
         refuse(value, "the name of a class")
@@ -99,8 +106,8 @@ _PARTS = record(
 )  # fmt: skip
 _KIND = record(
     {
-        "recipe": a_text, "step": a_count, "num_samples": a_count, "parts": _PARTS,
-        "config": record({"seed": a_count, "global_batch_size": a_count},
+        "recipe": a_text, "step": a_count, "num_samples": _at_least_one, "parts": _PARTS,
+        "config": record({"seed": a_count, "global_batch_size": _at_least_one},
                          may_have={"optim": an_object, "schedule": an_object}),
         "ranks": list_of(record({}, may_have={"data": record({"next": a_count, "loader": anything})})),
     },
@@ -140,6 +147,10 @@ def check_state(state: Mapping[str, object], manifest: Manifest) -> None:
         raise JsonError(f"is not of {manifest.world_size} ranks")
     for name in ("last", "best"):
         _check_evaluation(f"parts.trackers.{name}", parts["trackers"][name], manifest.step)
+    rule, best = parts["trackers"].get("rule"), cast(Mapping[str, object] | None, parts["trackers"]["best"])
+    metric = None if rule is None else str(rule).rpartition(" (")[0]
+    if best is not None and metric is not None and metric not in best:
+        raise JsonError(f"has a parts.trackers.best without {metric!a:.80}, by which it is the best")
     _check_optimizer(parts["optimizer"], manifest)
     _check_ranks(manifest)
 

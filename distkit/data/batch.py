@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -18,8 +19,9 @@ class DataclassBatch(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
 
 
-#: A tensor whose first dim is the batch, or a tuple, list, dict or dataclass of batches. Other values may ride along.
-Batch: TypeAlias = "Tensor | tuple[Batch, ...] | list[Batch] | dict[str, Batch] | DataclassBatch"
+#: A tensor whose first dim is the batch, or a tuple, list, mapping or dataclass of batches. What is no tensor
+#: rides along.
+Batch: TypeAlias = "Tensor | tuple[Batch, ...] | list[Batch] | Mapping[str, Batch] | DataclassBatch"
 
 ImageBatch: TypeAlias = tuple[Tensor, Tensor]
 """images [B, C, H, W] and labels int64 [B]."""
@@ -37,7 +39,7 @@ def map_leaves(kind: type[K], function: Callable[[K], object], value: object) ->
     """The same structure with `function` applied to every leaf of type `kind`; everything else is kept."""
     if isinstance(value, kind):
         return function(value)
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {key: map_leaves(kind, function, item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):  # a union would be built in every step
         items = [map_leaves(kind, function, item) for item in value]
@@ -47,6 +49,13 @@ def map_leaves(kind: type[K], function: Callable[[K], object], value: object) ->
         fields = (field.name for field in dataclasses.fields(value) if field.init)
         changed = {name: map_leaves(kind, function, getattr(value, name)) for name in fields}
         return dataclasses.replace(value, **changed)
+    if isinstance(value, Mapping):  # such as transformers' BatchEncoding, which has attributes besides
+        mapped = {key: map_leaves(kind, function, item) for key, item in value.items()}
+        if not isinstance(value, MutableMapping):
+            return mapped
+        same = copy.copy(value)
+        same.update(mapped)
+        return same
     return value
 
 
@@ -56,7 +65,7 @@ def tensors(value: object) -> Iterator[tuple[str, Tensor]]:
         yield "", value
         return
     children: list[tuple[str, object]] = []
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         children = [(f"[{key!r}]", item) for key, item in value.items()]
     elif isinstance(value, tuple | list):
         children = [(f"[{i}]", item) for i, item in enumerate(value)]

@@ -47,7 +47,7 @@ SILENT_SECONDS = 3.5
 #: What a collective says when its other end is gone, and when it does not answer; also NCCL and torch's store.
 COLLECTIVE = ("gloo", "nccl", "by peer", "c10d")
 LATE = ("timed out", "timeout")
-RESUMES = "the same command resumes from the last checkpoint"
+RESUMES = "the same command resumes from the last checkpoint, if there is one"
 SIGNALS_OF_A_CRASH = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 

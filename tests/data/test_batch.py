@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 
 import pytest
@@ -31,6 +31,7 @@ def structures():
         Pair(a, b),
         {"a": a, "b": (b, [a])},
         OrderedDict(a=a),
+        UserDict(a=a, b=[b]),
         Masked(a, b),
         {"deep": Masked(a, b), "names": ["u", "v", "w", "z"], "none": None},
     ]
@@ -42,7 +43,7 @@ def test_every_structure_is_mapped_and_counted(batch):
     halves = map_tensors(lambda tensor: tensor[:2], batch)
     assert batch_size(halves) == 2
     assert batch_size(batch) == 4
-    assert isinstance(halves, dict) if isinstance(batch, dict) else type(halves) is type(batch)
+    assert type(halves) is type(batch)
     moved = to_device(batch, torch.device("meta"))
     assert batch_size(moved) == 4
 

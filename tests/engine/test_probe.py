@@ -22,6 +22,7 @@ from distkit.engine.fit import fit
 from distkit.engine.probe import leaves, probe, untouched
 from distkit.engine.run import Run
 from distkit.engine.train_step import train_step
+from distkit.entry import train
 from distkit.errors import ConfigError, DataError
 from distkit.losses import LossOutput
 from distkit.recipe import Recipe
@@ -91,11 +92,16 @@ class Odd(tiny.Vectors):
         return UserDict(batch) if self.how == "mapping" else {**batch, "scale": torch.tensor(1.0)}
 
 
-@pytest.mark.parametrize("how", ["mapping", "number"])
+def test_a_batch_may_be_a_mapping_that_is_no_dict(tmp_path: Path) -> None:
+    recipe = replace(tiny.RECIPE, build_dataset=lambda _config, split: Odd(split, "mapping"))
+    plain = train(tiny.RECIPE, replace(BASE, run_dir=tmp_path / "plain"))
+    assert train(recipe, replace(BASE, run_dir=tmp_path / "run"))["state_digest"] == plain["state_digest"]
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_batch_that_has_no_size_is_named(how: str, split: str, tmp_path: Path) -> None:
+def test_a_batch_that_has_no_size_is_named(split: str, tmp_path: Path) -> None:
     def build_dataset(_config: tiny.TinyConfig, this: tiny.Split) -> tiny.Vectors:
-        return Odd(this, how) if this == split else tiny.Vectors(this, 0.0)
+        return Odd(this, "number") if this == split else tiny.Vectors(this, 0.0)
 
     with pytest.raises(DataError, match="how many samples"):
         build(tmp_path, replace(tiny.RECIPE, build_dataset=build_dataset))
