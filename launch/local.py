@@ -24,7 +24,6 @@ try:
     from distkit.commands.slurm.outcome import GO_ON, decide, read_before
     from distkit.errors import ConfigError, Stopped
     from distkit.runtime.local_ranks import free_port, rank_environment, without_launcher
-    from distkit.runtime.signals import block_stop_signals
 except ModuleNotFoundError as error:
     message = f"{sys.executable} has no {error.name}\n  type:     PYTHON=.venv/bin/python launch/local.sh -n 2 RECIPE"
     print(f"launch/local.sh: {message}", file=sys.stderr)
@@ -194,8 +193,7 @@ class Ranks:
             for rank, environment in enumerate(environments):
                 environment = {**environment, "TORCHELASTIC_ERROR_FILE": str(self.error_files[rank])}
                 # a session of its own: it can be ended with all that it started, and a terminal's Ctrl-C comes once
-                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
-                                           preexec_fn=None if "-m" in command[:2] else block_stop_signals)  # fmt: skip
+                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
                 guardian.watch(process.pid)
                 self.processes.append(process)
                 self.running[rank] = process

@@ -33,6 +33,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
+        takes_flags = "recipe" in {action.dest for action in self._actions}
+        if message.startswith("unrecognized arguments: ") and takes_flags:
+            words = message.partition(": ")[2]
+            raise ConfigError(f"{self.prog}: {message}", expected="flags of the recipe last, after --",
+                              fix=f"{self.prog} … -- {words}")  # fmt: skip
         raise ConfigError(f"{self.prog}: {message}", expected=" ".join(self.format_usage().split()[1:]),
                           fix=f"{self.prog} --help")  # fmt: skip
 

@@ -16,16 +16,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from distkit.checkpoint.retention import list_checkpoints
 from distkit.commands.checks.finding import counted
 from distkit.commands.parser import Answer, Parser, count, positive, product, split_flags
 from distkit.commands.slurm.job import Job, by_option, seconds_of, write_script
 from distkit.commands.slurm.plan import moved_to
 from distkit.commands.slurm.queue import ask_queue, is_queued
 from distkit.commands.slurm.site import SITE_FILE, Site, read_site
-from distkit.config import TrainConfig, split_batch, to_json
+from distkit.config import FIXED, TrainConfig, split_batch, to_json
 from distkit.config.check import flag
 from distkit.config.secret import check_secrets, secrets_of, variable
-from distkit.engine.attempts import clock_time
+from distkit.engine.attempts import clock_time, object_in, read_status
 from distkit.engine.submission import FILE, FOLDER, jobs_of, newest_submission, submissions
 from distkit.errors import ConfigError
 from distkit.files import read_regular, write_bytes, write_json
@@ -113,6 +114,7 @@ def prepare(typed: argparse.Namespace, flags: Sequence[str]) -> Submission:
     recipe, config = read_config(typed.recipe, flags, typed.nodes * ranks)
     run_dir = config.run_dir or new_path(recipe.name)
     check_usable(run_dir, resumes=config.resume.source != "never")
+    check_goes_on(run_dir, config)
     earlier = submissions(run_dir)
     folder = run_dir / FOLDER / str(int(earlier[-1].name) + 1 if earlier else 1)
     job = Job(nodes=typed.nodes, gpus=typed.gpus_per_node, ranks=ranks, time=typed.time, options=typed.sbatch,
@@ -147,6 +149,26 @@ def prepare(typed: argparse.Namespace, flags: Sequence[str]) -> Submission:
 def job_name(recipe: str, run_dir: Path) -> str:
     """Jobs of one name wait for each other in a chain, so that the name tells run directories apart."""
     return f"{recipe}-{run_dir.name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:6]}"
+
+
+def check_goes_on(run_dir: Path, config: TrainConfig) -> None:
+    """Refuse what could not go on with the run in `run_dir`: another sample stream, or an end that is reached.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if config.resume.source == "never" or not list_checkpoints(run_dir / "checkpoints"):
+        return
+    saved, status, now = object_in(run_dir / "config.json"), read_status(run_dir), to_json(config)
+    for name in FIXED:
+        if name in saved and saved[name] != now[name]:
+            raise ConfigError(f"the run in {run_dir} has another sample stream", expected=f"{name} {saved[name]}",
+                              got=f"{name} {now[name]}",
+                              fix=f"{flag(name)} {saved[name]}, or -- --run-dir {run_dir}-2")  # fmt: skip
+    length = ("num_steps", "num_epochs", "stop")
+    if status.get("state") == "completed" and all(saved.get(name) == now[name] for name in length):
+        raise ConfigError(f"the run in {run_dir} is finished", expected="a longer run, or another directory",
+                          got=f"step {status.get('step')}", fix=f"-- --run-dir {run_dir}-2")  # fmt: skip
 
 
 def read_template(path: Path) -> str:

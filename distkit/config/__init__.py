@@ -49,6 +49,7 @@ from distkit.config.strategy import (
 )
 from distkit.config.train import (
     CHOICES,
+    FIXED,
     BatchSplit,
     CompileBackend,
     CompileMode,
@@ -69,6 +70,7 @@ from distkit.config.train import (
 __all__ = [
     "ASGD",
     "CHOICES",
+    "FIXED",
     "LBFGS",
     "OPTIMIZERS",
     "SCHEDULES",

@@ -42,6 +42,8 @@ OnNan = Literal["raise", "skip", "rollback"]
 
 #: Steps that a run may leave out; more of them have a reason that skipping does not cure.
 MAX_SKIPS = 10
+#: Fields that decide which samples a step reads: with another value it would be another run.
+FIXED = ("seed", "global_batch_size")
 #: Sections that are one of several classes, and these classes by name.
 CHOICES: dict[str, Mapping[str, type[Choice]]] = {"optim": OPTIMIZERS, "schedule": SCHEDULES}
 

@@ -26,7 +26,7 @@ from distkit.checkpoint.restore import (
 )
 from distkit.checkpoint.verify import VerifiedCheckpoint
 from distkit.checkpoint.weights_file import load_weights_file_
-from distkit.config import TrainConfig, fill_defaults, to_json
+from distkit.config import FIXED, TrainConfig, fill_defaults, to_json
 from distkit.data.sets.fingerprint import file_digest
 from distkit.engine.meter import Meter
 from distkit.engine.run import ResumePoint, Run
@@ -38,8 +38,6 @@ from distkit.runtime.seeding import capture_rng, restore_rng
 from distkit.tensors.buffers import buffer_slots, extra_states, rank_buffers, set_extra_states, set_rank_buffers_
 from distkit.tensors.spec import spec_of
 
-#: Fields that decide which samples a step reads: with another value it would be another run.
-FIXED = ("seed", "global_batch_size")
 #: Parts that a checkpoint may lack: a schedule may have been changed for one with history; ledgers are younger.
 ADDED = ("plateau", "early_stop", "skips")
 

@@ -13,6 +13,9 @@ Kind = Literal[
     "not begun", "running", "finished", "goes on", "stopped", "same step", "one host", "no progress", "failed"
 ]
 
+#: Attempts in a row that may be told to stop before they have saved anything: it is not the run's fault.
+STOPS = 3
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -87,13 +90,17 @@ def continues(last: Attempt) -> str:
 
 
 def no_progress(attempts: Sequence[Attempt]) -> str:
-    """Says so when the last attempt, which was not the first, has saved nothing new; else ""."""
-    last = attempts[-1]
-    before = attempts[-2].saved if len(attempts) > 1 else -1
-    if last.attempt == 1 or last.saved > before:
+    """Says so when the last attempt, or the last ones that were told to stop, have saved nothing new; else ""."""
+    in_vain = 0
+    for attempt, before in zip(reversed(attempts), [*(a.saved for a in reversed(attempts[:-1])), -1], strict=True):
+        if attempt.attempt == 1 or attempt.saved > before:
+            break
+        in_vain += 1
+    if in_vain < (STOPS if attempts[-1].state == "preempted" else 1):
         return ""
-    newest = f"the newest is that of step {last.saved}" if last.saved >= 0 else "there is none"
-    return f"without a new checkpoint since the attempt before: {newest}"
+    newest = f"the newest is that of step {attempts[-1].saved}" if attempts[-1].saved >= 0 else "there is none"
+    since = "since the attempt before" if in_vain == 1 else f"in {in_vain} attempts"
+    return f"without a new checkpoint {since}: {newest}"
 
 
 def same_place(attempts: Sequence[Attempt]) -> int:

@@ -2,18 +2,21 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.harness import ROOT
+from support.tiny import BASE, RECIPE
 
 from distkit.cli import parse
 from distkit.commands import run
-from distkit.commands.submit import modules_beside, read_config, without_sources
-from distkit.config import to_json
+from distkit.commands.submit import job_name, modules_beside, read_config, without_sources
+from distkit.config import CheckpointConfig, to_json
 from distkit.engine.lease import Lease
 from distkit.engine.run_dir import RunDirectory, holds_run
 from distkit.engine.submission import original_of
+from distkit.entry import train
 
 PACED = str(ROOT / "tests" / "support" / "paced.py")
 
@@ -38,7 +41,8 @@ def test_the_script_is_printed_and_nothing_is_written(capsys: pytest.CaptureFixt
     script = capsys.readouterr().out
     folder = "runs/mine/submissions/1"
     assert script.startswith("#!/usr/bin/env bash\n")
-    for line in ("--nodes=2", "--time=1-0", "--mem=4G", "--job-name=paced-mine", "--output=runs/mine/job-%j.out",
+    name = job_name("paced", Path("runs/mine"))
+    for line in ("--nodes=2", "--time=1-0", "--mem=4G", f"--job-name={name}", "--output=runs/mine/job-%j.out",
                  "--requeue", "--open-mode=append"):  # fmt: skip
         assert f"\n#SBATCH {line}\n" in script
     assert (
@@ -191,3 +195,23 @@ def test_modules_from_the_recipes_own_folder_are_copied_with_it(monkeypatch: pyt
     found = modules_beside(Path("mine/recipe.py"))
     here = Path("mine").resolve()
     assert found == {name: here / name for name in ("recipe.py", "parts/__init__.py", "parts/net_of_test_submit.py")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--global-batch-size", "16"], "type:     --global-batch-size 8, or -- --run-dir run-2"),
+        (["--seed", "5"], "type:     --seed 0, or -- --run-dir run-2"),
+        ([], "the run in run is finished"),
+    ],
+)
+def test_what_could_not_go_on_is_not_submitted(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(RECIPE, replace(BASE, num_steps=4, checkpoint=CheckpointConfig(save_every=2), run_dir=Path("run")))
+    common = ["--checkpoint.enabled", "--checkpoint.save-every", "2", "--run-dir", "run"]
+    words = ["submit", str(ROOT / "tests" / "support" / "tiny.py"), "--dry-run", "--", *common]
+    capsys.readouterr()
+    assert run([*words, "--num-steps", "4", *flags]) == 2
+    assert says in capsys.readouterr().err
+    assert run([*words, "--num-steps", "6"]) == 0

@@ -264,6 +264,27 @@ def test_a_signal_to_anyone_under_any_launcher(
         assert learned(tmp_path)[0] == undisturbed[0]
 
 
+@pytest.mark.distributed
+def test_a_run_that_is_told_to_stop_does_not_wait_for_a_rank_that_is_stopped(
+    tmp_path: Path, undisturbed: tuple[str, object]
+) -> None:
+    env = environment({"SLOWLY": "0.1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+                       "DISTKIT_FAULT": "step:1:7:stop"})  # fmt: skip
+    with started(
+        [str(LAUNCH / "local.sh"), "-n", "2", str(RECIPE), *FLAGS], tmp_path, env, tmp_path / "run"
+    ) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and '"step": 6' in metrics.read_text(), process, 100)
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) not in (0, 75)
+    said = status(tmp_path)
+    assert (said["state"], said["retryable"]) == ("failed", True)
+    assert "is stopped (SIGSTOP)" in str(said["reason"])
+    assert [done.returncode for done in once(tmp_path, {})] == [0, 0]
+    assert learned(tmp_path)[0] == undisturbed[0]
+
+
 def test_the_reason_names_the_rank() -> None:
     assert why({1: signal.SIGTERM}, 4) == "SIGTERM to rank 1"
     assert why({rank: int(signal.SIGUSR1) for rank in range(4)}, 4) == "SIGUSR1 to all ranks"

@@ -2,7 +2,9 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,24 @@ def test_two_nodes_go_on_after_signals_to_ranks_to_the_script_and_a_requeue(clus
     assert cluster.wait(job) == "COMPLETED"
     assert cluster.field(job, "Restarts") == "3"
     check_completed(project, 4, 2)
+
+
+def test_signals_that_come_before_the_ranks_listen_are_not_lost(cluster: Cluster, project: Path) -> None:
+    job = submit(cluster, project, "--nodes=2")
+
+    def begins(restarts: int) -> bool:
+        cluster.hurry(job)
+        return (cluster.field(job, "JobState"), cluster.field(job, "Restarts")) == ("RUNNING", str(restarts))
+
+    # while the script plans, launchers import torch, and ranks do
+    for restarts, (seconds, option) in enumerate([(0.1, ["--batch"]), (2.0, ["--batch"]), (2.0, []), (4.0, [])]):
+        wait_for(partial(begins, restarts), f"start {restarts}", 60)
+        time.sleep(seconds)
+        cluster.call("scancel", *option, "--signal=USR1", job)
+    assert cluster.wait(job) == "COMPLETED"
+    assert cluster.field(job, "Restarts") == "4"
+    check_completed(project, status(project)["attempt"], 2)
+    assert not list(project.glob(".distkit-stop-*"))
 
 
 def test_a_requeued_job_goes_on_with_fewer_nodes_and_with_more(cluster: Cluster, project: Path) -> None:

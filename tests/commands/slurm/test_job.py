@@ -77,3 +77,11 @@ def test_flags_are_laid_out_by_option() -> None:
         ["--optim.betas", "0.9", "0.95"], ["--compile"], ["--seed=1"],
     ]  # fmt: skip
     assert by_option([]) == []
+
+
+@pytest.mark.parametrize("option", ["--nodes=1", "--time=9:00:00", "--array=1-4", "-N1", "-N", "--wrap=hostname"])
+def test_a_sites_options_do_not_undo_what_was_asked_for(option: str, tmp_path: Path) -> None:
+    job = Job(nodes=2, gpus=0, ranks=1, time="4:00:00", name="mine", output=tmp_path / "out")
+    assert job.directives(Site(options=("--exclusive", "--nice=3")))[-2:] == ["--exclusive", "--nice=3"]
+    with pytest.raises(ConfigError, match="in the site's options contradicts"):
+        job.directives(Site(options=(option,)))

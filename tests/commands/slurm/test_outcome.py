@@ -58,6 +58,8 @@ def test_what_its_owner_stopped_stays_stopped(tmp_path: Path) -> None:
 
 def test_not_without_progress_except_after_the_first_attempt(tmp_path: Path) -> None:
     write(tmp_path, {"state": "preempted", "attempt": 3, "reason": "SIGUSR1", "retryable": True}, 12)
+    assert outcome(tmp_path, "2:12")[0] == 75
+    write(tmp_path, {"state": "failed", "attempt": 3, "reason": KILLED, "retryable": True})
     code, why = outcome(tmp_path, "2:12")
     assert code == 1
     assert "without a new checkpoint since the attempt before: the newest is that of step 12" in why
@@ -84,6 +86,15 @@ def test_an_attempt_that_was_not_begun_is_not_repeated_unless_it_was_told_to_sto
         assert code == 1
         assert "its output says why" in why
         assert outcome(run_dir, before, told="USR1")[0] == 75
+        assert outcome(run_dir, before, killed=True)[0] == 75
+
+
+def test_what_another_job_has_begun_is_its_business(tmp_path: Path) -> None:
+    write(tmp_path, {"state": "preempted", "attempt": 1, "retryable": True, "job": "8"}, 12)
+    assert outcome(tmp_path) == (1, f"{tmp_path} is the business of job 8 by now")
+    assert outcome(tmp_path, "1:12")[0] == 1  # begun before this job
+    assert outcome(tmp_path, job="8")[0] == 75
+    assert outcome(tmp_path, job=None)[0] == 75
 
 
 def test_a_run_that_says_running_was_killed_unless_another_job_has_it(tmp_path: Path) -> None:

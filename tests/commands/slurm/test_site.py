@@ -34,6 +34,12 @@ def test_options_for_sbatch(tmp_path: Path) -> None:
         ("max_requeues = -1", "0 or more"),
         ('continuation = "again"', "requeue or chain"),
         ('gpus = "--gres=gpu:8"', "{gpus}"),
+        ('gpus = "--gres=gpu:{gpus}:{x}"', "{gpus}"),
+        ('gpus = "--gres=gpu:{gpus"', "{gpus}"),
+        ('gpus = "gpu:{gpus}"', "{gpus}"),
+        ('options = ["exclusive"]', "begin with --"),
+        ('srun = ["mpi=pmix"]', "begin with --"),
+        ('environment = ["FOO BAR"]', "names of variables"),
         ("partition = ", "a TOML file"),
     ],
 )
