@@ -59,6 +59,7 @@ def probe(run: Run) -> None:
         with run.strategy.evaluating():
             output = loss_of(run, batch)
         check_metrics(run, output, batch_size(batch))
+        note_odd_sums(run, output, batch_size(batch))
     run.strategy.skip_compiler_notes()  # compiled once more without gradients
 
 
@@ -96,8 +97,7 @@ def check_training(run: Run, batch: Batch) -> None:
         written.put_back_()
     refuse_unlike(root, run.runtime)
     metrics_of(run, output, batch_size(batch))
-    if run.compute_metrics is None:
-        run.resume.warnings.extend(run.runtime.broadcast(odd_sums(output, batch_size(batch))))
+    note_odd_sums(run, output, batch_size(batch))
     if run.strategy.needs_forward and called and root not in called:
         raise ConfigError("compute_loss calls parts of the model and never the model itself, which alone exchanges "
                           "gradients", expected="model(...) in compute_loss",
@@ -247,12 +247,17 @@ def hides_leaves(loss: Tensor) -> bool:
     return any(not getattr(kind, "_forward_cls", kind).__module__.startswith(known) for kind in kinds)
 
 
-def odd_sums(output: LossOutput, samples: int) -> list[str]:
-    """Words about what looks like a mean among the sums of a batch of `samples`: it would be divided once more."""
-    real = {name: value for name, value in output.sums.items() if value.is_floating_point() and samples > 1}
-    odd = [name for name, value in real.items() if 0 < value.item() < 1]
-    return [f"compute_loss: the sum {name} of {samples} samples is {real[name].item():.3g}, and is reported divided by "
-            f"{samples}; a mean belongs into LossOutput(loss, means={{{name!r}: ...}})" for name in odd]  # fmt: skip
+def note_odd_sums(run: Run, output: LossOutput, samples: int) -> None:
+    """Note what looks like a mean among the sums of a batch of `samples`: it would be divided once more."""
+    here = {}
+    for name, value in output.sums.items() if run.compute_metrics is None and samples > 1 else ():
+        if value.dtype == torch.bool or (value.is_floating_point() and 0 < value.item() < 1):
+            told = f"the sum {name} of {samples} samples is {value.item():.3g}, and is reported divided by {samples}"
+            here[name] = f"compute_loss: {told}; a mean belongs into LossOutput(loss, means={{{name!r}: ...}})"
+    noted = run.resume.warnings
+    for name, note in run.runtime.broadcast(here).items():
+        if not any(note.startswith(f"compute_loss: the sum {name} of ") for note in noted):
+            noted.append(note)
 
 
 def metrics_of(run: Run, output: LossOutput, samples: int) -> dict[str, float]:

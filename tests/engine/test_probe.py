@@ -1,5 +1,6 @@
 """What a recipe's author gets wrong in its loss is found with one batch, before anything is written."""
 
+import json
 import os
 from collections import UserDict
 from collections.abc import Callable, Iterator
@@ -288,3 +289,18 @@ def test_a_loss_that_never_calls_the_model_is_refused_on_several_ranks(tmp_path:
     assert len(alone) == tiny.CLASSES
     for said in run_ranks(centers, 2, str(tmp_path / "several"), "ddp", of_a_part):
         assert "never the model itself" in said
+
+
+def test_sums_that_look_like_means_are_noted_once(tmp_path: Path) -> None:
+    def compute_loss(_config: tiny.TinyConfig, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
+        hits = model(batch["inputs"]).argmax(1) == batch["labels"]
+        sums = {"mean": hits.float().mean() * 0 + 0.25, "late": torch.tensor(0.0 if model.training else 0.5),
+                "any": hits.any() | True, "count": hits.float().sum(), "number": hits.sum()}  # fmt: skip
+        return LossOutput(F.cross_entropy(model(batch["inputs"]), batch["labels"]), sums)
+
+    recipe = replace(tiny.RECIPE, compute_loss=compute_loss, best=("loss", "min"))
+    train(recipe, replace(BASE, run_dir=tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    notes = [line["message"] for line in lines if line["event"] == "note" and "belongs into" in line["message"]]
+    assert [note.split("the sum ")[1].split()[0] for note in notes] == ["mean", "any", "late"]
+    assert notes[0].endswith("LossOutput(loss, means={'mean': ...})")

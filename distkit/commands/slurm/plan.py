@@ -149,18 +149,21 @@ def sweep_flags(file: Path, task: int) -> list[str]:
     """
     try:
         text = read_regular(file, MAX_BYTES).decode()
-        lines = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
+        numbered = enumerate(map(str.strip, text.splitlines()), 1)
+        lines = [(number, line) for number, line in numbered if line and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the sweep {file}", expected="a text file, the flags of a run on each line",
                           got=error) from error  # fmt: skip
     if not 1 <= task <= len(lines):
         raise ConfigError(f"{file} has {len(lines)} lines of flags, and this is array task {task}",
                           expected=f"tasks from 1 to {len(lines)}", fix=f"sbatch --array=1-{len(lines)} …")  # fmt: skip
+    number, line = lines[task - 1]
     try:
-        return shlex.split(lines[task - 1])
+        return shlex.split(line)
     except ValueError as error:
-        raise ConfigError(f"line {task} of {file} is not a line of flags", expected="quotes in pairs",
-                          got=lines[task - 1]) from error  # fmt: skip
+        raise ConfigError(
+            f"line {number} of {file} is not a line of flags", expected="quotes in pairs", got=line
+        ) from error
 
 
 def _check_recipe(recipe: str) -> None:
