@@ -28,6 +28,7 @@ from distkit.ema import Ema
 from distkit.engine.early_stop import EarlyStop
 from distkit.engine.flops import FirstBatch, describe_peak, outline_utilization
 from distkit.engine.forward_timer import ForwardTimer
+from distkit.engine.frozen import Frozen, freeze
 from distkit.engine.guard import Guard, describe_guard
 from distkit.engine.meter import Meter
 from distkit.engine.modes import choose_modes_, describe_modes
@@ -42,6 +43,7 @@ from distkit.observers import build_observers
 from distkit.optim import build_optimizer, default_param_groups, skips_on_device
 from distkit.recipe import Recipe
 from distkit.returned import (
+    add_loss_,
     asked_for,
     calling,
     check_config,
@@ -93,7 +95,8 @@ def build_run(recipe: Recipe[C], config: C, runtime: Runtime, directory: RunDire
     data = open_data(recipe, config, runtime)
     model = build_model(recipe, config, data.train_set)
     load_weights_(model, resume, runtime)
-    run = open_loop(recipe, config, runtime, directory, resume, strategy, data, model)
+    frozen = build_frozen(recipe, config, runtime)
+    run = open_loop(recipe, config, runtime, directory, resume, strategy, data, model, frozen)
     with runtime.raise_on_all_ranks("comparing the checkpoint with the run"):
         check_resume(run)
     if not (config.debug.enabled or run.finished):
@@ -252,11 +255,31 @@ def build_model(recipe: Recipe[C], config: C, train_set: Dataset | IterableData 
     with seeded(derive_seed(config.seed, "init")):
         with calling("build_model"):
             model = check_model(recipe.build_model(config, **more))
+        if recipe.build_loss is not None:
+            with calling("build_loss"):
+                add_loss_(model, recipe.build_loss(config))
         if recipe.init_model_ is not None and train_set is not None:
             with calling("init_model_"):
                 check_nothing(recipe.init_model_(config, model, train_set))
     choose_modes_(model)
     return model
+
+
+def build_frozen(recipe: Recipe[C], config: C, runtime: Runtime) -> Frozen | None:
+    """The recipe's helper that is not trained; None where it has none.
+
+    Raises:
+        ConfigError: it is no module, or compute_loss does not take it.
+    """
+    if recipe.build_frozen is None:
+        return None
+    if not asked_for(recipe.compute_loss, frozen=None):
+        raise ConfigError(f"recipe {recipe.name} has a build_frozen, and its compute_loss does not take what it builds",
+                          expected="a parameter named frozen",
+                          fix="def compute_loss(config, model, batch, frozen)")  # fmt: skip
+    with seeded(derive_seed(config.seed, "frozen")), calling("build_frozen"):
+        module = recipe.build_frozen(config)
+    return freeze(module, config, runtime)
 
 
 def open_loop(
@@ -268,6 +291,7 @@ def open_loop(
     strategy: Strategy,
     data: Data,
     model: nn.Module,
+    frozen: Frozen | None = None,
 ) -> Run:
     """Lay the model over the ranks, open the loaders, and put the run together; nothing is written."""
     set_fp32_precision(config.precision)
@@ -302,7 +326,8 @@ def open_loop(
         strategy=strategy,
         loader=train.loader if utilization is None else FirstBatch(train.loader, utilization.see),
         test_loader=None if test is None else EvaluationLoader(test.fetcher, len(test.dataset)),
-        compute_loss=partial(recipe.compute_loss, config),
+        compute_loss=partial(recipe.compute_loss, config, **({} if frozen is None else {"frozen": frozen.module})),
+        frozen=frozen,
         compute_metrics=recipe.compute_metrics,
         schedule=schedule,
         plateau=config.schedule.tracker(),

@@ -35,6 +35,11 @@ class Recipe(Generic[C]):
             an IterableData); None where there is no test set.
         compute_loss: config, model, batch (what `fetch` and `augment` of the data set give) -> LossOutput.
         presets: named starting points; the first one is the default.
+        build_loss: config -> a loss with parameters of its own. It becomes `model.criterion`, and is trained and saved
+            with the model.
+        build_frozen: config -> a module that helps the loss and is not trained (a teacher, a perceptual network);
+            called under one seed on every rank. It is moved to the device, in evaluation mode, and given to
+            compute_loss as its parameter `frozen`. No checkpoint has it; a resume compares its digest.
         compute_metrics: (sums of all samples by name, float64 on the CPU; number of samples) -> the metrics that are
             reported, such as F1 out of a confusion matrix; default: each sum / samples.
         build_param_groups: config, model -> parameter groups; default: no weight decay on norms and biases.
@@ -53,6 +58,8 @@ class Recipe(Generic[C]):
     build_dataset: Callable[[C, Split], Dataset | TorchDataset[object] | IterableData | None]
     compute_loss: Callable[..., LossOutput]
     presets: Mapping[str, C]
+    build_loss: Callable[[C], nn.Module] | None = None
+    build_frozen: Callable[[C], nn.Module] | None = None
     compute_metrics: Callable[[dict[str, Tensor], int], dict[str, float]] | None = None
     build_param_groups: Callable[[C, nn.Module], list[ParamGroup]] | None = None
     build_schedule: Callable[..., Schedule] | None = None

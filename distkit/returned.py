@@ -95,6 +95,36 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
+def add_loss_(model: nn.Module, loss: object) -> None:
+    """Make what build_loss returned the model's `criterion`.
+
+    Raises:
+        ConfigError: it is no module, or the model has something of that name.
+    """
+    if not isinstance(loss, nn.Module):
+        raise ConfigError("build_loss returned no module", expected="one torch.nn.Module", got=_kind(loss),
+                          fix="return criterion")  # fmt: skip
+    if hasattr(model, "criterion"):
+        raise ConfigError("build_loss makes model.criterion, and the model has something of that name",
+                          expected="one of the two", got=_kind(model.criterion))  # fmt: skip
+    if isinstance(model, nn.Sequential):
+        kind = type(model)
+        model.__class__ = type(kind.__name__, (_LossApart, kind), {"__module__": kind.__module__})
+    model.criterion = loss
+
+
+class _LossApart:
+    """For nn.Sequential, whose forward goes through all of its modules."""
+
+    _modules: Mapping[str, nn.Module]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([module for name, module in self._modules.items() if name != "criterion"])
+
+    def __len__(self) -> int:
+        return len(self._modules) - 1
+
+
 def check_dataset(dataset: object, split: str) -> None:
     """What build_dataset returned, as far as `as_dataset` would mistake it for a data set.
 

@@ -51,6 +51,7 @@ PLACES: Mapping[str, tuple[tuple[str, ...], set[str]]] = {
     "compute_loss sums": (("compute_loss",), {"an empty dict"}),
     "compute_loss sum": (("compute_loss",), SCALARS),
     "compute_loss weight": (("compute_loss",), {"None", "a number tensor", "a whole number tensor", "a parameter"}),
+    "build_loss": (("build_loss",), {"a module", "a frozen module", "a module without parameters"}),
     "compute_metrics": (("compute_metrics",), {"an empty dict"}),
     "compute_metrics value": (("compute_metrics",), NUMBERS | SCALARS | {"a negative number", "NaN", "infinity"}),
     "build_param_groups": (("build_param_groups",), set()),

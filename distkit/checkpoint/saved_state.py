@@ -111,7 +111,7 @@ _KIND = record(
                          may_have={"optim": an_object, "schedule": an_object}),
         "ranks": list_of(record({}, may_have={"data": record({"next": a_count, "loader": anything})})),
     },
-    may_have={"data": optional(a_text), "aliases": mapping_of(a_text)},
+    may_have={"data": optional(a_text), "aliases": mapping_of(a_text), "frozen": a_text},
 )  # fmt: skip
 
 

@@ -254,6 +254,8 @@ def finish(run: Run) -> Summary:
     report_saves(run, wait=True)
     run.synchronize_buffers_()
     check_weights(run)
+    if run.frozen is not None:
+        run.frozen.check()
     summary: Summary = {
         "recipe": run.recipe,
         "step": run.progress.step,

@@ -222,6 +222,11 @@ def check_fits(run: Run, checkpoint: VerifiedCheckpoint) -> None:
             raise ConfigError(f"{where} was trained on different data", expected=f"{name} {before}",
                               got=f"{name} {here}{also}",
                               fix="another --run-dir, or the data it was trained on")  # fmt: skip
+    helper = None if run.frozen is None else run.frozen.digest
+    if checkpoint.state.get("frozen") != helper:
+        raise ConfigError(f"{where} was trained with another helper of build_frozen",
+                          expected=f"the digest {checkpoint.state.get('frozen')}", got=helper,
+                          fix="the weights it was trained with, or another --run-dir")  # fmt: skip
     position = _data_position(run, checkpoint)
     if (position is None) != (run.data_state is None):
         kinds = ("an indexable data set", "an iterable data set")

@@ -26,6 +26,7 @@ from distkit.engine.clock import Clock
 from distkit.engine.early_stop import EarlyStop
 from distkit.engine.flops import Utilization
 from distkit.engine.forward_timer import ForwardTimer
+from distkit.engine.frozen import Frozen
 from distkit.engine.guard import Guard
 from distkit.engine.ledger import Ledger
 from distkit.engine.meter import ComputeMetrics, Meter
@@ -199,6 +200,7 @@ class Run:
         saver: None where no checkpoint is saved.
         ledger: the steps that were left out because of NaN or infinity.
         guard: None with --on-nan raise.
+        frozen: the loss's helper that is not trained.
     """
 
     recipe: str
@@ -215,6 +217,7 @@ class Run:
     directory: RunDirectory
     meter: Meter
     compute_metrics: ComputeMetrics | None = None
+    frozen: Frozen | None = None
     plateau: PlateauTracker | None = None
     early_stop: EarlyStop | None = None
     ema: Ema | None = None

@@ -112,6 +112,7 @@ def snapshot(run: Run) -> Snapshot:
             "parts": values
             | {"observers": observers, "optimizer": strategy.optimizer_state.structure()}
             | {"extra": extra_values},
-        },
+        }
+        | ({} if run.frozen is None else {"frozen": run.frozen.digest}),
         own_values={} if run.data_state is None else {"data": run.data_state.state_dict()},
     )

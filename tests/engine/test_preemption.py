@@ -264,6 +264,7 @@ def test_a_signal_to_anyone_under_any_launcher(
         assert learned(tmp_path)[0] == undisturbed[0]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_that_is_told_to_stop_does_not_wait_for_a_rank_that_is_stopped(
     tmp_path: Path, undisturbed: tuple[str, object]

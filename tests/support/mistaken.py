@@ -189,6 +189,7 @@ def mistaken(place: str, kind: str) -> Recipe[tiny.TinyConfig]:
         "resolve_config": lambda config: make(),
         "init_model_": lambda config, model, data: make(),
         "build_dataset": lambda config, split: odd_data(part, split, make),
+        "build_loss": lambda config: make(),
         "compute_metrics": lambda sums, num_samples: {"f1": make()} if part else make(),
         "compute_loss": lambda config, model, batch: odd_loss(part, config, model, batch, make),
     }
