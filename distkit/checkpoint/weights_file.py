@@ -60,7 +60,7 @@ def read_weights(file: Path) -> Mapping[object, object]:
         ConfigError: it is neither form, is damaged, or holds more than tensors, numbers, text, lists and dicts.
     """
     try:
-        content = load_file(file) if file.suffix == ".safetensors" else load_pickled(file)
+        content = load_file(file) if is_safetensors(file) else load_pickled(file)
     except PermissionError as error:
         raise ConfigError(f"--resume {file} cannot be read", expected="a file that you may read", got=error.strerror,
                           fix=f"chmod u+r {file}") from error  # fmt: skip
@@ -68,7 +68,7 @@ def read_weights(file: Path) -> Mapping[object, object]:
         raise ConfigError(f"--resume {file} cannot be read", expected="a safetensors file, or one of torch.save",
                           got=str(error).splitlines()[0]) from error  # fmt: skip
     except Exception as error:  # torch's unpickler raises nearly anything for a file that is damaged
-        other = "Unsupported" in str(error) or "Weights only" in str(error)
+        other = is_pickled(file) and ("Unsupported" in str(error) or "Weights only" in str(error))
         raise ConfigError(
             f"--resume {file} " + ("holds more than tensors, which could run code" if other else "cannot be read"),
             expected="a state dict: torch.save(model.state_dict(), FILE)",
@@ -78,6 +78,19 @@ def read_weights(file: Path) -> Mapping[object, object]:
         raise ConfigError(f"--resume {file} holds no weights", expected="a state dict: names and tensors",
                           got=f"a {type(content).__name__}")  # fmt: skip
     return content
+
+
+def is_safetensors(file: Path) -> bool:
+    """By its first bytes, whatever its name: the length of a header, which is JSON."""
+    with open(file, "rb") as stream:
+        begin = stream.read(9)
+    return file.suffix == ".safetensors" or (begin[8:] == b"{" and int.from_bytes(begin[:8], "little") < 2**30)
+
+
+def is_pickled(file: Path) -> bool:
+    """By its first bytes: a zip archive, or a pickle."""
+    with open(file, "rb") as stream:
+        return stream.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def load_pickled(file: Path) -> object:
@@ -133,4 +146,7 @@ def fits(saved: object, here: Tensor) -> bool:
 
 
 def _text(value: object) -> str:
-    return spec_text(spec_of(value)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    kind = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+    return kind + spec_text(spec_of(value))

@@ -187,3 +187,29 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("distkit.checkpoint.weights_file.load_file", refuse)
     with pytest.raises(ConfigError, match=r"got:      Permission denied\n  type:     chmod u\+r"):
         load(save(weights(), tmp_path / "w.safetensors"))
+
+
+def test_the_form_is_told_by_the_content(tmp_path: Path) -> None:
+    model = nn.Linear(2, 3)
+    save_file(model.state_dict(), tmp_path / "weights.pth")
+    other = nn.Linear(2, 3)
+    load_weights_file_(other, tmp_path / "weights.pth")
+    assert torch.equal(other.weight, model.weight)
+    (tmp_path / "junk.pth").write_bytes(b"not a pickle at all")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_weights_file_(other, tmp_path / "junk.pth")
+
+
+def test_a_sparse_weight_is_named_as_one(tmp_path: Path) -> None:
+    state = nn.Linear(2, 3).state_dict()
+    torch.save({**state, "weight": state["weight"].to_sparse()}, tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match="weight is sparse_coo float32"):
+        load_weights_file_(nn.Linear(2, 3), tmp_path / "weights.pt")
+
+
+def test_a_file_that_holds_itself_is_read_to_an_end(tmp_path: Path) -> None:
+    state: dict[str, Any] = {}
+    state["model"] = state
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match="does not fit the model"):
+        load_weights_file_(nn.Linear(2, 3), tmp_path / "weights.pt")
