@@ -207,9 +207,9 @@ def noting_calls(
 
     def note(name: str, module: nn.Module, _args: object) -> None:
         called.add(module)
-        parameters = dict(module.named_parameters(name))
-        own.update({id(parameter): parameter for parameter in parameters.values()})
-        written.watch(parameters.items())
+        own.update({id(parameter): parameter for parameter in module.parameters()})
+        # those of its children may not be gathered yet
+        written.watch(module.named_parameters(name, recurse=False))
 
     handles = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
     try:

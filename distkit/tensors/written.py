@@ -23,13 +23,15 @@ class Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.before: dict[str, tuple[Tensor, Tensor]] = {}
-        self._watched: dict[int, dict[str, Tensor]] = {}
+        #: By its address, which stays its own as long as it is held here: some memory, and the tensors in it.
+        self._watched: dict[int, tuple[torch.UntypedStorage, dict[str, Tensor]]] = {}
 
     def watch(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Note changes of these, and of what lies in the same memory."""
         for name, tensor in named:
             if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:  # no DTensor: its parts are elsewhere
-                self._watched.setdefault(tensor.untyped_storage()._cdata, {})[name] = tensor
+                memory = tensor.untyped_storage()
+                self._watched.setdefault(memory._cdata, (memory, {}))[1][name] = tensor
 
     def changed(self) -> list[str]:
         """Names of those that have other values now; waits for the device."""
@@ -53,7 +55,8 @@ class Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _keep(self, value: object) -> None:
         for tensor in value if isinstance(value, list | tuple) else (value,):
             if isinstance(tensor, Tensor) and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
-                for name, watched in self._watched.get(tensor.untyped_storage()._cdata, {}).items():
+                _, named = self._watched.get(tensor.untyped_storage()._cdata, (None, {}))
+                for name, watched in named.items():
                     if name not in self.before:
                         self.before[name] = watched, watched.detach().clone()
 

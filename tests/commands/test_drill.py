@@ -17,7 +17,7 @@ from support.launching import environment, marked, started
 from distkit.commands import run
 from distkit.commands.drill.cases import ALL, DEFAULT, PHASES, Case, Landmarks, parse_cases
 from distkit.commands.drill.report import as_text, codes, what_to_do
-from distkit.commands.drill.scheduler import Drill, Outcome
+from distkit.commands.drill.scheduler import UNDISTURBED, Drill, Outcome
 from distkit.commands.trial import Ended, events
 from distkit.errors import ConfigError
 
@@ -313,6 +313,8 @@ def test_codes_are_said_once_where_they_are_the_same() -> None:
 
 
 def test_the_command_to_type_has_the_flags(tmp_path: Path) -> None:
+    (tmp_path / UNDISTURBED).mkdir()
+    (tmp_path / UNDISTURBED / "config.json").write_text('{"noise": 0.1}')
     drill = Drill(recipe=TINY, flags=["--noise", "0.1"], nproc=2, folder=tmp_path, num_steps=12, timeout_seconds=1,
                   on_cpu=True)  # fmt: skip
     outcome = Outcome(case=Case("kill", "step", 1), step=5, codes=(1, -9), failure="step 5: it differs", differs=True)
