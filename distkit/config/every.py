@@ -48,5 +48,8 @@ class Epochs:
 
 
 def in_steps(every: int | Epochs | None, steps_per_epoch: float) -> float | None:
-    """Steps between two events; epochs need not have a whole number of them."""
-    return every.number * steps_per_epoch if isinstance(every, Epochs) else every
+    """Steps between two events; epochs need not have a whole number of them.
+
+    A little less, or a multiple that is a whole number could be taken for one that is above it by a rounding error.
+    """
+    return every.number * steps_per_epoch * (1 - 1e-11) if isinstance(every, Epochs) else every

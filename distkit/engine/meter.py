@@ -273,26 +273,33 @@ class Meter:
         if any(other != shapes for other in seen):
             raise TrainingError(f"compute_loss must return the same sums and means on every rank, here {seen}")
         sums = [self._sums.get(name, self._nothing.expand(shape)) for name, shape in shapes]
-        flat = torch.cat([value.flatten() for value in (self._loss, self._weight, *sums)])
-        flat = self._runtime.all_reduce_(flat).cpu()
-        loss, weight, *parts = torch.split(flat, [1, 1, *(value.numel() for value in sums)])
         samples = sum(counted for _, counted, _ in answers)
         if samples == 0:
             raise TrainingError("nothing to report: no sample was seen on any rank")
-        not_finite = () if flat.isfinite().all() else self._sources(recent)
+        names = [name for name, _ in shapes]
+        if self._compute_metrics is None:  # numbers alone
+            loss, weight, *numbers = self._runtime.all_reduce_(torch.stack([self._loss, self._weight, *sums])).tolist()
+            is_finite = all(map(math.isfinite, (loss, weight, *numbers)))
+            metrics = {name.partition("/")[2]: value / samples for name, value in zip(names, numbers, strict=True)}
+        else:
+            flat = torch.cat([value.flatten() for value in (self._loss, self._weight, *sums)])
+            flat = self._runtime.all_reduce_(flat).cpu()
+            (loss, weight), is_finite = flat[:2].tolist(), bool(flat.isfinite().all())
+            parts = torch.split(flat[2:], [value.numel() for value in sums])
+            totals = {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
+            metrics = self._own_metrics(totals, samples)
+        not_finite = () if is_finite else self._sources(recent)
         self._reset()
-        totals = {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
-        mean = (loss / weight).item() if weight else float("nan")
-        return Means(samples=samples, loss=mean, metrics=self._metrics(totals, samples), not_finite=not_finite,
+        mean = loss / weight if weight else float("nan")
+        return Means(samples=samples, loss=mean, metrics=metrics, not_finite=not_finite,
                      own=[told for *_, told in answers])  # fmt: skip
 
-    def _metrics(self, totals: Mapping[str, Tensor], samples: int) -> dict[str, float]:
-        """The metrics out of the sums over all ranks, `sums/NAME` and `means/NAME`."""
+    def _own_metrics(self, totals: Mapping[str, Tensor], samples: int) -> dict[str, float]:
+        """What the recipe makes of the sums over all ranks, `sums/NAME`, and its `means/NAME`."""
+        assert self._compute_metrics is not None
         sums = {name.removeprefix(_SUMS): value for name, value in totals.items() if name.startswith(_SUMS)}
-        means = {name.removeprefix(_MEANS): (value / samples).item() for name, value in totals.items()
+        means = {name.removeprefix(_MEANS): value.item() / samples for name, value in totals.items()
                  if name.startswith(_MEANS)}  # fmt: skip
-        if self._compute_metrics is None:
-            return {name: (value / samples).item() for name, value in sums.items()} | means
         with calling("compute_metrics"):
             return check_metrics(self._compute_metrics(sums, samples), means) | means
 

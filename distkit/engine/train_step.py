@@ -17,8 +17,6 @@ from distkit.optim import set_lr
 from distkit.runtime import faults
 from distkit.runtime.position import MICROBATCH, PHASE, STEP, Phase
 
-#: Keeps a multiple of a number that is not exact from being taken for a little more than the step.
-TINY = 1e-6
 DATA, COMPUTE = int(Phase.DATA), int(Phase.STEP)
 
 
@@ -27,7 +25,7 @@ def due(every: float | None, step: int, num_steps: int) -> bool:
 
     Where `every` is no whole number it is true after the first step that is not before a multiple of it.
     """
-    return step == num_steps or (every is not None and (step + TINY) % every < 1)
+    return step == num_steps or (every is not None and step % every < 1)
 
 
 def train_step(run: Run) -> None:

@@ -12,6 +12,7 @@ from support.tiny import BASE, RECIPE, TinyConfig
 
 from distkit.cli.parse import parse
 from distkit.config import CheckpointConfig, Constant, Epochs, TrainConfig, to_json
+from distkit.config.every import in_steps
 from distkit.engine.train_step import due
 from distkit.entry import train
 from distkit.errors import ConfigError
@@ -48,7 +49,7 @@ def test_no_epochs(number: float) -> None:
 
 @pytest.mark.parametrize(("samples", "batch", "epochs"), [(100, 3, 1), (50_000, 128, 1), (1000, 7, 0.5), (96, 8, 2)])
 def test_it_is_due_once_an_epoch_at_its_end(samples: int, batch: int, epochs: float) -> None:
-    every = epochs * (samples / batch)
+    every = in_steps(Epochs(epochs), samples / batch)
     exact = Fraction(epochs) * Fraction(samples, batch)
     steps = [step for step in range(1, 20_000) if due(every, step, 10**9)]
     assert steps == [-(-exact * k // 1) for k in range(1, len(steps) + 1)]
