@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -106,8 +106,9 @@ def check_training(run: Run, batch: Batch) -> None:
         raise ConfigError("compute_loss returned a loss without a gradient",
                           expected="a loss computed from model(...), without detach, item or no_grad",
                           got=f"a {output.loss.dtype} tensor that does not require one")  # fmt: skip
-    check_parameters(run, output.loss, own)
-    check_tensors(run, output.loss, batch)
+    used = list(leaves(output.loss))
+    check_parameters(run, output.loss, used, own)
+    check_tensors(run, used, batch)
 
 
 def check_changes(run: Run, written: Written) -> None:
@@ -149,20 +150,21 @@ def refusing_gradients(root: nn.Module) -> Iterator[None]:
             parameter.grad = None
 
 
-def check_tensors(run: Run, loss: Tensor, batch: Batch) -> None:
+def check_tensors(run: Run, used: Iterable[Tensor], batch: Batch) -> None:
     """Refuse a loss that trains tensors which are no parameters: nothing would move them."""
 
-    def others(loss: Tensor) -> list[Tensor]:
+    def others(used: Iterable[Tensor]) -> list[Tensor]:
         read = {id(tensor) for _, tensor in tensors(batch)}
-        return [leaf for leaf in leaves(loss) if not isinstance(leaf, nn.Parameter) and id(leaf) not in read]
+        return [leaf for leaf in used if not isinstance(leaf, nn.Parameter) and id(leaf) not in read]
 
-    before = [] if run.config.compile else others(loss)
+    before = [] if run.config.compile else others(used)
     if not run.runtime.any_rank(bool(before))():
         return
     # what compute_loss makes (the input of a gradient penalty) is another tensor each time
     with run.strategy.evaluating():
-        again = {id(leaf) for leaf in others(loss_of(run, batch).loss)}
-    lasting = [leaf for leaf in before if id(leaf) in again]
+        again = list(leaves(loss_of(run, batch).loss))  # held, or another one could get the same id
+    known = {id(leaf) for leaf in others(again)}
+    lasting = [leaf for leaf in before if id(leaf) in known]
     if run.runtime.any_rank(bool(lasting))():
         raise ConfigError(
             f"compute_loss trains {len(lasting) or 'some'} tensors that are no parameters: they would never move",
@@ -172,9 +174,8 @@ def check_tensors(run: Run, loss: Tensor, batch: Batch) -> None:
         )
 
 
-def check_parameters(run: Run, loss: Tensor, own: Mapping[int, nn.Parameter]) -> None:
-    """Refuse a `loss` that trains others than the model's `own` parameters, or not all of them where it must."""
-    used = list(leaves(loss))
+def check_parameters(run: Run, loss: Tensor, used: Sequence[Tensor], own: Mapping[int, nn.Parameter]) -> None:
+    """Refuse a `loss` that uses others than the model's `own` parameters, or not all of them where it must."""
     if run.config.compile and not any(id(leaf) in own for leaf in used):
         return  # gathered ones, which nobody has noted
     foreign = [leaf for leaf in used if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
