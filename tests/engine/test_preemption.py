@@ -162,7 +162,7 @@ def test_a_second_signal_ends_at_once_and_says_so(tmp_path: Path) -> None:
     command = [sys.executable, str(RECIPE), *FLAGS]
     with started(command, tmp_path, env, tmp_path / "run") as process:
         err = (tmp_path / "run").with_suffix(".err")
-        wait_for((tmp_path / "run" / "status.json").exists, process, 100)
+        wait_for((tmp_path / "run.forward").exists, process, 100)
         process.send_signal(signal.SIGINT)
         wait_for(lambda: "ends it at once" in err.read_text(), process, 20)
         time.sleep(1.2)
