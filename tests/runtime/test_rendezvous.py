@@ -108,7 +108,7 @@ def test_an_interface_that_is_not_there(tmp_path: Path) -> None:
 def disagree() -> str:
     topology = read_topology(os.environ)
     try:
-        meet(replace(topology, world_size=2 + topology.rank), 20.0, 20.0)
+        meet(replace(topology, world_size=2 + topology.rank), 8.0, 8.0)
     except RendezvousError as error:
         return str(error)
     return "met"
