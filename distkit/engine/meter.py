@@ -140,7 +140,7 @@ class Meter:
         if not self._fold_every:
             check_output(output, any_shape=self._compute_metrics is not None)
             largest = max((value.numel() for value in output.sums.values()), default=1)
-            self._fold_every = max(1, min(FOLD_EVERY, FOLD_ELEMENTS // largest))
+            self._fold_every = max(1, min(FOLD_EVERY, FOLD_ELEMENTS // max(1, largest)))
         # detached, or the whole graph of the microbatch would be kept alive
         weight = None if output.weight is None else output.weight.detach()
         sums = _detached(output.sums) if output.sums else output.sums

@@ -161,8 +161,10 @@ def check_tensors(run: Run, used: Iterable[Tensor], batch: Batch) -> None:
     if not run.runtime.any_rank(bool(before))():
         return
     # what compute_loss makes (the input of a gradient penalty) is another tensor each time
-    with run.strategy.evaluating():
+    root = run.strategy.module
+    with noting_calls(root, dict(root.named_modules())) as (_, _, written), run.strategy.evaluating():
         again = list(leaves(loss_of(run, batch).loss))  # held, or another one could get the same id
+    written.put_back_()
     known = {id(leaf) for leaf in others(again)}
     lasting = [leaf for leaf in before if id(leaf) in known]
     if run.runtime.any_rank(bool(lasting))():

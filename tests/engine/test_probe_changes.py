@@ -191,3 +191,15 @@ def test_a_loss_module_outside_of_the_model_is_refused_when_compiled_too(tmp_pat
     recipe = replace(RECIPE, compute_loss=compute_loss, best=("loss", "min"))
     with pytest.raises(ConfigError, match="2 parameters that are not in the model"):
         train(recipe, replace(CONFIG, run_dir=tmp_path / "run", compile=True, compile_backend="eager"))
+
+
+def test_a_gradient_penalty_leaves_no_change_of_the_forward_either(tmp_path: Path) -> None:
+    def compute_loss(config: TinyConfig, model: nn.Module, batch: Batch) -> LossOutput:
+        inputs = batch["inputs"].detach().clone().requires_grad_()
+        return LossOutput(F.cross_entropy(model(inputs), batch["labels"]))
+
+    config = replace(CONFIG, run_dir=tmp_path / "run")
+    recipe = replace(RECIPE, build_model=lambda config: Moving(True), compute_loss=compute_loss, best=("loss", "min"))
+    run = assemble(recipe, config, start(config, read_topology(os.environ)))
+    assert run.strategy.module.seen.tolist() == [0.0] * 4  # type: ignore[operator, union-attr]
+    run.directory.release()

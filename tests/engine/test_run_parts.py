@@ -128,6 +128,12 @@ def test_large_sums_are_added_up_early() -> None:
     assert meter.reduce().metrics == {"sum": 3.0 * FOLD_ELEMENTS}
 
 
+def test_a_sum_may_have_no_elements() -> None:
+    meter = Meter(RUNTIME, lambda sums, _: {"elements": sums["none"].numel()})
+    meter.add(LossOutput(torch.tensor(0.0), {"none": torch.zeros(0)}), 1)
+    assert meter.reduce().metrics == {"elements": 0.0}
+
+
 def test_a_sum_that_changes_its_shape_is_named() -> None:
     meter = Meter(RUNTIME, lambda sums, _: {})
     for size in (2, 3):
